@@ -1,0 +1,33 @@
+"""Patterns: which (head, query, key) triples an attention keeps.
+
+    from sparsify.patterns import causal, sinks, window
+    streaming = (sinks(4) | window(1024)) & causal()
+
+A pattern is a frozen, hashable value; `&`, `|` and `~` compose them. To add one, write a file like its neighbours
+here and name its constructor in `PATTERNS` (`examples/add_a_pattern.py` walks through it).
+"""
+
+if __name__ != "sparsify.patterns":
+    raise ImportError("import sparsify.patterns, not the bare folder patterns")
+
+from sparsify.patterns.block_window import block_window
+from sparsify.patterns.causal import causal
+from sparsify.patterns.column_stride import column_stride
+from sparsify.patterns.dense import dense
+from sparsify.patterns.dilated import dilated
+from sparsify.patterns.expression import expr
+from sparsify.patterns.global_tokens import global_tokens
+from sparsify.patterns.pattern import Pattern
+from sparsify.patterns.same_block import same_block
+from sparsify.patterns.sinks import sinks
+from sparsify.patterns.window import window
+
+# Every constructor that a spec can name, under that name.
+PATTERNS = {
+    f.__name__: f
+    for f in (
+        dense, causal, window, sinks, dilated, same_block, block_window, column_stride, global_tokens, expr,
+    )  # fmt: skip
+}
+
+__all__ = ["PATTERNS", "Pattern", *PATTERNS]

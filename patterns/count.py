@@ -1,0 +1,67 @@
+"""Counting what a predicate keeps: whole tiles by their class, partial tiles pair by pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsify.expr import Pred, evaluate, variables
+from sparsify.patterns.tiles import analyse
+from sparsify.sizes import size_values
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+TILE = 64
+
+
+def tile_classes(
+    keep: Pred, q_len: int, k_len: int, q_offset: int | None = None, head: int = 0, tile: tuple[int, int] = (TILE, TILE)
+) -> np.ndarray:
+    """The class of every tile of one head: an int8 array (query tiles, key tiles) of EMPTY, PARTIAL, FULL.
+
+    Sound: EMPTY keeps nothing and FULL keeps everything. Edge tiles are cut at q_len and k_len. Loads from tensors
+    are not known here, so tiles that depend on one are PARTIAL.
+    """
+    offset = k_len - q_len if q_offset is None else q_offset
+    q0 = np.arange(0, q_len, tile[0], dtype=np.int64)[:, None]
+    k0 = np.arange(0, k_len, tile[1], dtype=np.int64)[None, :]
+    env: dict[str, Any] = {
+        "h": head,
+        "q0": q0 + offset,
+        "q1": np.minimum(q0 + tile[0], q_len) - 1 + offset,
+        "k0": k0,
+        "k1": np.minimum(k0 + tile[1], k_len) - 1,
+        "N": k_len,
+    }
+    env |= size_values(variables(keep), k_len)
+    rule = analyse(keep)
+    classes = np.full((q0.size, k0.size), PARTIAL, dtype=np.int8)
+    classes[np.broadcast_to(evaluate(rule.full, env), classes.shape)] = FULL
+    classes[np.broadcast_to(evaluate(rule.empty, env), classes.shape)] = EMPTY
+    return classes
+
+
+def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:
+    """How many of the heads * q_len * k_len pairs are kept."""
+    if not heads or not q_len or not k_len:
+        return 0
+    if "h" not in variables(keep):
+        return heads * _kept_pairs(keep, 0, q_len, k_len, q_offset)
+    return sum(_kept_pairs(keep, head, q_len, k_len, q_offset) for head in range(heads))
+
+
+def _kept_pairs(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | None) -> int:
+    offset = k_len - q_len if q_offset is None else q_offset
+    classes = tile_classes(keep, q_len, k_len, offset, head)
+    heights = np.minimum(np.arange(0, q_len, TILE) + TILE, q_len) - np.arange(0, q_len, TILE)
+    widths = np.minimum(np.arange(0, k_len, TILE) + TILE, k_len) - np.arange(0, k_len, TILE)
+    total = int(heights @ (classes == FULL).astype(np.int64) @ widths)
+    rows, columns = np.nonzero(classes == PARTIAL)
+    env = {"h": head, "N": k_len} | size_values(variables(keep), k_len)
+    inside = np.arange(TILE)
+    for start in range(0, rows.size, 4096):  # 4096 tiles of 64 x 64 are 16 million pairs at a time
+        q = rows[start : start + 4096, None, None] * TILE + inside[None, :, None]
+        k = columns[start : start + 4096, None, None] * TILE + inside[None, None, :]
+        kept = evaluate(keep, env | {"q": q + offset, "k": k})
+        total += int(np.count_nonzero(kept & (q < q_len) & (k < k_len)))
+    return total

@@ -1,0 +1,121 @@
+"""What a pattern is: a rule that says which (head, query, key) triples are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from sparsify.errors import PatternError
+from sparsify.expr import Pred, Var, conjunction, disjunction, negate
+
+if TYPE_CHECKING:
+    import torch
+
+H, Q, K, N = Var("h"), Var("q"), Var("k"), Var("N")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A frozen, hashable rule over absolute query and key positions. Compose rules with `&`, `|`, `~`.
+
+    A subclass has one method, `keep()`, which states its predicate in terms of `H, Q, K, N`. Sizes are integers or
+    expressions in N, the number of keys.
+    """
+
+    def keep(self) -> Pred:
+        """The predicate that is true where a pair is kept."""
+        raise NotImplementedError
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return Both(self, _checked(other, "&"))
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Either(self, _checked(other, "|"))
+
+    def __invert__(self) -> Pattern:
+        return Except(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a pattern has no truth value: write `a & b`, `a | b`, `~a`, or p.mask(...) to see what it keeps")
+
+    def mask(self, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> torch.Tensor:
+        """The rule evaluated everywhere: a bool tensor (heads, q_len, k_len), True where kept.
+
+        `q_offset` is the absolute position of the first query, by default k_len - q_len. This is the definition that
+        kernels and tile analysis are tested against.
+        """
+        from sparsify.patterns.dense_mask import dense_mask
+
+        return dense_mask(self.keep(), heads, q_len, k_len, q_offset)
+
+    def density(self, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> float:
+        """The share of all heads * q_len * k_len pairs that is kept, counted by tiles (no dense mask is made)."""
+        from sparsify.patterns.count import kept_pairs
+
+        kept = kept_pairs(self.keep(), heads, q_len, k_len, q_offset)
+        return kept / (heads * q_len * k_len) if heads * q_len * k_len else 0.0
+
+    def __str__(self) -> str:
+        name = _snake(type(self).__name__)
+        shown = []
+        for i, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            if value != field.default:
+                shown.append(_show(value) if i == len(shown) else f"{field.name}={_show(value)}")
+        return f"{name}({', '.join(shown)})"
+
+
+def _show(value: object) -> str:
+    text = str(value)
+    return repr(text) if "N" in text or text == "head" else text
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+def _checked(other: object, op: str) -> Pattern:
+    if not isinstance(other, Pattern):
+        raise PatternError(f"a pattern can be combined by {op} with another pattern only, found {other!r}")
+    return other
+
+
+@dataclass(frozen=True)
+class Both(Pattern):
+    """Kept by both: `left & right`."""
+
+    left: Pattern
+    right: Pattern
+
+    def keep(self) -> Pred:
+        return conjunction([self.left.keep(), self.right.keep()])
+
+    def __str__(self) -> str:
+        return " & ".join(f"({part})" if isinstance(part, Either) else str(part) for part in (self.left, self.right))
+
+
+@dataclass(frozen=True)
+class Either(Pattern):
+    """Kept by one of two: `left | right`."""
+
+    left: Pattern
+    right: Pattern
+
+    def keep(self) -> Pred:
+        return disjunction([self.left.keep(), self.right.keep()])
+
+    def __str__(self) -> str:
+        return f"{self.left} | {self.right}"
+
+
+@dataclass(frozen=True)
+class Except(Pattern):
+    """Kept where the other drops: `~pattern`."""
+
+    pattern: Pattern
+
+    def keep(self) -> Pred:
+        return negate(self.pattern.keep())
+
+    def __str__(self) -> str:
+        return f"~({self.pattern})" if isinstance(self.pattern, Both | Either) else f"~{self.pattern}"

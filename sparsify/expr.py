@@ -1,0 +1,494 @@
+"""Integer expressions and predicates over positions: the values that patterns, masks and kernels are made of.
+
+An expression is an integer-valued function of `b, h, q, k` (batch, query head, absolute query position, key
+position) and of scalars known at launch (`N`, sizes such as `size('N/8 + 512')`, loads from tensors). A predicate is
+a boolean one. Both are frozen, hashable and canonical: building `k <= q` and `q - k >= 0` gives equal objects, so
+equality is a cheap, sound (not complete) test of sameness. Division and remainder are floored, as in Python.
+
+`sparsify.text` writes and reads them; `sparsify.tiles` asks what they do on a whole tile. Here: build, substitute,
+evaluate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "FALSE", "TRUE", "And", "Eq", "Expr", "FloorDiv", "Ge", "Load", "Max", "Min", "Mod", "Mul", "Not", "Or", "Pred",
+    "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq", "evaluate", "floordiv", "loads",
+    "maximum", "minimum", "mod", "negate", "rewrite", "select", "substitute", "variables",
+]  # fmt: skip
+
+
+class Expr:
+    """An integer expression. Python's arithmetic and order comparisons build new ones; use `eq` for equality."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Expr | int) -> Expr:
+        return _sum([(1, self), (1, as_expr(other))])
+
+    def __sub__(self, other: Expr | int) -> Expr:
+        return _sum([(1, self), (-1, as_expr(other))])
+
+    def __rsub__(self, other: int) -> Expr:
+        return _sum([(-1, self), (1, as_expr(other))])
+
+    def __mul__(self, other: Expr | int) -> Expr:
+        return _product(self, as_expr(other))
+
+    def __neg__(self) -> Expr:
+        return _sum([(-1, self)])
+
+    def __floordiv__(self, other: Expr | int) -> Expr:
+        return floordiv(self, other)
+
+    def __mod__(self, other: Expr | int) -> Expr:
+        return mod(self, other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __ge__(self, other: Expr | int) -> Pred:
+        return _ge(self - other)
+
+    def __gt__(self, other: Expr | int) -> Pred:
+        return _ge(self - other - 1)
+
+    def __le__(self, other: Expr | int) -> Pred:
+        return _ge(as_expr(other) - self)
+
+    def __lt__(self, other: Expr | int) -> Pred:
+        return _ge(as_expr(other) - self - 1)
+
+    def __str__(self) -> str:
+        from sparsify.text import to_text
+
+        return to_text(self)
+
+
+@dataclass(frozen=True)
+class Var(Expr):
+    """A position (`b`, `h`, `q`, `k`), a tile bound, or a scalar known at launch."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Sum(Expr):
+    """const + Σ coefficient · atom, atoms sorted by text and coefficients non-zero. A constant has no terms."""
+
+    const: int
+    terms: tuple[tuple[int, Expr], ...] = ()
+
+
+@dataclass(frozen=True)
+class Mul(Expr):
+    """A product of two expressions neither of which is a constant."""
+
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class FloorDiv(Expr):
+    """left // right, with right > 0."""
+
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Mod(Expr):
+    """left mod right in 0 .. right-1, with right > 0."""
+
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Min(Expr):
+    """The smaller of two."""
+
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Max(Expr):
+    """The larger of two."""
+
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Select(Expr):
+    """`then` where the predicate holds, else `other`."""
+
+    condition: Pred
+    then: Expr
+    other: Expr
+
+
+@dataclass(frozen=True)
+class Load(Expr):
+    """An element of a tensor known at launch: `source[index...]` (a bool counts as 0 or 1)."""
+
+    source: str
+    index: tuple[Expr, ...]
+
+
+class Pred:
+    """A predicate, kept in negation normal form. Combine with `&`, `|`, `~`."""
+
+    __slots__ = ()
+
+    def __and__(self, other: Pred) -> Pred:
+        return conjunction([self, other])
+
+    def __or__(self, other: Pred) -> Pred:
+        return disjunction([self, other])
+
+    def __invert__(self) -> Pred:
+        return negate(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a predicate has no truth value of its own; use &, |, ~ or evaluate(predicate, env)")
+
+    def __str__(self) -> str:
+        from sparsify.text import to_text
+
+        return to_text(self)
+
+
+@dataclass(frozen=True)
+class And(Pred):
+    """All of the parts hold; no part is itself an And. Without parts: TRUE."""
+
+    parts: tuple[Pred, ...]
+
+
+@dataclass(frozen=True)
+class Or(Pred):
+    """One of the parts holds; no part is itself an Or. Without parts: FALSE."""
+
+    parts: tuple[Pred, ...]
+
+
+@dataclass(frozen=True)
+class Ge(Pred):
+    """expr >= 0."""
+
+    expr: Expr
+
+
+@dataclass(frozen=True)
+class Eq(Pred):
+    """expr == 0."""
+
+    expr: Expr
+
+
+@dataclass(frozen=True)
+class Not(Pred):
+    """Not an Eq or a Test: everything else negates into itself."""
+
+    part: Eq | Test
+
+
+@dataclass(frozen=True)
+class Test(Pred):
+    """A load of a bool tensor."""
+
+    load: Load
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+
+TRUE: Pred = And(())
+FALSE: Pred = Or(())
+
+
+def as_expr(value: Expr | int) -> Expr:
+    """The value as an expression; anything but an int or an Expr is a TypeError."""
+    if isinstance(value, Expr):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Sum(value)
+    raise TypeError(f"expected an integer or an expression, found {value!r}")
+
+
+def constant(expr: Expr) -> int | None:
+    """The value of an expression that has no variables, else None."""
+    return expr.const if isinstance(expr, Sum) and not expr.terms else None
+
+
+def _sum(parts: Iterable[tuple[int, Expr]]) -> Expr:
+    const, terms = 0, {}
+    for factor, part in parts:
+        inner = part if isinstance(part, Sum) else Sum(0, ((1, part),))
+        const += factor * inner.const
+        for coefficient, atom in inner.terms:
+            terms[atom] = terms.get(atom, 0) + factor * coefficient
+    kept = tuple(sorted(((c, a) for a, c in terms.items() if c), key=lambda term: (-term[0], repr(term[1]))))
+    if const == 0 and len(kept) == 1 and kept[0][0] == 1:
+        return kept[0][1]
+    return Sum(const, kept)
+
+
+def _product(left: Expr, right: Expr) -> Expr:
+    for one, other in ((left, right), (right, left)):
+        factor = constant(one)
+        if factor is not None:
+            return _sum([(factor, other)])
+    return Mul(*sorted((left, right), key=repr))
+
+
+def floordiv(left: Expr | int, right: Expr | int) -> Expr:
+    """left // right; folds constants, and pulls multiples of a constant divisor out of a sum."""
+    left, right = as_expr(left), as_expr(right)
+    divisor = constant(right)
+    if divisor is None:
+        return FloorDiv(left, right)
+    if divisor <= 0:
+        raise ValueError(f"a divisor must be positive, found {divisor}")
+    whole, rest = _split(left, divisor)
+    value = constant(rest)
+    return _sum([(1, whole), (1, as_expr(value // divisor) if value is not None else FloorDiv(rest, right))])
+
+
+def mod(left: Expr | int, right: Expr | int) -> Expr:
+    """left mod right; folds constants, and drops multiples of a constant divisor."""
+    left, right = as_expr(left), as_expr(right)
+    divisor = constant(right)
+    if divisor is None:
+        return Mod(left, right)
+    if divisor <= 0:
+        raise ValueError(f"a divisor must be positive, found {divisor}")
+    rest = _split(left, divisor)[1]
+    value = constant(rest)
+    return as_expr(value % divisor) if value is not None else Mod(rest, right)
+
+
+def _split(expr: Expr, divisor: int) -> tuple[Expr, Expr]:
+    """(whole, rest) with expr == whole * divisor + rest, whole as large as the coefficients show."""
+    if divisor == 1:
+        return expr, as_expr(0)
+    if not isinstance(expr, Sum):
+        return as_expr(0), expr
+    whole = _sum([(c // divisor, a) for c, a in expr.terms if c % divisor == 0] + [(expr.const // divisor, as_expr(1))])
+    rest = _sum([(c, a) for c, a in expr.terms if c % divisor] + [(expr.const % divisor, as_expr(1))])
+    return whole, rest
+
+
+def minimum(left: Expr | int, right: Expr | int) -> Expr:
+    """The smaller of two; folds when their difference is a constant."""
+    return _extreme(as_expr(left), as_expr(right), Min)
+
+
+def maximum(left: Expr | int, right: Expr | int) -> Expr:
+    """The larger of two; folds when their difference is a constant."""
+    return _extreme(as_expr(left), as_expr(right), Max)
+
+
+def _extreme(left: Expr, right: Expr, kind: type[Min] | type[Max]) -> Expr:
+    gap = constant(left - right)
+    if gap is None:
+        return kind(*sorted((left, right), key=repr))
+    return left if (gap < 0) == (kind is Min) else right
+
+
+def select(condition: Pred, then: Expr | int, other: Expr | int) -> Expr:
+    """`then` where the condition holds, else `other`; folds a known condition."""
+    then, other = as_expr(then), as_expr(other)
+    if condition == TRUE or then == other:
+        return then
+    return other if condition == FALSE else Select(condition, then, other)
+
+
+def _ge(expr: Expr) -> Pred:
+    value = constant(expr)
+    if value is not None:
+        return TRUE if value >= 0 else FALSE
+    return Ge(_tightened(expr))
+
+
+def _tightened(expr: Expr) -> Expr:
+    """Divides `expr >= 0` by the common factor of its coefficients, rounding the constant down."""
+    import math
+
+    if not isinstance(expr, Sum):
+        return expr
+    common = math.gcd(*(c for c, _ in expr.terms))
+    return _sum([(c // common, a) for c, a in expr.terms] + [(expr.const // common, as_expr(1))])
+
+
+def eq(left: Expr | int, right: Expr | int) -> Pred:
+    """left == right."""
+    gap = as_expr(left) - right
+    value = constant(gap)
+    if value is not None:
+        return TRUE if value == 0 else FALSE
+    return Eq(max(gap, -gap, key=repr))
+
+
+def conjunction(parts: Iterable[Pred]) -> Pred:
+    """All parts: flattened, without repeats, in a canonical order; FALSE if two parts contradict each other."""
+    return _joined(parts, And, TRUE, FALSE)
+
+
+def disjunction(parts: Iterable[Pred]) -> Pred:
+    """One part: flattened, without repeats, in a canonical order; TRUE if two parts cover everything."""
+    return _joined(parts, Or, FALSE, TRUE)
+
+
+def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero: Pred) -> Pred:
+    flat: dict[Pred, None] = {}
+    for part in parts:
+        flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else [part]))
+    if zero in flat or any(negate(part) in flat for part in flat if not isinstance(part, And | Or)):
+        return zero
+    dual = Or if kind is And else And
+    kept = [p for p in flat if not (isinstance(p, dual) and any(q in flat for q in p.parts))]  # absorption
+    kept.sort(key=repr)
+    return kept[0] if len(kept) == 1 else kind(tuple(kept)) if kept else unit
+
+
+def negate(pred: Pred) -> Pred:
+    """The opposite predicate, again in negation normal form."""
+    match pred:
+        case And(parts):
+            return disjunction(negate(part) for part in parts)
+        case Or(parts):
+            return conjunction(negate(part) for part in parts)
+        case Ge(expr):
+            return _ge(-expr - 1)
+        case Not(part):
+            return part
+    return Not(pred)
+
+
+def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
+    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable or load for which it isn't None."""
+    go = lambda part: rewrite(part, leaf)  # noqa: E731
+    match node:
+        case Var():
+            return leaf(node) or node
+        case Load(source, index):
+            return leaf(node) or Load(source, tuple(map(go, index)))
+        case Sum(const, terms):
+            return _sum([(1, as_expr(const))] + [(c, go(atom)) for c, atom in terms])
+        case Mul(left, right):
+            return _product(go(left), go(right))
+        case FloorDiv(left, right):
+            return floordiv(go(left), go(right))
+        case Mod(left, right):
+            return mod(go(left), go(right))
+        case Min(left, right):
+            return minimum(go(left), go(right))
+        case Max(left, right):
+            return maximum(go(left), go(right))
+        case Select(condition, then, other):
+            return select(go(condition), go(then), go(other))
+        case And(parts):
+            return conjunction(map(go, parts))
+        case Or(parts):
+            return disjunction(map(go, parts))
+        case Ge(expr):
+            return _ge(go(expr))
+        case Eq(expr):
+            return eq(go(expr), 0)
+        case Not(part):
+            return negate(go(part))
+        case Test(load):
+            return Test(go(load))
+    raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def substitute(node: Any, values: Mapping[str, Expr | int]) -> Any:
+    """The node with variables replaced by name."""
+    return rewrite(node, lambda leaf: as_expr(values[leaf.name]) if isinstance(leaf, Var) and leaf.name in values else None)
+
+
+def _leaves(node: Any) -> list[Expr]:
+    found: dict[Expr, None] = {}
+
+    def note(leaf: Expr) -> None:
+        found[leaf] = None
+
+    rewrite(node, note)
+    return list(found)
+
+
+def variables(node: Any) -> frozenset[str]:
+    """The names of the variables in a node."""
+    return frozenset(leaf.name for leaf in _leaves(node) if isinstance(leaf, Var))
+
+
+def loads(node: Any) -> list[Load]:
+    """The distinct loads in a node, in order of appearance."""
+    return [leaf for leaf in _leaves(node) if isinstance(leaf, Load)]
+
+
+def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
+    """The node's value by elementwise evaluation: the definition that everything else is tested against.
+
+    `env` gives an int or a broadcastable integer tensor (torch or numpy) for each variable and, for each load, a
+    tensor under its source name. Python ints give a Python int or bool.
+    """
+    go = lambda part: evaluate(part, env)  # noqa: E731
+    match node:
+        case Var(name):
+            return env[name]
+        case Load(source, index):
+            return env[source][tuple(map(go, index))]
+        case Sum(const, terms):
+            return sum((c * go(atom) for c, atom in terms), start=const)
+        case Mul(left, right):
+            return go(left) * go(right)
+        case FloorDiv(left, right):
+            return go(left) // go(right)
+        case Mod(left, right):
+            return go(left) % go(right)
+        case Min(left, right):
+            return _where(go(left) <= go(right), go(left), go(right))
+        case Max(left, right):
+            return _where(go(left) >= go(right), go(left), go(right))
+        case Select(condition, then, other):
+            return _where(go(condition), go(then), go(other))
+        case And(parts):
+            return _fold(map(go, parts), True, lambda a, b: a & b)
+        case Or(parts):
+            return _fold(map(go, parts), False, lambda a, b: a | b)
+        case Ge(expr):
+            return go(expr) >= 0
+        case Eq(expr):
+            return go(expr) == 0
+        case Not(part):
+            value = go(part)
+            return not value if isinstance(value, bool) else ~value
+        case Test(load):
+            value = go(load)
+            return value if isinstance(value, bool) else value != 0
+    raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def _fold(values: Iterable[Any], start: bool, join: Callable[[Any, Any], Any]) -> Any:
+    result: Any = start
+    for value in values:
+        result = value if isinstance(result, bool) and result == start else join(result, value)
+    return result
+
+
+def _where(condition: Any, then: Any, other: Any) -> Any:
+    if isinstance(condition, bool):
+        return then if condition else other
+    if hasattr(condition, "numpy"):
+        import torch
+
+        return torch.where(condition, then, other)
+    import numpy
+
+    return numpy.where(condition, then, other)
