@@ -348,12 +348,47 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
     flat: dict[Pred, None] = {}
     for part in parts:
         flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else [part]))
+    flat = dict.fromkeys(_tightest(flat, kind))
     if zero in flat or any(negate(part) in flat for part in flat if not isinstance(part, And | Or)):
         return zero
     dual = Or if kind is And else And
     kept = [p for p in flat if not (isinstance(p, dual) and any(q in flat for q in p.parts))]  # absorption
+    shorter = [_without(p, flat, kind) if isinstance(p, dual) else p for p in kept]
+    if shorter != kept:
+        return _joined(shorter, kind, unit, zero)
     kept.sort(key=repr)
     return kept[0] if len(kept) == 1 else kind(tuple(kept)) if kept else unit
+
+
+def _tightest(parts: Iterable[Pred], kind: type[And] | type[Or]) -> list[Pred]:
+    """Of several bounds on one linear form, the one that decides: the lowest constant in an And, the highest in an Or."""
+    pick = min if kind is And else max
+    bound: dict[tuple[tuple[int, Expr], ...], int] = {}
+    rest: list[Pred] = []
+    for part in parts:
+        if isinstance(part, Ge) and isinstance(part.expr, Sum):
+            terms = part.expr.terms
+            bound[terms] = pick(bound.get(terms, part.expr.const), part.expr.const)
+        else:
+            rest.append(part)
+    for terms, const in bound.items():
+        other = bound.get(_negated(terms))
+        if other is not None and (const + other < 0 if kind is And else const + other >= -1):
+            return [FALSE if kind is And else TRUE]  # the two bounds leave nothing, or cover everything
+        rest.append(Ge(_sum([(c, atom) for c, atom in terms] + [(const, as_expr(1))])))
+    return rest
+
+
+def _negated(terms: tuple[tuple[int, Expr], ...]) -> tuple[tuple[int, Expr], ...]:
+    negative = -Sum(0, terms)
+    return negative.terms if isinstance(negative, Sum) else ((1, negative),)
+
+
+def _without(part: Pred, known: Mapping[Pred, None], kind: type[And] | type[Or]) -> Pred:
+    """A nested part with what its surroundings already say left out: `x and (x and y or z)` is `x and (y or z)`."""
+    dual = Or if kind is And else And
+    inner = [kind(tuple(q for q in p.parts if q not in known)) if isinstance(p, kind) else p for p in part.parts]
+    return _joined(inner, dual, *((FALSE, TRUE) if dual is Or else (TRUE, FALSE)))
 
 
 def negate(pred: Pred) -> Pred:

@@ -33,6 +33,7 @@ PYTHON: Mapping[str, str] = {
     "select": "({1} if {0} else {2})",
     "load": "{0}[{1}]",
     "ge": "{0} >= {1}",
+    "le": "{0} <= {1}",
     "eq": "{0} == {1}",
     "ne": "{0} != {1}",
     "and": " and ",
@@ -110,13 +111,21 @@ class _Printer:
     def _comparison(self, name: str, expr: Expr) -> str:
         terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
         const = expr.const if isinstance(expr, Sum) else 0
-        right = self.op("const", -const)
-        return self.op("group", self.op(name, self._sum(terms, 0), right))
+        if _leading(terms) < 0:
+            terms, const = tuple((-c, atom) for c, atom in terms), -const
+            name = "le" if name == "ge" else name
+        terms = tuple(sorted(terms, key=lambda term: term[0] < 0))
+        return self.op("group", self.op(name, self._sum(terms, 0), self.op("const", -const)))
 
     def _joined(self, parts: tuple[Pred, ...], joiner: str, empty: str) -> str:
         if not parts:
             return self.op(empty)
         return self.op("group", self.ops[joiner].join(map(self.text, parts)))
+
+
+def _leading(terms: tuple[tuple[int, Expr], ...]) -> int:
+    """The coefficient that should print as positive: that of q where it occurs, else the first."""
+    return next((c for c, atom in terms if atom == Var("q")), terms[0][0])
 
 
 def size_var(text: str) -> Var:

@@ -1,0 +1,61 @@
+"""What a target is: something that can run a program, or say why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sparsify.errors import Refusal
+from sparsify.program import Program
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a program.
+
+    q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv), of one dtype and device, any strides.
+    mask: None, or a bool or floating tensor that broadcasts to (B, Hq, Nq, Nk), as `program.mask` says.
+    loads: the tensors that loads `_0`, `_1`, ... name (bool or integer).
+    q_offset: the absolute position of the first query.
+    scale: multiplies q·k.
+    """
+
+    program: Program
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    loads: tuple[torch.Tensor, ...]
+    q_offset: int
+    scale: float
+
+    def empty_output(self) -> torch.Tensor:
+        """An output (B, Hq, Nq, Dv) laid out as (B, Nq, Hq, Dv): what a model's own transpose-and-reshape wants."""
+        return empty_output(self.q, self.v)
+
+
+def empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The output that every target and the fake kernel return: shape (B, Hq, Nq, Dv), strides of (B, Nq, Hq, Dv)."""
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
+
+
+class Target(Protocol):
+    """A way to run programs. Targets are stateless; built kernels are cached by `sparsify.runtime`."""
+
+    name: str
+
+    def unavailable(self) -> Refusal | None:
+        """Why this machine can't use the target at all, or None."""
+
+    def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
+        """Why this program can't run on the target, or None."""
+
+    def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
+        """The generated source, as text."""
+
+    def run(self, launch: Launch) -> torch.Tensor:
+        """Runs the program; returns the output (B, Hq, Nq, Dv). A row that keeps nothing gives 0."""

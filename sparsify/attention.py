@@ -1,0 +1,87 @@
+"""`sparsify.attention`: the library's function form, for whoever writes their own model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from sparsify import codegen, env, op
+from sparsify.errors import InputError
+from sparsify.patterns import Pattern
+from sparsify.program import Program
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    q_offset: int | None = None,
+) -> torch.Tensor:
+    """Attention over the pairs that a pattern keeps: softmax(scale * q·kᵀ, over kept keys) · v.
+
+    q is (B, Hq, Nq, D), k and v are (B, Hkv, Nk, D), Hq a multiple of Hkv; float32, bfloat16 or float16; any strides.
+    `pattern` is one pattern, or one per query head. `mask` is as in `scaled_dot_product_attention` (bool: True keeps;
+    floating: added to the scaled scores; broadcastable to (B, Hq, Nq, Nk)) and is combined with the pattern.
+    `scale` defaults to 1/sqrt(D). `q_offset` is the absolute position of the first query, by default Nk - Nq.
+
+    Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
+    `torch.compile(fullgraph=True)` and inside the sparsify backend. Raises InputError for what does not fit.
+    """
+    _check(q, k, v, mask)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
+    kind = None if mask is None else "bool" if mask.dtype == torch.bool else "add"
+    program = program_text(pattern, q.shape[1], kind, q.device.type)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    return op.attention(q, k, v, mask, [], offset, q.shape[-1] ** -0.5 if scale is None else float(scale), program)
+
+
+@torch.compiler.assume_constant_result
+def program_text(pattern: Pattern | Sequence[Pattern], heads: int, mask: str | None, device: str) -> str:
+    """The canonical program of a pattern (or one per head). Raises InputError when their number doesn't fit."""
+    patterns = (pattern,) * heads if isinstance(pattern, Pattern) else tuple(pattern)
+    if len(patterns) != heads or not all(isinstance(p, Pattern) for p in patterns):
+        found = f"{len(patterns)} patterns" if all(isinstance(p, Pattern) for p in patterns) else repr(pattern)
+        raise InputError(f"attention: pattern: expected one pattern or one for each of {heads} query heads, found {found}")
+    return _program_text(patterns, mask, env.target(), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _program_text(patterns: tuple[Pattern, ...], mask: str | None, target: str, device: str) -> str:
+    name = codegen.choose(device) if target == "auto" else target
+    return Program.of([p.keep() for p in patterns], mask=mask, target=name).text()
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise InputError(f"attention: {name}: expected 4 dimensions (batch, heads, length, head size), found {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"attention: {name}: expected float32, bfloat16 or float16, found {tensor.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"attention: q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise InputError(f"attention: q, k and v must be on one device, found {q.device}, {k.device}, {v.device}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise InputError(f"attention: expected q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D), found {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise InputError(f"attention: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
+    if mask is not None:
+        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+
+
+def _check_mask(mask: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
+    if mask.dtype != torch.bool and mask.dtype not in (*DTYPES, torch.float64):
+        raise InputError(f"attention: mask: expected bool or floating point, found {mask.dtype}")
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(sizes) != 4 or any(found not in (1, size) for found, size in zip(sizes, shape, strict=False)):
+        raise InputError(f"attention: mask: expected a shape that broadcasts to {tuple(shape)}, found {tuple(mask.shape)}")

@@ -1,0 +1,43 @@
+"""The environment variables that sparsify reads: few, typed, and a bad value raises."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sparsify.errors import InputError, nearest
+
+ISAS = ("avx512", "avx2", "portable")
+TARGETS = ("auto", "cpp", "triton", "null")
+
+
+def cache_dir() -> Path:
+    """SPARSIFY_CACHE_DIR: where built kernels are kept; by default the user's cache folder."""
+    found = os.environ.get("SPARSIFY_CACHE_DIR")
+    if found:
+        return Path(found)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("sparsify"))
+
+
+def target() -> str:
+    """SPARSIFY_TARGET: auto (default), cpp, triton or null."""
+    return _one_of("SPARSIFY_TARGET", "auto", TARGETS)
+
+
+def isa() -> str | None:
+    """SPARSIFY_ISA: forces avx512, avx2 or portable C++ kernels; by default the best that the machine runs."""
+    return _one_of("SPARSIFY_ISA", "", ISAS) or None
+
+
+def compiler() -> str | None:
+    """SPARSIFY_CXX, else CXX: the C++ compiler to use; by default the first of c++, g++, clang++ on the path."""
+    return os.environ.get("SPARSIFY_CXX") or os.environ.get("CXX") or None
+
+
+def _one_of(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value and value not in allowed:
+        raise InputError(f"environment variable {name}: found '{value}'; {nearest(value, allowed)}")
+    return value

@@ -1,0 +1,30 @@
+"""The custom op `sparsify::attention`: tensors, numbers and one canonical string, and nothing else (design D6)."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify.codegen import Launch, target
+from sparsify.codegen.target import empty_output
+from sparsify.program import Program
+
+LIBRARY = torch.library.Library("sparsify", "DEF")
+LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] loads, SymInt q_offset, float scale, str program)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
+def _attention(q, k, v, mask, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+    parsed = Program.parse(program)
+    return target(parsed.target).run(Launch(parsed, q, k, v, mask, tuple(loads), q_offset, scale))
+
+
+@torch.library.register_fake("sparsify::attention", lib=LIBRARY)
+def _fake(q, k, v, mask, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+    return empty_output(q, v)
+
+
+attention = torch.ops.sparsify.attention.default

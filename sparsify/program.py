@@ -1,0 +1,110 @@
+"""A program: everything about one attention that is fixed before its tensors are known.
+
+It is what the custom op carries as one canonical string (design D6), so graphs can be cached, exported, pickled and
+sent to other processes: no handle into this process is in it. The kernel's source, name and hash follow from it, the
+dtype, the head size and the machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sparsify.errors import InputError
+from sparsify.expr import Pred, loads, variables
+from sparsify.sizes import size_values
+from sparsify.text import parse_pred, to_text
+
+VERSION = 1
+MASK_KINDS = (None, "bool", "add")
+TARGETS = ("cpp", "triton", "null")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each head keeps, and how scores are changed on the way.
+
+    keep: the distinct predicates over b, h, q (absolute), k, N, sizes and loads `_0[...]`, `_1[...]`, ...
+    heads: for each query head, the index in `keep` of its predicate.
+    mask: the kind of tensor mask given beside: None, "bool" (True keeps) or "add" (added to the scaled scores).
+    loads: how many tensors the loads `_0`, `_1`, ... name.
+    softcap: scores become softcap * tanh(score / softcap) after scaling and before the mask (Gemma 2).
+    target: which target runs it.
+    """
+
+    keep: tuple[Pred, ...]
+    heads: tuple[int, ...]
+    mask: str | None = None
+    loads: int = 0
+    softcap: float | None = None
+    target: str = "cpp"
+
+    def __post_init__(self) -> None:
+        assert self.mask in MASK_KINDS and self.target in TARGETS, self
+        assert all(0 <= rule < len(self.keep) for rule in self.heads), self
+
+    @classmethod
+    def of(cls, keeps: Sequence[Pred], **fields: object) -> Program:
+        """The program of one predicate per query head, equal predicates stored once."""
+        distinct = tuple(dict.fromkeys(keeps))
+        return cls(distinct, tuple(distinct.index(keep) for keep in keeps), **fields)  # type: ignore[arg-type]
+
+    def text(self) -> str:
+        """The canonical string."""
+        return json.dumps(
+            {
+                "version": VERSION,
+                "keep": [to_text(keep) for keep in self.keep],
+                "heads": self.heads,
+                "mask": self.mask,
+                "loads": self.loads,
+                "softcap": self.softcap,
+                "target": self.target,
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """Reads `text()` back (cached: one program is launched many times)."""
+        return _parse(text)
+
+    def rule_of(self, head: int) -> Pred:
+        """The predicate of a query head."""
+        return self.keep[self.heads[head]]
+
+    def uses(self, *names: str) -> bool:
+        """Whether any predicate mentions one of these variables."""
+        return any(variables(keep) & set(names) for keep in self.keep)
+
+    def sizes(self) -> list[str]:
+        """The size variables of all predicates, in a fixed order: the scalars that a kernel takes."""
+        names = frozenset().union(*(variables(keep) for keep in self.keep))
+        return sorted(name for name in names if name.startswith("size("))
+
+    def size_values(self, n: int) -> list[int]:
+        """The values of `sizes()` at sequence length n."""
+        values = size_values(frozenset(self.sizes()), n)
+        return [values[name] for name in self.sizes()]
+
+    def load_ranks(self) -> dict[str, int]:
+        """How many indices each load takes, by source name."""
+        found = _all_loads(self.keep)
+        return {name: len(index) for name, index in found}
+
+
+def _all_loads(keeps: Iterable[Pred]) -> list[tuple[str, tuple]]:
+    return [(load.source, load.index) for keep in keeps for load in loads(keep)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> Program:
+    fields = json.loads(text)
+    version = fields.pop("version")
+    if version != VERSION:
+        raise InputError(f"program version {version} can't be read by this sparsify (it reads {VERSION})")
+    fields["keep"] = tuple(parse_pred(keep) for keep in fields["keep"])
+    fields["heads"] = tuple(fields["heads"])
+    return Program(**fields)
