@@ -104,7 +104,8 @@ def _query_tile(launch: Launch, b: int, h: int, start: int, stop: int) -> torch.
     q, k, v = (t.double() for t in (launch.q[b, h, start:stop], launch.k[b, kv], launch.v[b, kv]))
     top = torch.full((stop - start, 1), -torch.inf, dtype=torch.float64)
     norm, total = torch.zeros_like(top), torch.zeros(stop - start, v.shape[-1], dtype=torch.float64)
-    env: dict[str, Any] = {"b": b, "h": h, "N": k_len, "q0": start + launch.q_offset, "q1": stop - 1 + launch.q_offset}
+    env: dict[str, Any] = {"b": b, "h": h, "N": k_len, "Nq": launch.q.shape[2]}
+    env |= {"q0": start + launch.q_offset, "q1": stop - 1 + launch.q_offset}
     env |= dict(zip(program.sizes(), program.size_values(k_len), strict=True))
     env |= {f"_{i}": load for i, load in enumerate(launch.loads)}
     for low, high in key_tiles(rule, env, k_len, BLOCK_N):

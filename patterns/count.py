@@ -32,6 +32,7 @@ def tile_classes(
         "k0": k0,
         "k1": np.minimum(k0 + tile[1], k_len) - 1,
         "N": k_len,
+        "Nq": q_len,
     }
     env |= size_values(variables(keep), k_len)
     rule = analyse(keep)
@@ -57,7 +58,7 @@ def _kept_pairs(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | N
     widths = np.minimum(np.arange(0, k_len, TILE) + TILE, k_len) - np.arange(0, k_len, TILE)
     total = int(heights @ (classes == FULL).astype(np.int64) @ widths)
     rows, columns = np.nonzero(classes == PARTIAL)
-    env = {"h": head, "N": k_len} | size_values(variables(keep), k_len)
+    env = {"h": head, "N": k_len, "Nq": q_len} | size_values(variables(keep), k_len)
     inside = np.arange(TILE)
     for start in range(0, rows.size, 4096):  # 4096 tiles of 64 x 64 are 16 million pairs at a time
         q = rows[start : start + 4096, None, None] * TILE + inside[None, :, None]

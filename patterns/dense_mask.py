@@ -21,6 +21,7 @@ def position_env(heads: int, q_len: int, k_len: int, q_offset: int | None, devic
         "q": torch.arange(q_len, device=device).view(-1, 1) + offset,
         "k": torch.arange(k_len, device=device),
         "N": k_len,
+        "Nq": q_len,
     }
 
 

@@ -28,6 +28,6 @@ def expr(text: str) -> Pattern:
 
     The text is read through a whitelist and never run. Raises PatternError naming whatever is not allowed.
     """
-    if "b" in variables(parse_pred(text, sources=())):
-        raise PatternError(f"expression '{text}': a pattern can't depend on the batch index b")
+    for name in sorted(variables(parse_pred(text, sources=())) & {"b", "Nq"}):
+        raise PatternError(f"expression '{text}': a pattern can't depend on {name} (only on h, q, k and N)")
     return Expression(text)

@@ -1,7 +1,7 @@
 """Integer expressions and predicates over positions: the values that patterns, masks and kernels are made of.
 
 An expression is an integer-valued function of `b, h, q, k` (batch, query head, absolute query position, key
-position) and of scalars known at launch (`N`, sizes such as `size('N/8 + 512')`, loads from tensors). A predicate is
+position) and of scalars known at launch (`N` keys, `Nq` queries, sizes such as `size('N/8 + 512')`, loads from tensors). A predicate is
 a boolean one. Both are frozen, hashable and canonical: building `k <= q` and `q - k >= 0` gives equal objects, so
 equality is a cheap, sound (not complete) test of sameness. Division and remainder are floored, as in Python.
 

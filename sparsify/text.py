@@ -17,7 +17,7 @@ from sparsify.expr import (
     as_expr, conjunction, disjunction, eq, floordiv, maximum, minimum, mod, negate, select,
 )  # fmt: skip
 
-POSITIONS = ("b", "h", "q", "k", "N")
+POSITIONS = ("b", "h", "q", "k", "N", "Nq")
 
 PYTHON: Mapping[str, str] = {
     "var": "{0}",

@@ -1,0 +1,38 @@
+# Everything a newcomer or a developer runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test test-slow lint gpu clean
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# An installed torch in range (a GPU machine's own, with --system-site-packages) is kept; else the CPU build is taken.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## the tests (under 12 minutes on two cores)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## the exhaustive tests
+	$(BIN)/python -m pytest -m "slow"
+
+lint: $(STAMP) ## style only
+	$(BIN)/ruff check .
+
+gpu: ## the GPU tests and benchmark with the machine's own python; results go to examples/results/
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m sparsify bench --json examples/results
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist out *.egg-info
