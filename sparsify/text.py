@@ -159,9 +159,8 @@ def _parse(text: str) -> ast.expr:
         raise PatternError(f"an expression of {len(text)} characters is longer than the 100000 allowed")
     try:
         return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        at = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
-        raise PatternError(f"expression '{text}': not an expression{at}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise PatternError(f"expression '{text}': not an expression") from None
 
 
 _COMPARE: dict[type, Callable[[Expr, Expr], Pred]] = {
