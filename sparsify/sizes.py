@@ -90,7 +90,9 @@ def _parse(text: str, field: str) -> ast.expr:
 def _check(part: ast.AST, text: str, field: str) -> None:
     allowed = ast.BinOp | ast.UnaryOp | ast.USub | ast.UAdd | ast.Load
     match part:
-        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        case ast.Constant(value=value) if (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
             return
         case ast.Name(id=name) if name == "N" or name in _CALLS:
             return
@@ -98,7 +100,9 @@ def _check(part: ast.AST, text: str, field: str) -> None:
             return
     if isinstance(part, allowed) or type(part) in _OPS:
         return
-    raise PatternError(f"{field}: '{ast.unparse(part)}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)")
+    raise PatternError(
+        f"{field}: '{ast.unparse(part)}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)"
+    )
 
 
 def _value(node: ast.AST, n: int) -> Fraction:

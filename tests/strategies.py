@@ -45,8 +45,14 @@ def primitives(draw: st.DrawFn) -> tuple[Pattern, Rule]:
                 (p.column_stride(a, block=b, offset="head"), lambda h, q, k, n: (k // b + h) % a == 0),
                 (p.global_tokens(positions), lambda h, q, k, n: q in positions or k in positions),
                 (p.expr(f"(q - k) % {a} < {b} and k <= q"), lambda h, q, k, n: (q - k) % a < b and k <= q),
-                (p.expr(f"abs(q - k) * 2 <= min(q, k) + {a} + h"), lambda h, q, k, n: abs(q - k) * 2 <= min(q, k) + a + h),
-                (p.expr(f"q * k % {a + 1} != {b} or N - k < {b}"), lambda h, q, k, n: q * k % (a + 1) != b or n - k < b),
+                (
+                    p.expr(f"abs(q - k) * 2 <= min(q, k) + {a} + h"),
+                    lambda h, q, k, n: abs(q - k) * 2 <= min(q, k) + a + h,
+                ),
+                (
+                    p.expr(f"q * k % {a + 1} != {b} or N - k < {b}"),
+                    lambda h, q, k, n: q * k % (a + 1) != b or n - k < b,
+                ),
                 (p.expr(f"k < ({a} if q > {b} else q // 2)"), lambda h, q, k, n: k < (a if q > b else q // 2)),
             ]
         )

@@ -34,7 +34,9 @@ PATTERNS = {
     "window512": lambda heads: (p.window(512),) * heads,
     "window1024": lambda heads: (p.window(1024),) * heads,
     "streaming": lambda heads: ((p.sinks(4) | p.window(1024)) & CAUSAL,) * heads,
-    "s2_stride": lambda heads: ((p.block_window(64, 16) | p.column_stride(8, block=64, offset="head")) & CAUSAL,) * heads,
+    "s2_stride": lambda heads: (
+        ((p.block_window(64, 16) | p.column_stride(8, block=64, offset="head")) & CAUSAL,) * heads
+    ),
     "block_diagonal": lambda heads: (p.same_block(512) & CAUSAL,) * heads,
     "dilated8": lambda heads: (p.dilated(8) & CAUSAL,) * heads,
     "mixture": _mixture,
@@ -77,7 +79,12 @@ WINDOWS = tuple(
 
 
 def grid(
-    patterns: Iterable[str], lengths: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str], heads: int, kv_heads: int
+    patterns: Iterable[str],
+    lengths: Iterable[int],
+    head_dims: Iterable[int],
+    dtypes: Iterable[str],
+    heads: int,
+    kv_heads: int,
 ) -> tuple[Case, ...]:
     """Every combination; raises InputError for an unknown pattern or a head count that doesn't divide."""
     names = tuple(patterns)
@@ -87,5 +94,9 @@ def grid(
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"bench: {heads} query heads are not a multiple of {kv_heads} key heads")
     return tuple(
-        Case(name, n, d, dtype, heads, kv_heads) for dtype in dtypes for d in head_dims for n in lengths for name in names
+        Case(name, n, d, dtype, heads, kv_heads)
+        for dtype in dtypes
+        for d in head_dims
+        for n in lengths
+        for name in names
     )

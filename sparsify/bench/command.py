@@ -15,7 +15,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
-    pattern: Annotated[list[str] | None, typer.Option(help="Patterns to measure (repeat it). Default: windows.")] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Patterns to measure (repeat it). Default: windows.")
+    ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Sequence lengths. Default: 4096.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes. Default: 64.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16. Default: the first two.")] = None,
@@ -46,7 +48,12 @@ def bench(
     else:
         cases = WINDOWS
     console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
     results = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
