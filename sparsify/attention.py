@@ -63,9 +63,8 @@ def _program_text(patterns: tuple[Pattern, ...], mask: str | None, target: str, 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise InputError(
-                f"attention: {name}: expected 4 dimensions (batch, heads, length, head size), found {tuple(tensor.shape)}"
-            )
+            shape = tuple(tensor.shape)
+            raise InputError(f"attention: {name}: expected (batch, heads, length, head size), found the shape {shape}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"attention: {name}: expected float32, bfloat16 or float16, found {tensor.dtype}")
     if not q.dtype == k.dtype == v.dtype:
