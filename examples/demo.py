@@ -26,6 +26,7 @@ import sparsify
 from examples.reader import attend, evaluate
 from sparsify.patterns import Pattern, causal, sinks, window
 from sparsify.patterns.count import kept_by_head
+from sparsify.patterns.pattern import Both
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reader" / "model"
@@ -60,14 +61,14 @@ def kept_share(layers: list[tuple[Pattern, ...]], length: int) -> float:
     return statistics.mean(kept) / (length * (length + 1) // 2)
 
 
-def uniform_window(share: float, length: int) -> Pattern:
-    """One sinks-and-window rule that keeps this share of the causal pairs."""
+def uniform_window(share: float, length: int) -> Both:
+    """One sinks-and-window rule, under the causal mask, that keeps this share of the causal pairs."""
     low, high = 1, length
     while low < high:
         middle = (low + high) // 2
         found = kept_share([((sinks(4) | window(middle)) & causal(),)], length)
         low, high = (middle + 1, high) if found < share else (low, middle)
-    return (sinks(4) | window(low)) & causal()
+    return Both(sinks(4) | window(low), causal())
 
 
 def quality(length: int, texts: int, documents: int, readers: dict[str, tuple[Forward, float]]) -> Table:
