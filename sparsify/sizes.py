@@ -18,6 +18,7 @@ from sparsify.errors import PatternError
 from sparsify.expr import Expr, as_expr, maximum
 from sparsify.text import size_var
 
+FAR = 2**20  # a length at which no sensible size is beyond LIMIT
 LIMIT = 2**40  # sizes are positions; anything near the range of an int64 product is a mistake
 
 _OPS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -45,11 +46,15 @@ class Size:
         if isinstance(value, int):
             if low is not None and value < low:
                 raise PatternError(f"{field}: expected an integer >= {low}, found {value}")
-            if value > LIMIT:
-                raise PatternError(f"{field}: expected an integer <= 2**40, found {value}")
+            if abs(value) > LIMIT:
+                raise PatternError(f"{field}: expected an integer within 2**40 of 0, found {str(value)[:30]}")
             return cls(str(value))
         size = cls(ast.unparse(_parse(value, field)))
-        return cls.read(size.at(1), field, low) if "N" not in size.text else size
+        if "N" not in size.text:
+            return cls.read(size.at(1), field, low)
+        if abs(size.at(FAR)) > LIMIT:
+            raise PatternError(f"{field}: '{value}' is beyond 2**40 at N = 2**20")
+        return size
 
     def at(self, n: int) -> int:
         """The size at sequence length n, rounded down."""
@@ -80,7 +85,7 @@ def _parse(text: str, field: str) -> ast.expr:
         raise PatternError(f"{field}: an expression of {len(text)} characters is longer than the 1000 allowed")
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise PatternError(f"{field}: '{text}' is not an arithmetic expression in N") from None
     for part in ast.walk(node):
         _check(part, text, field)
@@ -98,7 +103,8 @@ def _check(part: ast.AST, text: str, field: str) -> None:
             return
     if isinstance(part, allowed) or type(part) in _OPS:
         return
-    raise PatternError(f"{field}: '{ast.unparse(part)}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)")
+    found = ast.unparse(part) or type(part).__name__
+    raise PatternError(f"{field}: '{found}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max, floor, ceil)")
 
 
 def _value(node: ast.AST, n: int) -> Fraction:
