@@ -49,10 +49,17 @@ class Size:
             if abs(value) > LIMIT:
                 raise PatternError(f"{field}: expected an integer within 2**40 of 0, found {str(value)[:30]}")
             return cls(str(value))
-        size = cls(ast.unparse(_parse(value, field)))
+        node = _parse(value, field)
+        try:
+            size = cls(ast.unparse(node))
+            far = size.at(FAR)
+        except RecursionError:
+            raise PatternError(f"{field}: '{value}' is nested too deeply") from None
+        except PatternError as error:
+            raise PatternError(f"{field}: {error}") from None
         if "N" not in size.text:
             return cls.read(size.at(1), field, low)
-        if abs(size.at(FAR)) > LIMIT:
+        if abs(far) > LIMIT:
             raise PatternError(f"{field}: '{value}' is beyond 2**40 at N = 2**20")
         return size
 
@@ -95,11 +102,13 @@ def _parse(text: str, field: str) -> ast.expr:
 def _check(part: ast.AST, text: str, field: str) -> None:
     allowed = ast.BinOp | ast.UnaryOp | ast.USub | ast.UAdd | ast.Load
     match part:
-        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LIMIT:
             return
         case ast.Name(id=name) if name == "N" or name in _CALLS:
             return
-        case ast.Call(func=ast.Name(id=name), args=[_, *_], keywords=[]) if name in _CALLS:
+        case ast.Call(func=ast.Name(id="min" | "max"), args=[_, _, *_], keywords=[]):
+            return
+        case ast.Call(func=ast.Name(id="floor" | "ceil"), args=[_], keywords=[]):
             return
     if isinstance(part, allowed) or type(part) in _OPS:
         return
@@ -111,7 +120,7 @@ def _value(node: ast.AST, n: int) -> Fraction:
     match node:
         case ast.Constant(value=value):
             return Fraction(str(value))
-        case ast.Name():
+        case ast.Name(id="N"):
             return Fraction(n)
         case ast.UnaryOp(op=op, operand=operand):
             return -_value(operand, n) if isinstance(op, ast.USub) else _value(operand, n)
@@ -119,7 +128,7 @@ def _value(node: ast.AST, n: int) -> Fraction:
             return _OPS[type(op)](_value(left, n), _value(right, n))
         case ast.Call(func=ast.Name(id=name), args=args):
             return Fraction(_CALLS[name](*(_value(arg, n) for arg in args)))
-    raise TypeError(f"not a size: {ast.dump(node)}")
+    raise PatternError(f"'{ast.unparse(node)}' is not a number")
 
 
 def size_values(names: frozenset[str], n: int) -> dict[str, int]:
