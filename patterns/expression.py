@@ -67,7 +67,11 @@ def _check_divisors(text: str) -> None:
     for node in ast.walk(ast.parse(text.strip(), mode="eval")):
         if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.FloorDiv | ast.Mod):
             continue
-        args = node.right.args if isinstance(node.right, ast.Call) and ast.unparse(node.right.func) == "max" else [node.right]
+        args = (
+            node.right.args
+            if isinstance(node.right, ast.Call) and ast.unparse(node.right.func) == "max"
+            else [node.right]
+        )
         values = [constant(parse_expr(ast.unparse(arg), sources=())) for arg in args]
         if not any(value is not None and value > 0 for value in values):
             found = ast.unparse(node.right)

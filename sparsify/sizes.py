@@ -46,8 +46,10 @@ class Size:
         if isinstance(value, int):
             if low is not None and value < low:
                 raise PatternError(f"{field}: expected an integer >= {low}, found {value}")
-            if abs(value) > LIMIT:
-                raise PatternError(f"{field}: expected an integer within 2**40 of 0, found {str(value)[:30]}")
+            if value < -LIMIT:
+                raise PatternError(f"{field}: expected an integer >= -2**40, found {str(value)[:30]}")
+            if value > LIMIT:
+                raise PatternError(f"{field}: expected an integer <= 2**40, found {str(value)[:30]}")
             return cls(str(value))
         node = _parse(value, field)
         try:
@@ -102,7 +104,9 @@ def _parse(text: str, field: str) -> ast.expr:
 def _check(part: ast.AST, text: str, field: str) -> None:
     allowed = ast.BinOp | ast.UnaryOp | ast.USub | ast.UAdd | ast.Load
     match part:
-        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LIMIT:
+        case ast.Constant(value=value) if (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LIMIT
+        ):
             return
         case ast.Name(id=name) if name == "N" or name in _CALLS:
             return
@@ -113,7 +117,9 @@ def _check(part: ast.AST, text: str, field: str) -> None:
     if isinstance(part, allowed) or type(part) in _OPS:
         return
     found = ast.unparse(part) or type(part).__name__
-    raise PatternError(f"{field}: '{found}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max, floor, ceil)")
+    raise PatternError(
+        f"{field}: '{found}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)"
+    )
 
 
 def _value(node: ast.AST, n: int) -> Fraction:

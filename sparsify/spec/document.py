@@ -21,7 +21,12 @@ from sparsify.spec.source import Source, shown
 VERSION = 1
 
 FORM = {"$ref": "#/$defs/Pattern"}
-NUMBERS = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*(,\s*\d+(\s*-\s*\d+)?\s*)*$"}]}
+NUMBERS = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*(,\s*\d+(\s*-\s*\d+)?\s*)*$"},
+    ]
+}
 LAYERS = {"anyOf": [*NUMBERS["anyOf"], {"type": "array", "items": NUMBERS, "minItems": 1}]}
 HEADS = {
     "anyOf": [
@@ -48,10 +53,14 @@ class RuleModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, title="Rule")
 
     match: str = Field("*", min_length=1, description="a glob on the site's address, such as 'model.layers.[0-1].*'")
-    layers: Annotated[Any, WithJsonSchema(LAYERS)] = Field(None, description="layer numbers: 3, '0-3,7' or a list of those")
+    layers: Annotated[Any, WithJsonSchema(LAYERS)] = Field(
+        None, description="layer numbers: 3, '0-3,7' or a list of those"
+    )
     kind: Literal["self", "cross"] | None = Field(None, description="'self' or 'cross'")
     causal: bool | None = Field(None, description="true or false: sites with, or without, a causal mask of their own")
-    heads: Annotated[Any, WithJsonSchema(HEADS)] = Field(description="one pattern, or a mapping such as {0-3: dense, rest: streaming}")
+    heads: Annotated[Any, WithJsonSchema(HEADS)] = Field(
+        description="one pattern, or a mapping such as {0-3: dense, rest: streaming}"
+    )
 
 
 class DocumentModel(BaseModel):
@@ -77,15 +86,21 @@ def checked(value: Any, source: Source) -> DocumentModel:
 def _translated(error: ValidationError, value: Mapping[str, Any], source: Source) -> SpecError:
     """pydantic's first complaint in the words that every other error of a spec uses."""
     found_all = error.errors(include_url=False)
-    first = next((e for e in found_all if e["type"] == "extra_forbidden"), found_all[0])  # a typo explains what is missing
+    first = next(
+        (e for e in found_all if e["type"] == "extra_forbidden"), found_all[0]
+    )  # a typo explains what is missing
     path, kind, found = tuple(first["loc"]), first["type"], first["input"]
     model = RuleModel if path[0] == "sites" and len(path) > 1 else DocumentModel
     if kind == "extra_forbidden":
-        return source.error(path, f"unknown field '{path[-1]}'; {nearest(str(path[-1]), model.model_fields)}", at_key=True)
+        return source.error(
+            path, f"unknown field '{path[-1]}'; {nearest(str(path[-1]), model.model_fields)}", at_key=True
+        )
     if kind == "missing":
         return source.error(path[:-1], f"the field '{path[-1]}' is missing: {_allowed(model, path)}")
     if kind == "value_error" and path == ("version",):
-        return source.error(path, f"version {found} is newer than the version {VERSION} that this sparsify reads; upgrade it")
+        return source.error(
+            path, f"version {found} is newer than the version {VERSION} that this sparsify reads; upgrade it"
+        )
     if path[-1:] == ("[key]",):
         return source.error(path[:-2], f"a pattern's name must be text, found {shown(found)}")
     if len(path) == 2 and path[0] == "sites":
@@ -114,15 +129,27 @@ def schema() -> dict[str, Any]:
 def _pattern_schema() -> dict[str, Any]:
     names = [name for name in PATTERNS if is_plain(name)]
     fields = {name: _primitive_schema(name) for name in PATTERNS if not is_plain(name)}
-    block = {"type": "integer", "minimum": 1, "description": "puts sinks, window and column_stride in blocks of so many keys"}
+    block = {
+        "type": "integer",
+        "minimum": 1,
+        "description": "puts sinks, window and column_stride in blocks of so many keys",
+    }
     lists = {"type": "array", "items": FORM, "minItems": 1}
     return {
         "description": "a pattern: a name, a mapping of primitives (their union), or all, any, not",
         "anyOf": [
             {"type": "string", "description": f"the name of a pattern of this file, or one of {', '.join(names)}"},
             {"enum": names},
-            {"type": "object", "properties": {**fields, BLOCK: block}, "additionalProperties": False, "minProperties": 1},
-            *({"type": "object", "properties": {key: lists}, "required": [key], "additionalProperties": False} for key in COMBINE),
+            {
+                "type": "object",
+                "properties": {**fields, BLOCK: block},
+                "additionalProperties": False,
+                "minProperties": 1,
+            },
+            *(
+                {"type": "object", "properties": {key: lists}, "required": [key], "additionalProperties": False}
+                for key in COMBINE
+            ),
             {"type": "object", "properties": {NOT: FORM}, "required": [NOT], "additionalProperties": False},
         ],
     }

@@ -79,7 +79,9 @@ class Builder:
         if isinstance(form, str):
             return self._named(form, path)
         if not isinstance(form, Mapping) or not form or not all(isinstance(key, str) for key in form):
-            raise self.source.error(path, f"expected a pattern (a name, or a mapping such as {{window: 1024}}), found {shown(form)}")
+            raise self.source.error(
+                path, f"expected a pattern (a name, or a mapping such as {{window: 1024}}), found {shown(form)}"
+            )
         parts = self._parts(form, path)
         weight = sum(weight for _, weight in parts)
         if weight > MAX_PARTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ def read_ranges(value: object) -> Ranges:
     found = sorted(pair for part in parts for pair in _pairs(part))
     if not found:
         raise ValueError("names nothing")
-    for (_, last), (first, _) in zip(found, found[1:], strict=False):
+    for (_, last), (first, _) in itertools.pairwise(found):
         if first <= last:
             raise ValueError(f"names {first} twice")
     return joined(found)
@@ -26,12 +27,12 @@ def read_ranges(value: object) -> Ranges:
 
 def _pairs(part: object) -> list[tuple[int, int]]:
     if isinstance(part, bool) or not isinstance(part, int | str):
-        raise ValueError("expected numbers such as 5, \"0-3\" or \"0-3,7\"")
+        raise ValueError('expected numbers such as 5, "0-3" or "0-3,7"')
     found = []
     for piece in str(part).split(","):
         match = _PART.fullmatch(piece)
         if match is None:
-            raise ValueError("expected numbers such as 5, \"0-3\" or \"0-3,7\"")
+            raise ValueError('expected numbers such as 5, "0-3" or "0-3,7"')
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"the range {first}-{last} runs backwards")

@@ -91,7 +91,12 @@ class Rule:
 
     def to_dict(self, forms: Mapping[int, Any]) -> dict[str, Any]:
         """The rule as in a file; `forms` gives the form of each unnamed pattern by its id."""
-        fields = {"match": self.match, "layers": self.layers and text_of(self.layers), "kind": self.kind, "causal": self.causal}
+        fields = {
+            "match": self.match,
+            "layers": self.layers and text_of(self.layers),
+            "kind": self.kind,
+            "causal": self.causal,
+        }
         shown = {REST if g.heads is None else text_of(g.heads): g.name or forms[id(g.pattern)] for g in self.groups}
         alone = len(shown) == 1 and REST in shown
         return {k: v for k, v in fields.items() if v is not None} | {"heads": shown[REST] if alone else shown}

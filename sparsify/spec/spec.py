@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 class Spec:
     """Named patterns, and rules of which the first that matches a site gives each of its heads a pattern.
 
-        Spec(patterns={"mine": MyPattern()}, sites=[{"match": "model.layers.*", "heads": {"0-3": "dense", "rest": "mine"}}])
+        Spec(patterns={"mine": MyPattern()}, sites=[{"match": "model.*", "heads": {"0-3": "dense", "rest": "mine"}}])
 
     `patterns` and `sites` hold what the sections of a file hold, and a pattern may be a `Pattern` object wherever a
     form may stand. Frozen, hashable, comparable. Raises SpecError naming the field, what was found and what is allowed.
@@ -80,7 +80,7 @@ class Spec:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as a file holds it: `Spec.of(spec.to_dict()) == spec`. Patterns of a user's own class stay objects."""
+        """The spec as a file holds it, `Spec.of(spec.to_dict()) == spec`; your own classes stay objects."""
         inline = {id(g.pattern): form_of(g.pattern) for rule in self.rules for g in rule.groups if g.name is None}
         patterns = {name: form_of(pattern) for name, pattern in self.patterns.items()}
         return {"version": VERSION, "patterns": patterns, "sites": [rule.to_dict(inline) for rule in self.rules]}
@@ -148,7 +148,9 @@ def _check_name(name: str, source: Source, extra: Mapping[str, Pattern]) -> None
     if name in RESERVED:
         raise source.error(path, f"'{name}' is a word of the spec's own; choose another name", at_key=True)
     if not _NAME.fullmatch(name):
-        raise source.error(path, "a pattern's name starts with a letter and has letters, digits, _ . - only", at_key=True)
+        raise source.error(
+            path, "a pattern's name starts with a letter and has letters, digits, _ . - only", at_key=True
+        )
     if name in extra:
         raise source.error(path, f"'{name}' is also given to load_spec; choose another name", at_key=True)
 
