@@ -159,7 +159,7 @@ FILES = [
     (b"# only a comment\n", ": the file is empty; a spec needs 'version', 'sites' and usually 'patterns'"),
     (b"version: 1\nsites: [{heads: \xff}]", ":2:17: byte 0xff is not UTF-8 text"),
     (b"\x80\x02}q\x00.", ":1:1: byte 0x80 is not UTF-8 text"),
-    (b"a" * 2_000_000, ": a spec of 2000000 bytes is longer than the 1048576 allowed"),
+    (b"a" * 2_000_000, ": a spec of 2000000 bytes is longer than the 524288 allowed"),
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sparsify.errors import SpecError
 from sparsify.spec.source import Mark, Path, Source, shown
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**19
 MAX_DEPTH = 32
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
