@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check .
