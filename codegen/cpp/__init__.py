@@ -25,7 +25,7 @@ class CppTarget:
 
     def unavailable(self) -> Refusal | None:
         """The Refusal of a machine without a compiler, or None."""
-        found = runtime.toolchain()
+        found = runtime.find_compiler()
         return found if isinstance(found, Refusal) else None
 
     def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:

@@ -48,7 +48,7 @@ def kernel(program: Program, shape: Shape) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(program: Program, shape: Shape, isa: str | None, compiler: str | None, cache: Path) -> Any:
-    found = runtime.toolchain()
+    found = runtime.find_compiler()
     if isinstance(found, Refusal):
         raise BuildError(str(found))
     machine = runtime.machine_isa()

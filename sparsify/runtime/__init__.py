@@ -2,6 +2,6 @@
 
 from sparsify.runtime.store import load_library
 from sparsify.runtime.threads import parallel_function
-from sparsify.runtime.toolchain import Isa, Toolchain, machine_isa, toolchain
+from sparsify.runtime.toolchain import Compiler, Isa, find_compiler, machine_isa
 
-__all__ = ["Isa", "Toolchain", "load_library", "machine_isa", "parallel_function", "toolchain"]
+__all__ = ["Compiler", "Isa", "find_compiler", "load_library", "machine_isa", "parallel_function"]

@@ -15,12 +15,12 @@ from filelock import FileLock
 
 from sparsify import env
 from sparsify.errors import BuildError
-from sparsify.runtime.toolchain import COMMON_FLAGS, Toolchain
+from sparsify.runtime.toolchain import COMMON_FLAGS, Compiler
 
 SHOWN_LINES = 15
 
 
-def load_library(name: str, source: str, flags: tuple[str, ...], compiler: Toolchain) -> ctypes.CDLL:
+def load_library(name: str, source: str, flags: tuple[str, ...], compiler: Compiler) -> ctypes.CDLL:
     """The library built from `source`, from this process, else from the cache folder, else built now.
 
     Safe under concurrent processes; an entry that is truncated, changed or can't be loaded is built again. Raises
@@ -30,7 +30,7 @@ def load_library(name: str, source: str, flags: tuple[str, ...], compiler: Toolc
 
 
 @functools.lru_cache(maxsize=None)
-def _load(folder: Path, name: str, source: str, flags: tuple[str, ...], compiler: Toolchain) -> ctypes.CDLL:
+def _load(folder: Path, name: str, source: str, flags: tuple[str, ...], compiler: Compiler) -> ctypes.CDLL:
     text = json.dumps([source, flags, compiler.path, compiler.version])
     stem = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / f"{stem}.so"
@@ -65,7 +65,7 @@ def _open(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _build(library: Path, source: str, flags: tuple[str, ...], compiler: Toolchain) -> None:
+def _build(library: Path, source: str, flags: tuple[str, ...], compiler: Compiler) -> None:
     """Compiles into temporary files and renames them, the record last: what has a record is whole."""
     library.with_suffix(".json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as scratch:

@@ -47,19 +47,19 @@ _AVX512_BF16 = Isa("avx512", 64, 4, (*_AVX512, "-mavx512bf16"), ISAS["avx512"].n
 
 
 @dataclass(frozen=True)
-class Toolchain:
+class Compiler:
     """A compiler: its path and what it says of its version (part of every cache key)."""
 
     path: str
     version: str
 
 
-def toolchain() -> Toolchain | Refusal:
+def find_compiler() -> Compiler | Refusal:
     """The compiler that builds kernels: SPARSIFY_CXX or CXX, else the first of c++, g++, clang++ on the path."""
     named = env.compiler()
     path = shutil.which(named) if named else next(filter(None, map(shutil.which, COMPILERS)), None)
     if path:
-        return Toolchain(path, _version(path))
+        return Compiler(path, _version(path))
     if named:
         return Refusal(f"the C++ compiler '{named}' was not found", hint="set SPARSIFY_CXX to a compiler on the path")
     looked = ", ".join(COMPILERS)
