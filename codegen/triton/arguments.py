@@ -19,7 +19,7 @@ INT32 = 2**31
 
 
 def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, interpret: bool) -> dict[str, Any]:
-    """Every argument by name: tensors, strides, sizes, and the constants that Triton compiles in."""
+    """Every argument by name (the scale must be above 0): tensors, strides, sizes, and the constants that Triton compiles in."""
     import triton.language as tl
 
     program, (batch, heads, q_len, head_dim) = launch.program, launch.q.shape
@@ -44,8 +44,7 @@ def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, int
         "section": _section(launch),
     }
     early = program.softcap is not None or program.mask == "add"
-    values["scale"] = (abs(launch.scale) or 1.0) * (1.0 if early else 1.4426950408889634)
-    values["sign"] = float((launch.scale > 0) - (launch.scale < 0))
+    values["scale"] = launch.scale * (1.0 if early else 1.4426950408889634)
     return values | {
         "DESCENDING": longest_last(program),
         "BLOCK_M": block_m,
@@ -85,9 +84,9 @@ def _section(launch: Launch) -> int:
 def _far(launch: Launch, out: torch.Tensor) -> bool:
     """Whether an offset inside a tile, or into a load, can pass 32 bits."""
     inside = (launch.q, launch.k, launch.v, out)
-    reach = max(256 * abs(stride) for tensor in inside for stride in tensor.stride()[2:])
+    reach = max(256 * sum(map(abs, tensor.stride()[2:])) for tensor in inside)
     if launch.mask is not None:
-        reach = max(reach, launch.k.shape[2] * max(map(abs, launch.mask.stride()), default=0))
+        reach = max(reach, (launch.k.shape[2] + 256) * sum(map(abs, launch.mask.stride()[-2:])))
     for load in launch.loads:
         reach = max(reach, sum((n - 1) * abs(s) for n, s in zip(load.shape, load.stride(), strict=True)))
     return reach >= INT32

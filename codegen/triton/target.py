@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsify.codegen.target import Launch
@@ -59,6 +60,8 @@ class TritonTarget:
         if launch.k.shape[2] == 0 or 0 in out.shape:
             return out.zero_()
         self._check(launch)
+        if launch.scale <= 0:  # the kernel takes the largest score before it scales
+            launch = replace(launch, q=-launch.q if launch.scale < 0 else launch.q * 0, scale=-launch.scale or 1.0)
         arch = None if interpreting() else architecture(launch.q.device.index)
         shape = launch_shape(_dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3], launch.q.shape[2], arch)
         values = arguments(launch, out, shape.block_m, shape.block_n, interpreting())
