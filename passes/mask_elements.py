@@ -113,11 +113,14 @@ class Elements:
 
     def at_shared(self, value: Any, index: Index, shape: tuple[Any, ...]) -> Element:
         """The element of a value that is broadcast to a shape, at an index into that shape."""
+        return self.at(value, self.stretched(value, index, shape))
+
+    def stretched(self, value: Any, index: Index, shape: tuple[Any, ...]) -> Index:
+        """An index into a shape as one into a value that is broadcast to it."""
         sizes = self.shape(value)
-        kept = index[len(index) - len(sizes) :]
-        outer = shape[len(shape) - len(sizes) :]
-        stretched = [_is_one(size) and not _is_one(other) for size, other in zip(sizes, outer, strict=True)]
-        return self.at(value, tuple(ZERO if s else i for s, i in zip(stretched, kept, strict=True)))
+        kept, outer = index[len(index) - len(sizes) :], shape[len(shape) - len(sizes) :]
+        stretched = [is_one(size) and not is_one(other) for size, other in zip(sizes, outer, strict=True)]
+        return tuple(ZERO if s else i for s, i in zip(stretched, kept, strict=True))
 
     def constant(self, value: Any) -> Element:
         """A Python number as an element."""
@@ -183,7 +186,7 @@ class Elements:
 
     def _clamped(self, index: Expr, size: Any) -> Expr:
         """The index kept inside its dimension, where an unused branch of a choice would step out of it."""
-        if _is_one(size):
+        if is_one(size):
             return ZERO
         if isinstance(size, int) and size == 0:
             raise Opaque("an empty tensor")
@@ -218,7 +221,8 @@ class Elements:
         return low is not None and high is not None and info.min <= low and high <= info.max
 
 
-def _is_one(size: Any) -> bool:
+def is_one(size: Any) -> bool:
+    """Whether a size is the number 1 (asked without a guard: a symbolic size never is)."""
     return isinstance(size, int) and size == 1
 
 

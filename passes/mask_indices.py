@@ -36,8 +36,9 @@ def squeeze(el: Elements, node: fx.Node, index: Index) -> Element:
     sizes = el.shape(node.args[0])
     dims = argument(node, 1, "dim", list(range(len(sizes))))
     dims = {dim % len(sizes) for dim in ([dims] if isinstance(dims, int) else dims)}
+    ones = [i in dims and isinstance(size, int) and size == 1 for i, size in enumerate(sizes)]
     rest = iter(index)
-    return el.at(node.args[0], tuple(ZERO if i in dims and size == 1 else next(rest) for i, size in enumerate(sizes)))
+    return el.at(node.args[0], tuple(ZERO if one else next(rest) for one in ones))
 
 
 def same(el: Elements, node: fx.Node, index: Index) -> Element:
@@ -194,7 +195,7 @@ def repeat_interleave(el: Elements, node: fx.Node, index: Index) -> Element:
 
 def cat(el: Elements, node: fx.Node, index: Index) -> Element:
     dim = argument(node, 1, "dim", 0) % len(index)
-    parts = [x for x in node.args[0] if tuple(el.shape(x)) != (0,)]  # type: ignore[union-attr]
+    parts = [x for x in node.args[0] if not _is_empty(el.shape(x))]  # type: ignore[union-attr]
     end, pieces = ZERO, []
     for part in parts:
         start, end = end, end + el.size(el.shape(part)[dim])
@@ -203,6 +204,10 @@ def cat(el: Elements, node: fx.Node, index: Index) -> Element:
     for end, piece in reversed(pieces[:-1]):
         result = pick(el.box.decide(index[dim] < end), piece, result)
     return result
+
+
+def _is_empty(shape: tuple[Any, ...]) -> bool:
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
 
 
 def stack(el: Elements, node: fx.Node, index: Index) -> Element:
@@ -322,8 +327,8 @@ def getitem(el: Elements, node: fx.Node, index: Index) -> Element:
 
 INDEX_RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("expand", "expand_as", "broadcast_to", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift", "to",
-         "lift_fresh", "_to_copy", "type_as", "positive", "_conj", "resolve_conj", "resolve_neg"), same,
+        ("expand", "expand_as", "broadcast_to", "clone", "contiguous", "alias", "detach", "to", "lift", "lift_fresh",
+         "lift_fresh_copy", "_to_copy", "type_as", "positive"), same,
     ),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "_reshape_alias"), reshape),
     "copy": source, "unsqueeze": unsqueeze, "squeeze": squeeze, "permute": permute,

@@ -44,7 +44,7 @@ from sparsify.expr import (
     variables,
 )  # fmt: skip
 from sparsify.passes.index_values import Element, Opaque, Pieces, as_bool
-from sparsify.passes.mask_elements import Elements
+from sparsify.passes.mask_elements import Elements, is_one
 from sparsify.text import POSITIONS
 
 DROPPED = -1e4  # exp(-10000) is 0 in every dtype
@@ -101,9 +101,8 @@ def _top_index(elements: Elements, node: fx.Node, shape: tuple[int | torch.SymIn
     """The mask's own index. Where mask and scores both have size 1 the position stays: `q` reads better than 0."""
     sizes = elements.shape(node)
     names = "bhqk"[4 - len(sizes) :]
-    stretched = [isinstance(size, int) and size == 1 for size in sizes]
-    outer = shape[4 - len(sizes) :]
-    return tuple(as_expr(0) if one and outer[i] != 1 else Var(names[i]) for i, one in enumerate(stretched))
+    stretched = [is_one(size) and not is_one(other) for size, other in zip(sizes, shape[4 - len(sizes) :], strict=True)]
+    return tuple(as_expr(0) if s else Var(name) for s, name in zip(stretched, names, strict=True))
 
 
 def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[Pred, fx.Node | None]:
@@ -113,6 +112,8 @@ def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[
     except Opaque:
         name = elements.name(node)
         if not elements.is_float(node) or name not in ("add", "where", "masked_fill") or node.kwargs:
+            raise
+        if str(node.target).split(".")[1].endswith("_"):
             raise
     if name == "add":
         for one, other in ((0, 1), (1, 0)):
@@ -139,12 +140,10 @@ def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[
 def _operand(elements: Elements, node: fx.Node, position: int, index: tuple[Expr, ...]) -> tuple[Pred, fx.Node]:
     """A floating operand that isn't a mask: what of it is, and the bias that is left."""
     value = node.args[position]
-    if not isinstance(value, fx.Node) or not elements.is_float(value) or elements.shape(value) != elements.shape(node):
-        if not isinstance(value, fx.Node) or not elements.is_float(value):
-            raise Opaque("a bias that is a number")
-        return TRUE, _unwritten(elements, value)
+    if not isinstance(value, fx.Node) or not elements.is_float(value):
+        raise Opaque("a bias that is a number")
     try:
-        keep, bias = _split(elements, value, index)
+        keep, bias = _split(elements, value, elements.stretched(value, index, elements.shape(node)))
     except Opaque:
         return TRUE, _unwritten(elements, value)
     return keep, bias if bias is not None else _unwritten(elements, value)
