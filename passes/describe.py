@@ -14,7 +14,7 @@ from sparsify.text import PYTHON, to_text
 
 GAP = Var("q") - Var("k")
 PLAIN = PYTHON | {"group": "{0}", "scale": "{0}*({1})", "and": " & ", "or": " | ", "not": "~{0}"}
-WORD = re.compile(r"~?[\w.]+[(\[][^()]*[)\]]")  # one call or one indexed tensor
+WORD = re.compile(r"~?[\w.]+([(\[][^()\[\]]*[)\]])?")  # a name, a call or an indexed tensor
 
 
 def describe(keep: Pred, names: Sequence[str] = ()) -> str:
@@ -86,7 +86,8 @@ class _Words:
 
 
 def _joined(words: list[str], joiner: str) -> str:
-    return joiner.join(f"({word})" if " " in word and not WORD.fullmatch(word) and len(words) > 1 else word for word in words)
+    alone = len(words) == 1
+    return joiner.join(word if alone or WORD.fullmatch(word) else f"({word})" for word in words)
 
 
 def _unsigned(expr: Expr) -> Expr:
