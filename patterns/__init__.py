@@ -23,11 +23,18 @@ from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
 
 # Every constructor that a spec can name, under that name.
-PATTERNS = {
-    f.__name__: f
-    for f in (
-        dense, causal, window, sinks, dilated, same_block, block_window, column_stride, global_tokens, expr,
-    )  # fmt: skip
-}
+_CONSTRUCTORS = (
+    dense,
+    causal,
+    window,
+    sinks,
+    dilated,
+    same_block,
+    block_window,
+    column_stride,
+    global_tokens,
+    expr,
+)
+PATTERNS = {constructor.__name__: constructor for constructor in _CONSTRUCTORS}
 
 __all__ = ["PATTERNS", "Pattern", *PATTERNS]

@@ -36,7 +36,9 @@ class Pattern:
         return Except(self)
 
     def __bool__(self) -> bool:
-        raise TypeError("a pattern has no truth value: write `a & b`, `a | b`, `~a`, or p.mask(...) to see what it keeps")
+        raise TypeError(
+            "a pattern has no truth value: write `a & b`, `a | b`, `~a`, or p.mask(...) to see what it keeps"
+        )
 
     def mask(self, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> torch.Tensor:
         """The rule evaluated everywhere: a bool tensor (heads, q_len, k_len), True where kept.

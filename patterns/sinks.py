@@ -16,7 +16,7 @@ class Sinks(Pattern):
     n: Size
 
     def keep(self) -> Pred:
-        return K < self.n.expr()
+        return self.n.expr() > K
 
 
 def sinks(n: int | str) -> Pattern:

@@ -17,7 +17,7 @@ class Window(Pattern):
     ahead: Size = Size("0")
 
     def keep(self) -> Pred:
-        return (Q - K < self.size.expr()) & (K - Q <= self.ahead.expr())
+        return (self.size.expr() > Q - K) & (self.ahead.expr() >= K - Q)
 
 
 def window(size: int | str, ahead: int | str = 0) -> Pattern:

@@ -50,7 +50,7 @@ def program_text(pattern: Pattern | Sequence[Pattern], heads: int, mask: str | N
     patterns = (pattern,) * heads if isinstance(pattern, Pattern) else tuple(pattern)
     if len(patterns) != heads or not all(isinstance(p, Pattern) for p in patterns):
         found = f"{len(patterns)} patterns" if all(isinstance(p, Pattern) for p in patterns) else repr(pattern)
-        raise InputError(f"attention: pattern: expected one pattern or one for each of {heads} query heads, found {found}")
+        raise InputError(f"attention: pattern: expected one pattern, or one for each of {heads} heads, found {found}")
     return _program_text(patterns, mask, env.target(), device)
 
 
@@ -63,7 +63,8 @@ def _program_text(patterns: tuple[Pattern, ...], mask: str | None, target: str, 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise InputError(f"attention: {name}: expected 4 dimensions (batch, heads, length, head size), found {tuple(tensor.shape)}")
+            shape = tuple(tensor.shape)
+            raise InputError(f"attention: {name}: expected (batch, heads, length, head size), found the shape {shape}")
         if tensor.dtype not in DTYPES:
             raise InputError(f"attention: {name}: expected float32, bfloat16 or float16, found {tensor.dtype}")
     if not q.dtype == k.dtype == v.dtype:
@@ -84,4 +85,6 @@ def _check_mask(mask: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
         raise InputError(f"attention: mask: expected bool or floating point, found {mask.dtype}")
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(sizes) != 4 or any(found not in (1, size) for found, size in zip(sizes, shape, strict=False)):
-        raise InputError(f"attention: mask: expected a shape that broadcasts to {tuple(shape)}, found {tuple(mask.shape)}")
+        raise InputError(
+            f"attention: mask: expected a shape that broadcasts to {tuple(shape)}, found {tuple(mask.shape)}"
+        )

@@ -1,9 +1,10 @@
 """Integer expressions and predicates over positions: the values that patterns, masks and kernels are made of.
 
 An expression is an integer-valued function of `b, h, q, k` (batch, query head, absolute query position, key
-position) and of scalars known at launch (`N` keys, `Nq` queries, sizes such as `size('N/8 + 512')`, loads from tensors). A predicate is
-a boolean one. Both are frozen, hashable and canonical: building `k <= q` and `q - k >= 0` gives equal objects, so
-equality is a cheap, sound (not complete) test of sameness. Division and remainder are floored, as in Python.
+position) and of scalars known at launch (`N` keys, `Nq` queries, sizes such as `size('N/8 + 512')`, loads from
+tensors). A predicate is a boolean one. Both are frozen, hashable and canonical: building `k <= q` and `q - k >= 0`
+gives equal objects, so equality is a cheap, sound (not complete) test of sameness. Division and remainder are
+floored, as in Python.
 
 `sparsify.text` writes and reads them; `sparsify.tiles` asks what they do on a whole tile. Here: build, substitute,
 evaluate.
@@ -361,7 +362,7 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
 
 
 def _tightest(parts: Iterable[Pred], kind: type[And] | type[Or]) -> list[Pred]:
-    """Of several bounds on one linear form, the one that decides: the lowest constant in an And, the highest in an Or."""
+    """Of several bounds on one linear form, the one that decides: the lowest in an And, the highest in an Or."""
     pick = min if kind is And else max
     bound: dict[tuple[tuple[int, Expr], ...], int] = {}
     rest: list[Pred] = []
@@ -444,7 +445,8 @@ def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
 
 def substitute(node: Any, values: Mapping[str, Expr | int]) -> Any:
     """The node with variables replaced by name."""
-    return rewrite(node, lambda leaf: as_expr(values[leaf.name]) if isinstance(leaf, Var) and leaf.name in values else None)
+    found = {name: as_expr(value) for name, value in values.items()}
+    return rewrite(node, lambda leaf: found.get(leaf.name) if isinstance(leaf, Var) else None)
 
 
 def _leaves(node: Any) -> list[Expr]:

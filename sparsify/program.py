@@ -26,7 +26,7 @@ TARGETS = ("cpp", "triton", "null")
 class Program:
     """What each head keeps, and how scores are changed on the way.
 
-    keep: the distinct predicates over b, h, q (absolute), k, N (keys), Nq (queries), sizes and loads `_0[...]`, `_1[...]`, ...
+    keep: the distinct predicates over b, h, q (absolute), k, N (keys), Nq (queries), sizes and loads `_0[...]`, ...
     heads: for each query head, the index in `keep` of its predicate.
     mask: the kind of tensor mask given beside: None, "bool" (True keeps) or "add" (added to the scaled scores).
     loads: how many tensors the loads `_0`, `_1`, ... name.

@@ -13,8 +13,35 @@ from typing import Any
 
 from sparsify.errors import PatternError, nearest
 from sparsify.expr import (
-    FALSE, TRUE, And, Eq, Expr, FloorDiv, Ge, Load, Max, Min, Mod, Mul, Not, Or, Pred, Select, Sum, Test, Var,
-    as_expr, conjunction, disjunction, eq, floordiv, maximum, minimum, mod, negate, select,
+    FALSE,
+    TRUE,
+    And,
+    Eq,
+    Expr,
+    FloorDiv,
+    Ge,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Not,
+    Or,
+    Pred,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    conjunction,
+    disjunction,
+    eq,
+    floordiv,
+    maximum,
+    minimum,
+    mod,
+    negate,
+    select,
 )  # fmt: skip
 
 POSITIONS = ("b", "h", "q", "k", "N", "Nq")
@@ -45,7 +72,9 @@ PYTHON: Mapping[str, str] = {
 }
 
 
-def to_text(node: Expr | Pred, ops: Mapping[str, str] = PYTHON, leaf: Callable[[Expr], str | None] | None = None) -> str:
+def to_text(
+    node: Expr | Pred, ops: Mapping[str, str] = PYTHON, leaf: Callable[[Expr], str | None] | None = None
+) -> str:
     """The node in the language of an op table; `leaf(atom)`, where it isn't None, names a variable or a load."""
     return _Printer(ops, leaf or (lambda atom: None)).text(node)
 
@@ -159,9 +188,8 @@ def _parse(text: str) -> ast.expr:
         raise PatternError(f"an expression of {len(text)} characters is longer than the 100000 allowed")
     try:
         return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        at = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
-        raise PatternError(f"expression '{text}': not an expression{at}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise PatternError(f"expression '{text}': not an expression") from None
 
 
 _COMPARE: dict[type, Callable[[Expr, Expr], Pred]] = {

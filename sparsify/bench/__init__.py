@@ -1,0 +1,1 @@
+"""Measuring sparsify beside its peers: `sparsify bench`."""

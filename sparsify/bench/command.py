@@ -1,0 +1,87 @@
+"""`sparsify bench`: the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sparsify.errors import InputError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench(
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Patterns to measure (repeat it). Default: windows.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Sequence lengths. Default: 4096.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes. Default: 64.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16. Default: the first two.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key heads.", min=1)] = 8,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds, at most.", min=5)] = 30,
+    seconds: Annotated[float, typer.Option(help="Time for one case's rounds, about.")] = 6.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    preparation: Annotated[
+        bool, typer.Option(help="Measure what a mask costs before the first tile, instead.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
+) -> None:
+    """Measure sparsify beside dense SDPA and compiled FlexAttention, in one process, interleaved.
+
+    Without options: causal windows 512 of 4096 and 1024 of 8192, head sizes 64 and 128, float32 and bfloat16.
+    A case whose numbers miss the oracle's bound is reported as wrong and gets no speed; the exit code is then 1.
+    """
+    if preparation:
+        return _preparation()
+    import torch
+
+    from sparsify.bench import report
+    from sparsify.bench.cases import WINDOWS, grid
+    from sparsify.bench.measure import measure
+
+    for name in dtype or ():
+        if name not in DTYPES:
+            raise InputError(f"bench: unknown dtype '{name}'; {nearest(name, DTYPES)}")
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if any(option is not None for option in (pattern, length, head_dim, dtype)):
+        cases = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or DTYPES[:2], heads, kv_heads)
+    else:
+        cases = WINDOWS
+    console = Console()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    results = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            results.append(measure(case, place, repeats, seconds, lambda what: progress.update(task, description=what)))
+            progress.advance(task)
+    console.print(report.table(results))
+    about = report.machine(place)
+    console.print(f"{about['machine']}, {about['threads']} threads, torch {about['torch']}", highlight=False)
+    for result in results:
+        for peer, why in result.failures.items():
+            console.print(f"{result.case.name}: {peer} failed: {why}", highlight=False)
+    if json is not None:
+        console.print(f"written to {report.write_json(results, place, json)}", highlight=False)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _preparation() -> None:
+    from sparsify.bench.prepare import measure_preparation
+
+    for row in measure_preparation(length=131072, heads=32, flex_length=2048):
+        print(
+            f"{row.what:9} N={row.length:<7} {row.heads} heads, mixture: "
+            f"{row.seconds * 1e3:8.1f} ms, {row.peak_bytes / 2**20:7.0f} MB"
+        )

@@ -1,0 +1,22 @@
+"""What every test shares: repeatable draws, one thread count, and a kernel cache of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before torch or sparsify look at them: no model hub, and a cache that a user's own kernels never meet. The cache is
+# shared by all runs on the machine, so that a second run of the tests builds nothing twice.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("SPARSIFY_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sparsify-tests-{os.getuid()}"))
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repeatable")
