@@ -25,7 +25,9 @@ class AttachSpec:
 
     def __call__(self, capture: Capture) -> None:
         sites = capture.open_sites()
-        found = self.spec.resolve([info(site) for site in sites]) if self.spec is not None and sites else [None] * len(sites)
+        found: list[Any] = [None] * len(sites)
+        if self.spec is not None:
+            found = self.spec.resolve([info(site) for site in sites], complete=False)
         for site, patterns in zip(sites, found, strict=True):
             heads = shape(site.q)[1]
             site.patterns = patterns

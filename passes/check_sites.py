@@ -123,6 +123,6 @@ def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _shares_storage(a: fx.Node, b: fx.Node) -> bool:
     if a is b:
         return True
-    if not is_tensor(a) or not is_tensor(b) or not shape(a) and not shape(b):
+    if not is_tensor(a) or not is_tensor(b) or (not shape(a) and not shape(b)):
         return False
     return value(a).untyped_storage()._cdata == value(b).untyped_storage()._cdata

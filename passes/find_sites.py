@@ -9,7 +9,20 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.heads import unrepeat
-from sparsify.passes.nodes import ATEN, CASTS, COPIES, VIEWS, argument, call, dtype, module_path, op, same, same_sizes, shape
+from sparsify.passes.nodes import (
+    ATEN,
+    CASTS,
+    COPIES,
+    VIEWS,
+    argument,
+    call,
+    dtype,
+    module_path,
+    op,
+    same,
+    same_sizes,
+    shape,
+)
 from sparsify.passes.products import Weighted, swapped, weighted
 from sparsify.passes.runner import Capture
 from sparsify.passes.scores import Scores, climb, reaches_product
@@ -98,7 +111,7 @@ def _from_softmax(node: fx.Node) -> Site | None:
         site = Site(node, node, "matmul > softmax")
         site.refusal = problem
         return site
-    output, found, weights = end
+    output, found = end
     scores = climb(node.args[0], node)
     if not scores:
         if reaches_product(node.args[0]) is None:
@@ -112,7 +125,7 @@ def _from_softmax(node: fx.Node) -> Site | None:
 
 
 def _descend(node: fx.Node) -> tuple[Any, list[str], Refusal | None]:
-    """From a softmax to the product with the values: ((product, values, weights), steps, None), or why not."""
+    """From a softmax to the product with the values: ((product, values), steps, None), or why not."""
     steps: list[str] = []
     while True:
         users = list(node.users)
@@ -122,8 +135,8 @@ def _descend(node: fx.Node) -> tuple[Any, list[str], Refusal | None]:
         if products:
             found = weighted(products[0], node, products[0])
             if found is None:
-                return None, steps, Refusal("the weights multiply the values in a way that is not followed", str(products[0]))
-            return (products[0], found, node), steps, None
+                return None, steps, Refusal("this product of weights and values is not followed", str(products[0]))
+            return (products[0], found), steps, None
         through = [user for user in users if _is_step(user, node)]
         if len(users) > 1 and any(_leads_to_product(user) for user in through):
             return None, steps, _used_elsewhere(node, users, None)

@@ -6,7 +6,20 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.passes.nodes import ATEN, CASTS, COPIES, VIEWS, argument, call, dtype, is_tensor, op, same, same_sizes, shape
+from sparsify.passes.nodes import (
+    ATEN,
+    CASTS,
+    COPIES,
+    VIEWS,
+    argument,
+    call,
+    dtype,
+    is_tensor,
+    op,
+    same,
+    same_sizes,
+    shape,
+)
 
 
 def unrepeat(node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
@@ -24,9 +37,8 @@ def _source(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     if not name or not node.args or not is_tensor(node.args[0]):
         return None
     inner = node.args[0]
-    if (name in CASTS and dtype(inner) == dtype(node)) or name in COPIES or same_sizes(shape(inner), shape(node)):
-        if name in (*CASTS, *COPIES, *VIEWS, "expand", "slice", "permute", "transpose") and not _moves(node):
-            return _source(inner, dim, before)
+    if _hands_on(node, inner):
+        return _source(inner, dim, before)
     if name == "transpose":
         return _transposed(node, inner, dim, before)
     if name == "repeat_interleave" and argument(node, "dim") in (dim, dim - 4) and isinstance(node.args[1], int):
@@ -38,13 +50,11 @@ def _source(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     return None
 
 
-def _moves(node: fx.Node) -> bool:
-    """Whether a node with the shape of its input still moves elements about."""
-    if op(node) == "transpose":
-        first, second = argument(node, "dim0"), argument(node, "dim1")
-        rank = len(shape(node))
-        return first % rank != second % rank
-    return op(node) == "permute"
+def _hands_on(node: fx.Node, inner: fx.Node) -> bool:
+    """Whether a node has the elements of its input in the same places."""
+    if op(node) in CASTS:
+        return dtype(inner) == dtype(node)
+    return op(node) in COPIES or (op(node) in (*VIEWS, "expand", "slice") and same_sizes(shape(inner), shape(node)))
 
 
 def _transposed(node: fx.Node, inner: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:

@@ -124,7 +124,7 @@ _FOLDED = {
     "reciprocal": lambda x: 1 / x,
     "neg": lambda x: -x,
 }
-_FOLDED_PAIRS = {"mul": lambda a, b: a * b, "div": lambda a, b: a / b, "pow": lambda a, b: a**b, "add": lambda a, b: a + b}
+_FOLDED_PAIRS = {"mul": operator.mul, "div": operator.truediv, "pow": operator.pow, "add": operator.add}
 
 
 def _constant_tensor(node: fx.Node) -> Any:

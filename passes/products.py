@@ -83,7 +83,7 @@ def _einsum_product(node: fx.Node, before: fx.Node) -> Product | None:
         left, right, a, b = right, left, b, a
     batch = result[:-2]
     summed = [c for c in left if c not in result]
-    if len(summed) != 1 or i in right or j in left or set(left) != {*batch, i, *summed} or set(right) != {*batch, j, *summed}:
+    if len(summed) != 1 or set(left) != {*batch, i, *summed} or set(right) != {*batch, j, *summed}:
         return None
     d = summed[0]
     return Product(arranged(a, left, batch + i + d, before), arranged(b, right, batch + j + d, before), "einsum")

@@ -9,7 +9,21 @@ from typing import Any
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.nodes import ATEN, CASTS, COPIES, VIEWS, argument, call, is_tensor, op, same, same_sizes, scalar, shape, value
+from sparsify.passes.nodes import (
+    ATEN,
+    CASTS,
+    COPIES,
+    VIEWS,
+    argument,
+    call,
+    is_tensor,
+    op,
+    same,
+    same_sizes,
+    scalar,
+    shape,
+    value,
+)
 from sparsify.passes.products import Product, product
 from sparsify.passes.site import Mask
 
@@ -46,7 +60,8 @@ def climb(node: Any, before: fx.Node) -> Scores | Refusal:
         return scores
     rule = _RULES.get(op(node))
     if rule is None:
-        return Refusal(f"the scores pass through {op(node) or node.name}", str(node), "the kernel can't apply it between q·k and softmax")
+        hint = "kernels can't apply it between q·k and softmax"
+        return Refusal(f"the scores pass through {op(node) or node.name}", str(node), hint)
     return rule(node, before)
 
 
@@ -60,7 +75,7 @@ def _through(node: fx.Node, before: fx.Node) -> Scores | Refusal:
 def _view(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     inner = node.args[0]
     if not same_sizes(shape(inner), shape(node)):
-        return Refusal("the scores change shape", str(node), "views of scores other than (B, H, Nq, Nk) are not followed")
+        return Refusal("the scores change shape", str(node), "views of scores are not followed")
     return climb(inner, before)
 
 
@@ -70,7 +85,7 @@ def _scaled(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     left, right = node.args[0], node.args[1]
     if argument(node, "rounding_mode") is not None:
         return Refusal("the scores are rounded", str(node))
-    if name == "mul" and (scalar(left) is not None or _is_factor(left, node) and not _is_factor(right, node)):
+    if name == "mul" and (scalar(left) is not None or (_is_factor(left, node) and not _is_factor(right, node))):
         left, right = right, left
     scores = climb(left, before)
     if not scores:
@@ -94,7 +109,7 @@ def _is_factor(node: Any, scores: fx.Node) -> bool:
     if not is_tensor(node):
         return False
     sizes = shape(node)
-    return not sizes or sizes[-1] == 1 and not same(shape(scores)[-1], 1)
+    return not sizes or (sizes[-1] == 1 and not same(shape(scores)[-1], 1))
 
 
 def _multiply(scores: Scores, factor: Any) -> Refusal | None:

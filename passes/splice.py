@@ -12,7 +12,7 @@ from sparsify.passes.nodes import ATEN, call, dtype, op, same, shape, size
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 
-VIEWS = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "alias", "t", "mT", "detach")
+VIEWS = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "alias", "mT", "detach")
 
 
 @dataclass(frozen=True)

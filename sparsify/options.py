@@ -30,7 +30,7 @@ class Options:
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Options:
-        """Checks a user's options. Raises InputError (or SpecError) naming the option, the value and what is allowed."""
+        """Checks a user's options. Raises InputError or SpecError naming option, value and what is allowed."""
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise InputError(f"options: expected a dict, found {given!r}")
