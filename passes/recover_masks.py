@@ -10,8 +10,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.expr import TRUE, And, Expr, Ge, Pred, Sum, Var, conjunction, constant, substitute, variables
+from sparsify.expr import (
+    TRUE,
+    And,
+    Expr,
+    Ge,
+    Load,
+    Pred,
+    Sum,
+    Var,
+    conjunction,
+    constant,
+    rewrite,
+    substitute,
+    variables,
+)
+from sparsify.passes.describe import describe, load_names
 from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
+from sparsify.passes.raise_mask import load_tensors, raise_mask
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
 
@@ -29,12 +45,46 @@ class RecoverMasks:
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
-            rest = []
-            rows = K <= Q if site.causal else TRUE
-            for mask in site.masks:
-                rest.append(mask)
-            site.rest = _combined(rest, site)
+            rows, names = _raised(site)
             _place(site, rows)
+            tensor = [] if site.rest is None else ["a bias" if site.rest.kind == "add" else "a tensor mask"]
+            words = [] if site.keep == TRUE else [describe(site.keep, names)]
+            site.mask_text = " & ".join(words + tensor) or "none"
+
+
+def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
+    """The predicate over query rows that a site's masks come to, and the names of its loads; the rest is kept."""
+    q, k = shape(site.q), shape(site.k)
+    rows = K <= Q if site.causal else TRUE
+    loads: list[fx.Node] = []
+    names: list[str] = []
+    rest: list[Mask] = []
+    for mask in site.masks:
+        found = raise_mask(mask.node, (q[0], q[1], q[2], k[2]), site.output)
+        if not found:
+            site.notes.append(str(found))
+            rest.append(mask)
+            continue
+        site.notes += [f"{name} counts as a mask of 0 and 1" for name in found.assumed]
+        rows &= _renumbered(found.keep, len(loads))
+        loads += load_tensors(found, site.output)
+        names += load_names(found.loads)
+        if found.bias is not None:
+            rest.append(Mask("add", found.bias))
+    site.loads = tuple(loads)
+    site.rest = _combined(rest, site)
+    return rows, tuple(names)
+
+
+def _renumbered(keep: Pred, by: int) -> Pred:
+    """Loads `_0`, `_1`, ... as `_by`, `_by+1`, ...: behind those of the masks before."""
+
+    def rename(leaf: Expr) -> Expr | None:
+        if not isinstance(leaf, Load):
+            return None
+        return Load(f"_{int(leaf.source[1:]) + by}", tuple(rewrite(part, rename) for part in leaf.index))
+
+    return rewrite(keep, rename) if by else keep
 
 
 def _place(site: Site, rows: Pred) -> None:

@@ -32,7 +32,7 @@ class Site:
     scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
     rest: the tensor mask that stays (a node) with its kind.
-    programs: the final predicate of every query head.
+    programs: the final predicate of every query head. notes: what a reader should know of a site that is rewritten.
     """
 
     anchor: fx.Node
@@ -60,6 +60,7 @@ class Site:
     programs: tuple[Pred, ...] = ()
     target: str = ""
     refusal: Refusal | None = None
+    notes: list[str] = field(default_factory=list)
 
     def refuse(self, reason: str, hint: str = "", node: fx.Node | None = None) -> None:
         """Marks the site as refused; the first reason stays."""
