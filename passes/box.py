@@ -41,7 +41,7 @@ Interval = tuple[int | None, int | None]
 class Box:
     """`size` of each index (a constant or an expression in N, Nq and other scalars), `low` of each scalar."""
 
-    size: Mapping[str, Expr] = field(default_factory=dict)
+    size: dict[str, Expr] = field(default_factory=dict)
     low: Mapping[str, int] = field(default_factory=dict)
 
     def interval(self, expr: Expr) -> Interval:
@@ -119,6 +119,13 @@ class Box:
             case Not() | Test():
                 return pred
         raise TypeError(f"not a predicate: {pred!r}")
+
+    def pinned(self, pred: Pred) -> dict[str, Expr]:
+        """The index and its value, if a comparison holds only at the least value of one index (k < 1 says k == 0)."""
+        for name in self.size:
+            if isinstance(pred, Ge) and pred.expr == -Var(name):
+                return {name: as_expr(0)}
+        return {}
 
     def floordiv(self, left: Expr, right: Expr) -> Expr:
         """left // right, 0 where left is certainly below right. Multiples of the divisor come out of a sum."""

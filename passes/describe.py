@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -138,7 +139,10 @@ def load_names(loads: Sequence[fx.Node]) -> tuple[str, ...]:
 
 def _input_name(node: fx.Node) -> str:
     source = node
-    while source.op == "call_function" and isinstance(source.target, OpOverload) and len(source.all_input_nodes) == 1:
-        source = source.all_input_nodes[0]
+    while source.op == "call_function" and isinstance(source.target, OpOverload):
+        tensors = [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if len(tensors) != 1:
+            break
+        source = tensors[0]
     name = source.name if source.op == "placeholder" else node.name
     return re.sub(r"^([lL]_)?((self|kwargs|args)_)*", "", name).strip("_") or name

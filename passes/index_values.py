@@ -30,6 +30,7 @@ from sparsify.expr import (
     eq,
     negate,
     select,
+    substitute,
 )  # fmt: skip
 from sparsify.passes.box import Box
 
@@ -177,7 +178,11 @@ def equal(left: Expr, right: Expr, box: Box, splits: int = MAX_SPLITS) -> Pred:
         return box.decide(eq(gap, 0))
     factor, atom = split
     rest = gap - atom * factor
-    then, other = (equal(rest + part * factor, as_expr(0), box, splits - 1) for part in _branches(atom))
+    then, other = (rest + part * factor for part in _branches(atom))
+    if isinstance(atom, Select):
+        then = substitute(then, box.pinned(atom.condition))
+        other = substitute(other, box.pinned(negate(atom.condition)))
+    then, other = (equal(branch, as_expr(0), box, splits - 1) for branch in (then, other))
     return (atom.condition & then) | (negate(atom.condition) & other)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,7 +63,8 @@ class Elements:
         self.hidden: dict[str, str] = {}
         self.nodes: dict[str, fx.Node] = {}
         self.assumed: dict[str, None] = {}
-        self._known: dict[tuple[fx.Node, Index], Element] = {}
+        self._known: dict[tuple[fx.Node, Index, bool], Element] = {}
+        self._beyond = False
         self._readers: list[fx.Node] = [site]
 
     def size(self, value: Any) -> Expr:
@@ -128,6 +131,21 @@ class Elements:
             return TRUE if value else FALSE
         return as_pieces(value) if isinstance(value, float) else self.size(value)
 
+    @contextlib.contextmanager
+    def beyond(self) -> Iterator[None]:
+        """Within, elements may be asked outside their tensor (the answer is then discarded): loads must stay inside."""
+        before, self._beyond = self._beyond, True
+        try:
+            yield
+        finally:
+            self._beyond = before
+
+    def fresh(self, node: fx.Node, size: Any) -> Expr:
+        """A new index that runs over a dimension of a node."""
+        name = f"position in {node.name}"
+        self.box.size[name] = self.size(size)
+        return Var(name)
+
     def at(self, value: Any, index: Index) -> Element:
         """The element of a node, or a number itself. Raises Opaque."""
         if not isinstance(value, fx.Node):
@@ -137,7 +155,7 @@ class Elements:
         write = self.writes.between(value, self._readers[-1])
         if write is not None:
             raise Opaque(f"{self.name(write)}_ writes into it in place")
-        key = (value, index)
+        key = (value, index, self._beyond)
         if key not in self._known:
             self._readers.append(value)
             try:
@@ -188,6 +206,8 @@ class Elements:
         """The index kept inside its dimension, where an unused branch of a choice would step out of it."""
         if is_one(size):
             return ZERO
+        if not self._beyond:
+            return index  # torch itself has checked it
         if isinstance(size, int) and size == 0:
             raise Opaque("an empty tensor")
         limit = self.size(size)

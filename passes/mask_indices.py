@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from sparsify.expr import Expr, as_expr, conjunction, constant, eq, loads, select
-from sparsify.passes.index_values import Element, Opaque, pick
+from sparsify.expr import Expr, as_expr, conjunction, constant, eq, loads, select, variables
+from sparsify.passes.index_values import Element, Opaque, as_int, pick
 
 if TYPE_CHECKING:
     from sparsify.passes.mask_elements import Elements
@@ -194,16 +194,40 @@ def repeat_interleave(el: Elements, node: fx.Node, index: Index) -> Element:
 
 
 def cat(el: Elements, node: fx.Node, index: Index) -> Element:
-    dim = argument(node, 1, "dim", 0) % len(index)
-    parts = [x for x in node.args[0] if not _is_empty(el.shape(x))]  # type: ignore[union-attr]
+    return concatenated(el, node.args[0], argument(node, 1, "dim", 0) % len(index), index)  # type: ignore[arg-type]
+
+
+def concatenated(el: Elements, parts: Sequence[Any], dim: int, index: Index) -> Element:
+    """The element of tensors laid end to end; each is asked beyond its end, too, where a choice then discards it."""
     end, pieces = ZERO, []
     for part in parts:
-        start, end = end, end + el.size(el.shape(part)[dim])
-        pieces.append((end, el.at(part, _with(index, dim, index[dim] - start))))
+        if not _is_empty(el.shape(part)):
+            start, end = end, end + el.size(el.shape(part)[dim])
+            with el.beyond():
+                pieces.append((end, el.at(part, _with(index, dim, index[dim] - start))))
     result = pieces[-1][1]
     for end, piece in reversed(pieces[:-1]):
         result = pick(el.box.decide(index[dim] < end), piece, result)
     return result
+
+
+def diff(el: Elements, node: fx.Node, index: Index) -> Element:
+    times, dim = argument(node, 1, "n", 1), argument(node, 2, "dim", -1) % len(index)
+    parts = [x for x in (argument(node, 3, "prepend"), node.args[0], argument(node, 4, "append")) if x is not None]
+    if times != 1 or el.is_bool(node) or el.is_float(node):
+        raise Opaque("a repeated or non-integer diff")
+    after = concatenated(el, parts, dim, _with(index, dim, index[dim] + 1))
+    return as_int(after) - as_int(concatenated(el, parts, dim, index))
+
+
+def cumsum(el: Elements, node: fx.Node, index: Index) -> Element:
+    """Of what doesn't change along the dimension (the packed-sequence number of positions that count up by one)."""
+    dim = node.args[1] % len(index)  # type: ignore[operator]
+    along = el.fresh(node, el.shape(node)[dim])
+    element = as_int(el.at(node.args[0], _with(index, dim, along)))
+    if variables(along) & variables(element):
+        raise Opaque("cumsum")
+    return element * (index[dim] + 1)
 
 
 def _is_empty(shape: tuple[Any, ...]) -> bool:
@@ -227,7 +251,9 @@ def pad(el: Elements, node: fx.Node, index: Index) -> Element:
         found[dim] = index[dim] - el.scalar(pads[i])
         inside += [found[dim] >= 0, found[dim] < el.size(sizes[dim])]
     value = el.cast(el.constant(argument(node, 2, "value", 0)), node)
-    return pick(el.box.decide(conjunction(inside)), el.at(node.args[0], tuple(found)), value)
+    with el.beyond():
+        element = el.at(node.args[0], tuple(found))
+    return pick(el.box.decide(conjunction(inside)), element, value)
 
 
 def index_tensor(el: Elements, node: fx.Node, index: Index) -> Element:
@@ -335,7 +361,7 @@ INDEX_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "t", "mT", "swapaxes", "swapdims"), transpose),
     "slice": slice_, "narrow": narrow, "select": select_, "flip": flip, "roll": roll, "repeat": repeat, "tile": repeat,
     "repeat_interleave": repeat_interleave, "cat": cat, "concat": cat, "stack": stack, "constant_pad_nd": pad,
-    "index": index_tensor, "index_select": index_select, "gather": gather,
+    "diff": diff, "cumsum": cumsum, "index": index_tensor, "index_select": index_select, "gather": gather,
     "tril": triangle(True), "triu": triangle(False), "arange": arange, "eye": eye, "getitem": getitem,
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), filled(None, 0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), filled(None, 1)),
