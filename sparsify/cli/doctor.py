@@ -92,10 +92,10 @@ def _processor() -> Finding:
 
 
 def _compiler() -> Finding:
-    from sparsify.runtime import find_compiler
+    from sparsify.runtime import toolchain
 
     try:
-        found = find_compiler()
+        found = toolchain()
     except SparsifyError as error:
         return Finding("compiler", False, str(error))
     if isinstance(found, Refusal):
