@@ -1,6 +1,6 @@
 """Pictures of what each head keeps: one PNG, or one HTML page that needs nothing but itself.
 
-    draw({"model.layers.0.self_attn": [window(64)] * 8}, length=4096, path="masks.html")
+draw({"model.layers.0.self_attn": [window(64)] * 8}, length=4096, path="masks.html")
 """
 
 from __future__ import annotations

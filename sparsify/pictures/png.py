@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from sparsify.errors import InputError
 from sparsify.pictures.scene import Panel, Row, Scene, percent
 
-MAX_PANELS = 1024
-INK, FAINT, PAPER, ALLOWED = "#1b1f24", "#6b7280", "#ffffff", "#eef0f3"
+DPI = 160
+MAX_PANELS, MAX_ROWS, MAX_LEGEND = 1024, 40, 20  # the rest is in the HTML page, which scrolls
+INK, FAINT, PAPER, ALLOWED, FRAME = "#1b1f24", "#6b7280", "#ffffff", "#eef0f3", "#c9ced6"
 
 
 def save_png(scene: Scene, path: Path) -> None:
@@ -20,7 +22,9 @@ def save_png(scene: Scene, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("a PNG needs matplotlib: pip install 'sparsify[show]' (the HTML page doesn't need it)") from None
+        raise InputError(
+            "a PNG needs matplotlib: pip install 'sparsify[show]' (the HTML page doesn't need it)"
+        ) from None
     rows, left_out = _fitting(scene)
     widest = max(len(row.panels) for row in rows)
     count = sum(len(row.panels) for row in rows)
@@ -28,7 +32,7 @@ def save_png(scene: Scene, path: Path) -> None:
     columns = min(widest, 8 if side > 1 else 16 if side > 0.6 else 32)
     lines = [(row, start) for row in rows for start in range(0, len(row.panels), columns)]
     layout = _Layout(scene, side, columns, lines)
-    figure = Figure(figsize=(layout.width, layout.height), dpi=160, facecolor=PAPER)
+    figure = Figure(figsize=(layout.width, layout.height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     layout.head(figure)
     for line, (row, start) in enumerate(lines):
@@ -42,7 +46,7 @@ def save_png(scene: Scene, path: Path) -> None:
 
 def _fitting(scene: Scene) -> tuple[list[Row], int]:
     rows, panels = [], 0
-    for row in scene.rows:
+    for row in scene.rows[:MAX_ROWS]:
         panels += len(row.panels)
         if rows and panels > MAX_PANELS:
             break
@@ -66,7 +70,7 @@ class _Layout:
             at += self.tall + self.caption + self.gap
         self.below = at + 0.15
         self.width = max(2 * self.margin + columns * (side + self.gap) - self.gap, 7.0)
-        self.height = self.below + 0.3 * len(scene.legend) + 0.55
+        self.height = self.below + 0.3 * min(len(scene.legend), MAX_LEGEND) + 0.55
 
     def text(self, figure: Any, x: float, y: float, text: str, **style: Any) -> Any:
         return figure.text(x / self.width, 1 - y / self.height, text, **{"va": "top", "color": INK} | style)
@@ -83,36 +87,36 @@ class _Layout:
         y = self.tops[line] - 0.27
         self.text(figure, self.margin, y, row.title, size=9.5, weight="bold", family="monospace")
         right, sites = self.width - self.margin, f"{row.sites} sites, " if row.sites > 1 else ""
-        self.text(figure, right, y, f"{sites}{row.heads} heads, {percent(row.density)} kept", size=9, color=FAINT, ha="right")
+        self.text(
+            figure, right, y, f"{sites}{row.heads} heads, {percent(row.density)} kept", size=9, color=FAINT, ha="right"
+        )
 
     def panel(self, figure: Any, line: int, column: int, panel: Panel) -> None:
         x, y = self.margin + column * (self.side + self.gap), self.tops[line]
-        box = (x / self.width, 1 - (y + self.tall) / self.height, self.side / self.width, self.tall / self.height)
-        axes = figure.add_axes(box)
-        axes.imshow(self.image(panel), aspect="auto", interpolation="antialiased", interpolation_stage="rgba")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for edge in axes.spines.values():
-            edge.set(color="#c9ced6", linewidth=0.6)
+        wide, tall = round(self.side * DPI), round(self.tall * DPI)
+        framed = np.broadcast_to(_rgb(FRAME), (tall + 2, wide + 2, 3)).copy()
+        framed[1:-1, 1:-1] = self.image(panel, tall, wide)
+        figure.figimage(framed, round(x * DPI) - 1, round((self.height - y) * DPI) - tall - 1)
         if self.side > 0.6:
             under = y + self.tall + 0.04
             word = f"head{'s' if panel.heads > 1 else ''} " if self.side > 1 else ""
             self.text(figure, x, under, word + panel.label, size=7.5, weight="bold")
             self.text(figure, x + self.side, under, percent(panel.density), size=7.5, color=FAINT, ha="right")
 
-    def image(self, panel: Panel) -> np.ndarray:
+    def image(self, panel: Panel, rows: int, columns: int) -> np.ndarray:
         """RGB (rows, columns, 3): the entry's colour over what the model's mask allows over paper."""
-        share, allowed = self.scene.rasters[panel.raster].share, self.scene.allowed.share
+        share = resized(self.scene.rasters[panel.raster].share, rows, columns)[..., None]
+        allowed = resized(self.scene.allowed.share, rows, columns)[..., None]
         paper, faint, colour = (_rgb(c) for c in (PAPER, ALLOWED, self.scene.legend[panel.entry].colour))
-        ground = paper + (faint - paper) * (allowed[..., None] if self.scene.causal else 1.0)
-        return ground + (colour - ground) * share[..., None]
+        ground = paper + (faint - paper) * allowed
+        return ground + (colour - ground) * share
 
     def legend(self, figure: Any, left_out: int) -> None:
+        from matplotlib.patches import Rectangle
+
         y = self.below + 0.1
         room = int((self.width - 2 * self.margin - 2.2) / 0.075)
-        for entry in self.scene.legend:
-            from matplotlib.patches import Rectangle
-
+        for entry in self.scene.legend[:MAX_LEGEND]:
             corner = (self.margin / self.width, 1 - (y + 0.13) / self.height)
             size = (0.14 / self.width, 0.14 / self.height)
             figure.add_artist(Rectangle(corner, *size, transform=figure.transFigure, facecolor=entry.colour))
@@ -123,8 +127,24 @@ class _Layout:
             self.text(figure, self.width - self.margin, y - 0.01, heads, size=8.5, color=FAINT, ha="right")
             y += 0.3
         notes = [] if self.scene.exact else ["percentages are estimates from samples"]
+        more = len(self.scene.legend) - MAX_LEGEND
+        notes += [f"{more} more patterns are named in the HTML page only"] if more > 0 else []
         notes += [f"{left_out} more groups of sites are in the HTML page only"] if left_out else []
         self.text(figure, self.margin, y, "; ".join(notes), size=8, color=FAINT)
+
+
+def resized(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The grid (any, any) at another size, each new cell the mean of the area that it covers."""
+    tall = np.einsum("ir,rc->ic", _weights(grid.shape[0], rows), grid)  # einsum: BLAS threads cost more than they save
+    return np.einsum("ic,jc->ij", tall, _weights(grid.shape[1], columns))
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(old: int, new: int) -> np.ndarray:
+    edges = np.arange(new + 1) * (old / new)
+    low, high = edges[:-1, None], edges[1:, None]
+    overlap = np.minimum(high, np.arange(old) + 1) - np.maximum(low, np.arange(old))
+    return np.maximum(overlap, 0).astype(np.float32) * (new / old)
 
 
 def _rgb(colour: str) -> np.ndarray:
