@@ -333,7 +333,8 @@ def test_a_constructor_in_patterns_is_all_that_a_spec_needs(monkeypatch):
         return Every(step, since)
 
     monkeypatch.setitem(p.PATTERNS, "every", every)
-    document = {"version": 1, "patterns": {}, "sites": [{"heads": {"every": {"step": 3, "since": 1}, "sinks": 2}}]}
+    rule = {"match": "*", "heads": {"every": {"step": 3, "since": 1}, "sinks": 2}}
+    document = {"version": 1, "patterns": {}, "sites": [rule]}
     assert Spec.of(document).rules[0].groups[0].pattern == Every(3, 1) | p.sinks(2)
     assert Spec.of(document).to_dict() == document
     validator = jsonschema.Draft202012Validator(schema())
