@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-slow lint gpu clean
+.PHONY: help demo test test-slow wheel-check lint gpu clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -18,14 +18,18 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## the exhaustive tests
 	$(BIN)/python -m pytest -m "slow"
+
+wheel-check: $(STAMP) ## build the wheel and use it from outside the checkout
+	tests/check_wheel.sh $(BIN)/python
 
 lint: $(STAMP) ## style only
 	$(BIN)/ruff check .

@@ -47,11 +47,12 @@ def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | N
     if not heads or not q_len or not k_len:
         return 0
     if "h" not in variables(keep):
-        return heads * _kept_pairs(keep, 0, q_len, k_len, q_offset)
-    return sum(_kept_pairs(keep, head, q_len, k_len, q_offset) for head in range(heads))
+        return heads * kept_by_head(keep, 0, q_len, k_len, q_offset)
+    return sum(kept_by_head(keep, head, q_len, k_len, q_offset) for head in range(heads))
 
 
-def _kept_pairs(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | None) -> int:
+def kept_by_head(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:
+    """How many of the q_len * k_len pairs one head keeps."""
     offset = k_len - q_len if q_offset is None else q_offset
     classes = tile_classes(keep, q_len, k_len, offset, head)
     heights = np.minimum(np.arange(0, q_len, TILE) + TILE, q_len) - np.arange(0, q_len, TILE)

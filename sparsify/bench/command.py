@@ -26,6 +26,9 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Interleaved rounds, at most.", min=5)] = 30,
     seconds: Annotated[float, typer.Option(help="Time for one case's rounds, about.")] = 6.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    preparation: Annotated[
+        bool, typer.Option(help="Measure what a mask costs before the first tile, instead.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
 ) -> None:
     """Measure sparsify beside dense SDPA and compiled FlexAttention, in one process, interleaved.
@@ -33,6 +36,8 @@ def bench(
     Without options: causal windows 512 of 4096 and 1024 of 8192, head sizes 64 and 128, float32 and bfloat16.
     A case whose numbers miss the oracle's bound is reported as wrong and gets no speed; the exit code is then 1.
     """
+    if preparation:
+        return _preparation()
     import torch
 
     from sparsify.bench import report
@@ -70,3 +75,13 @@ def bench(
         console.print(f"written to {report.write_json(results, place, json)}", highlight=False)
     if not all(result.right for result in results):
         raise typer.Exit(1)
+
+
+def _preparation() -> None:
+    from sparsify.bench.prepare import measure_preparation
+
+    for row in measure_preparation(length=131072, heads=32, flex_length=2048):
+        print(
+            f"{row.what:9} N={row.length:<7} {row.heads} heads, mixture: "
+            f"{row.seconds * 1e3:8.1f} ms, {row.peak_bytes / 2**20:7.0f} MB"
+        )

@@ -12,6 +12,7 @@ import torch
 
 from sparsify.bench.cases import Case
 from sparsify.bench.peers import PEERS, Inputs, Run, errors, gemm_rate
+from sparsify.patterns.count import kept_by_head
 
 GEMM = 2048
 
@@ -97,18 +98,9 @@ def measure(case: Case, device: str, repeats: int, seconds: float, tell: Callabl
         tell(f"{case.name}: timing")
         samples = _interleaved(runs, device, repeats, seconds)
     timings = {name: _timing(samples[name], first[name]) for name in first}
-    density = sum(rule.density(1, case.length, case.length) for rule in _per_head(case)) / case.heads
+    kept = sum(kept_by_head(rule.keep(), head, case.length, case.length) for head, rule in enumerate(case.rules))
     gemm_flops = 2.0 * GEMM**3 / statistics.median(samples["gemm"])
-    return Result(case, timings, failures, gemm_flops, density, error, bound)
-
-
-def _per_head(case: Case) -> list[Any]:
-    """Each head's pattern with the head index fixed, so that it can be counted alone."""
-    from sparsify.expr import substitute
-    from sparsify.patterns import expr
-    from sparsify.text import to_text
-
-    return [expr(to_text(substitute(rule.keep(), {"h": head}))) for head, rule in enumerate(case.rules)]
+    return Result(case, timings, failures, gemm_flops, kept / (case.heads * case.length**2), error, bound)
 
 
 def _prepared(prepare: Callable[[Inputs], Run], inputs: Inputs, device: str) -> tuple[float, Run]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from sparsify import codegen
 from sparsify.attention import attention
 from sparsify.bench.cases import Case
-from sparsify.codegen.oracle import oracle
+from sparsify.codegen.oracle import kept, oracle
 from sparsify.codegen.target import Launch
-from sparsify.expr import Pred, evaluate, variables
+from sparsify.expr import Pred, evaluate, substitute, variables
+from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.sizes import size_values
 
@@ -65,7 +66,7 @@ def flex(inputs: Inputs) -> Run:
     case, n = inputs.case, inputs.case.length
     per_head = len({rule.keep() for rule in case.rules}) > 1 or any("h" in variables(r.keep()) for r in case.rules)
     heads = case.heads if per_head else None
-    mask = create_block_mask(mask_mod(case), None, heads, n, n, device=inputs.q.device)
+    mask = create_block_mask(mask_mod(case.rules, n), None, heads, n, n, device=inputs.q.device)
     compiled = _compiled_flex(flex_attention)
     return lambda: compiled(inputs.q, inputs.k, inputs.v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
 
@@ -76,18 +77,18 @@ def _compiled_flex(function: Callable[..., torch.Tensor]) -> Callable[..., torch
     return torch.compile(function, dynamic=False)
 
 
-def mask_mod(case: Case) -> Callable[..., torch.Tensor]:
-    """The case's patterns as FlexAttention's mask function of (b, h, q, k)."""
+def mask_mod(heads: Sequence[Pattern], length: int) -> Callable[..., torch.Tensor]:
+    """The patterns of the heads, at this length, as FlexAttention's mask function of (b, h, q, k)."""
     rules: dict[Pred, list[int]] = {}
-    for head, pattern in enumerate(case.rules):
+    for head, pattern in enumerate(heads):
         rules.setdefault(pattern.keep(), []).append(head)
-    sizes = size_values(frozenset().union(*(variables(rule) for rule in rules)), case.length)
+    sizes = size_values(frozenset().union(*map(variables, rules)), length)
 
     def keeps(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        env = {"b": b, "h": h, "q": q, "k": k, "N": case.length, "Nq": case.length, **sizes}
+        env = {"b": b, "h": h, "q": q, "k": k, "N": length, "Nq": length, **sizes}
         found = q < 0
-        for rule, heads in rules.items():
-            mine = h >= 0 if len(rules) == 1 else functools.reduce(torch.logical_or, [h == head for head in heads])
+        for rule, numbers in rules.items():
+            mine = q >= 0 if len(rules) == 1 else functools.reduce(torch.logical_or, [h == head for head in numbers])
             found = found | (mine & evaluate(rule, env))
         return found
 
@@ -109,21 +110,13 @@ def errors(inputs: Inputs, run: Run) -> tuple[float, float]:
     worst = allowed = 0.0
     for head in range(inputs.case.heads):
         q, k, v = inputs.q[:, head : head + 1], *(t[:, head // group : head // group + 1] for t in (inputs.k, inputs.v))
-        rule = _of_head(launch.program.rule_of(head), head)
+        rule = substitute(launch.program.rule_of(head), {"h": head})
         one = Launch(Program.of([rule], target=launch.program.target), q, k, v, None, (), 0, launch.scale)
         truth = oracle(one)
-        from sparsify.codegen.oracle import kept
-
         reference = F.scaled_dot_product_attention(q, k, v, attn_mask=kept(one)).double().nan_to_num(nan=0.0)
         worst = max(worst, (out[:, head : head + 1] - truth).abs().max().item())
         allowed = max(allowed, 2 * (reference - truth).abs().max().item())
     return worst, allowed
-
-
-def _of_head(rule: Pred, head: int) -> Pred:
-    from sparsify.expr import substitute
-
-    return substitute(rule, {"h": head})
 
 
 def gemm_rate(dtype: torch.dtype, device: str, size: int = 2048) -> Run:

@@ -1,0 +1,54 @@
+"""The C++ target: prints kernels for CPUs, built by the system compiler and run on torch's threads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsify import runtime
+from sparsify.codegen.cpp.launch import kernel, run
+from sparsify.codegen.cpp.source import DTYPES, Shape, render
+from sparsify.codegen.target import Launch
+from sparsify.errors import InputError, Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsify.program import Program
+
+MAX_SIZE = 512  # of a head: beyond it the state of a query tile outgrows a core's cache
+
+
+class CppTarget:
+    """Compiled kernels with register-blocked micro-kernels for AVX-512, AVX2 or any 16-byte vectors."""
+
+    name = "cpp"
+
+    def unavailable(self) -> Refusal | None:
+        """The Refusal of a machine without a compiler, or None."""
+        found = runtime.find_compiler()
+        return found if isinstance(found, Refusal) else None
+
+    def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
+        """Why the program can't run here: a dtype or a head size that no kernel is printed for, or None."""
+        if str(dtype).removeprefix("torch.") not in DTYPES:
+            return Refusal(f"the C++ target has no kernels for {dtype}", hint=f"it has {', '.join(DTYPES)}")
+        for what, size in (("head", head_dim), ("value", value_dim)):
+            if not 1 <= size <= MAX_SIZE:
+                return Refusal(f"{what} size {size} is outside the C++ target's 1 to {MAX_SIZE}")
+        if any(rank > 4 for rank in program.load_ranks().values()):
+            return Refusal("a mask is indexed by more than 4 dimensions", hint="drop the dimensions of size 1")
+        return None
+
+    def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
+        """The C++ source for this machine's instruction set (or the one that SPARSIFY_ISA forces)."""
+        return render(program, Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
+
+    def run(self, launch: Launch) -> torch.Tensor:
+        """Builds the kernel on first use, and runs it. Raises InputError for what `refuse` refuses, and BuildError."""
+        q, v = launch.q, launch.v
+        if q.device.type != "cpu":
+            raise InputError(f"the C++ target runs on cpu tensors, found {q.device}")
+        refusal = self.refuse(launch.program, q.dtype, q.shape[-1], v.shape[-1])
+        if refusal is not None:
+            raise InputError(str(refusal))
+        return run(kernel(launch.program, Shape.of(q.dtype, q.shape[-1], v.shape[-1])), launch)

@@ -1,0 +1,60 @@
+// What a launch passes (mirrored by `Call` in launch.py), and the integer arithmetic of tile rules.
+
+typedef int64_t I;
+
+struct Source { // a tensor that predicates load from
+    const void* data;
+    I bytes;    // of an element: 1 (bool or uint8), 4 or 8 (signed)
+    I size[4], stride[4];
+};
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+struct Call {
+    const void *q, *k, *v, *mask;
+    void* out;
+    const I* sizes;
+    const Source* loads;
+    const int32_t* rules; // the rule of each query head
+    Parallel parallel;    // runs a function on so many threads; null where there is one thread
+    I threads, b, heads, kv_heads, q_len, k_len, offset;
+    I qs[4], ks[4], vs[4], os[4], ms[4]; // strides in elements: batch, head, position, column
+    I mask_type;                         // an index in MASK_TYPES of launch.py
+    double scale, softcap;
+};
+
+// Arithmetic saturates far beyond any position, so products of sizes can't wrap around.
+constexpr I FAR = (I)1 << 58;
+
+constexpr I operator""_I(const char* digits) {
+    I value = 0;
+    for (; *digits; digits++) value = value > FAR / 10 ? FAR : value * 10 + (*digits - '0');
+    return value > FAR ? FAR : value;
+}
+
+static inline I mul(I a, I b) {
+    I product;
+    if (__builtin_mul_overflow(a, b, &product)) return (a < 0) == (b < 0) ? FAR : -FAR;
+    return product > FAR ? FAR : product < -FAR ? -FAR : product;
+}
+static inline I floordiv(I a, I b) { return a / b - (a % b < 0); } // b > 0
+static inline I mod(I a, I b) { I rest = a % b; return rest < 0 ? rest + b : rest; }
+static inline I least(I a, I b) { return a < b ? a : b; }
+static inline I most(I a, I b) { return a > b ? a : b; }
+
+static inline I place(const Source& from, int axis, I index) {
+    if (index < 0) index += from.size[axis];
+    return most(0, least(index, from.size[axis] - 1)) * from.stride[axis];
+}
+
+static inline I element(const Source& from, I at) {
+    if (from.bytes == 1) return ((const uint8_t*)from.data)[at];
+    return from.bytes == 4 ? ((const int32_t*)from.data)[at] : ((const int64_t*)from.data)[at];
+}
+
+struct Interval { I low, high; }; // keys, or tiles of keys: low included, high excluded
+
+// The keys j of a tile of `count` with lane + j >= 0, or with lane - j >= 0, as bits.
+static inline uint64_t first_keys(I count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
+static inline uint64_t keys_from(I lane) { return ~first_keys(-lane); }
+static inline uint64_t keys_to(I lane) { return first_keys(lane + 1); }

@@ -1,0 +1,220 @@
+// Micro-kernels on vectors of W floats, written once for every instruction set (GCC and Clang vector extensions).
+// A block of MR query rows meets a tile of KB keys: scores in registers, online softmax, weights times values.
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef float AnyFloats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t AnyInts __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+constexpr int W = VECTOR_BYTES / 4;       // floats in a vector
+constexpr int KV = KB / W;                // vectors in a row of scores
+constexpr int NRW = NR * W;               // columns of a register block
+constexpr int DVV = (DV + W - 1) / W;     // vectors in a row of values, padded with zeros
+constexpr int DVP = DVV * W;
+constexpr int PAIR = PACKED_BF16 ? 2 : 1; // elements that one 32-bit lane of a packed operand holds
+constexpr int DK = (D + PAIR - 1) / PAIR; // steps of the q.k product
+constexpr int KS = KB / PAIR;             // steps of the weights-times-values product
+constexpr int64_t K_TILE = (int64_t)DK * KB, V_TILE = (int64_t)KS * DVP; // in 32-bit lanes
+constexpr float NOTHING = -3e38f;         // below every score that a key can have, and finite
+constexpr float SLACK = 8.0f;             // a row's reference lags its largest score by at most 2**8
+
+static inline float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static inline uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+static inline uint16_t bf16_of(float f) {
+    uint32_t u = float_bits(f);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// 2**x for x <= SLACK or so; exactly 0 from -127 downwards, so a masked score (-inf) weighs nothing; NaN stays NaN.
+static inline __attribute__((always_inline)) Floats exp2_of(Floats x) {
+    const Floats low = Floats{} - 127.0f, magic = Floats{} + 12583039.0f; // 1.5 * 2**23 + 127
+    x = low > x ? low : x;
+    Floats n = x + magic, f = x - (n - magic), p = Floats{} + EXP2[EXP2_DEGREE];
+#pragma GCC unroll 8
+    for (int i = EXP2_DEGREE - 1; i >= 0; i--) p = p * f + EXP2[i];
+    return p * (Floats)((Ints)n << 23);
+}
+
+static inline float exp2_of(float x) { return exp2_of(Floats{} + x)[0]; }
+
+// tanh to about a unit in the last place: an odd polynomial near 0, else by way of 2**x.
+static inline Floats tanh_of(Floats x) {
+    Floats y = x * x, size = x < 0.0f ? -x : x, power = exp2_of(size * -2.88539008f);
+    Floats p = y * -6.274239141526389e-3f + 2.1071678786247515e-2f;
+    p = p * y - 5.3852309843239826e-2f;
+    p = p * y + 1.333258613779597e-1f;
+    p = p * y - 3.333331755964682e-1f;
+    Floats far = (1.0f - power) / (1.0f + power);
+    return size < 0.55f ? x * y * p + x : x < 0.0f ? -far : far;
+}
+
+// acc += the products of packed operands: one float, or a pair of bf16, in each 32-bit lane.
+static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes, const float* one) {
+#if PACKED_BF16
+    int32_t pair;
+    memcpy(&pair, one, 4);
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(lanes), "v"(Ints{} + pair));
+#else
+    acc += lanes * *one;
+#endif
+}
+
+// acc[r][n] += sum over steps of a[r * row + step * next] * b[step][n], for steps first..last-1.
+template <int NV>
+static inline __attribute__((always_inline)) void
+multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* b, int stride, int first, int last) {
+    for (int step = first; step < last; step++) {
+        Floats lanes[NV];
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n++) lanes[n] = *(const AnyFloats*)(b + (int64_t)step * stride + n * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; n++) dot(acc[r][n], lanes[n], a + r * row + step * next);
+    }
+}
+
+// The running state of MR query rows. Scores and references are in units of log2.
+struct Rows {
+    Floats sum[MR];                                       // of the weights, by lane
+    float reference[MR];                                  // what scores are taken relative to
+    float q[DK * MR] __attribute__((aligned(64)));        // packed queries, by step
+    float out[MR * DVP] __attribute__((aligned(64)));     // weighted values, by panel of NRW columns
+};
+
+// What a tile drops or adds for MR rows: bit j of keep[r] is key j; `add` is in units of log2, or null.
+struct Masks {
+    const uint64_t* keep;
+    const float* add;
+};
+
+static inline bool any_lane(Ints found) {
+    uint64_t words[VECTOR_BYTES / 8], all = 0;
+    memcpy(words, &found, sizeof words);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+}
+
+static __attribute__((noinline)) void raise_references(Rows& rows, const Floats (&top)[MR], float factor) {
+    for (int r = 0; r < MR; r++) {
+        float highest = top[r][0];
+        for (int i = 1; i < W; i++) highest = top[r][i] > highest ? top[r][i] : highest;
+        highest *= factor;
+        if (!(highest > rows.reference[r])) continue;
+        float decay = exp2_of(rows.reference[r] - highest);
+        rows.reference[r] = highest;
+        rows.sum[r] *= decay;
+        for (int panel = 0; panel < DVV; panel += NR) {
+            int width = (DVV - panel < NR ? DVV - panel : NR) * W;
+            float* out = rows.out + panel * W * MR + r * width;
+            for (int i = 0; i < width; i++) out[i] *= decay;
+        }
+    }
+}
+
+// out += weights * values for MR rows and a panel of NV vectors. The sum over one tile is made apart from the running
+// one, which keeps rounding errors from growing with the number of keys.
+template <int NV>
+static inline __attribute__((always_inline)) void
+weigh_values(float* out, const float* weights, const float* values, int first, int last) {
+    Floats acc[MR][NV] = {};
+    multiply<NV>(acc, weights, KS, 1, values, NV * W, first, last);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n++) *(AnyFloats*)(out + (r * NV + n) * W) += acc[r][n];
+}
+
+static inline __attribute__((always_inline)) void store_weights(float* to, const Floats (&weights)[KV]) {
+#if PACKED_BF16
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; v += 2) {
+        Ints pairs;
+        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(weights[v]), "v"(weights[v + 1]));
+        *(AnyInts*)(to + v / 2 * W) = pairs;
+    }
+#else
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; v++) *(AnyFloats*)(to + v * W) = weights[v];
+#endif
+}
+
+// How q.k products become scores in units of log2: times `factor`, or with a softcap factor * tanh(inner * product).
+// Products are summed `chunk` steps at a time: rounding errors grow with the length of a running sum.
+struct Scoring {
+    float factor, inner;
+    int chunk;
+};
+
+// One tile of keys for MR rows; `masks` is null on a full tile.
+static __attribute__((noinline)) void
+meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring, const Masks* masks) {
+    float factor = scoring.factor;
+    Floats scores[MR][KV], top[MR];
+    int first = 0, last = KS;
+#pragma GCC unroll 16
+    for (int panel = 0; panel < KV; panel += NR) {
+        for (int from = 0; from < DK; from += scoring.chunk) {
+            int to = from + scoring.chunk < DK ? from + scoring.chunk : DK;
+            Floats acc[MR][NR] = {};
+            multiply<NR>(acc, rows.q, 1, MR, keys + (int64_t)panel * W * DK, NRW, from, to);
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) scores[r][panel + n] = from ? scores[r][panel + n] + acc[r][n] : acc[r][n];
+        }
+    }
+    if (SOFTCAP) {
+        for (int r = 0; r < MR; r++)
+            for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * scoring.inner) * factor;
+        factor = 1.0f;
+    }
+    if (masks) {
+        if (ADD_MASK) {
+            for (int r = 0; r < MR; r++)
+                for (int v = 0; v < KV; v++)
+                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add + r * KB + v * W);
+            factor = 1.0f;
+        }
+        Ints lane;
+        for (int i = 0; i < W; i++) lane[i] = 1 << i;
+        uint64_t any = 0;
+        for (int r = 0; r < MR; r++) {
+            any |= masks->keep[r];
+            for (int v = 0; v < KV; v++) {
+                Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
+                scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
+            }
+        }
+        first = __builtin_ctzll(any) / PAIR;
+        last = (64 - __builtin_clzll(any) + PAIR - 1) / PAIR;
+    }
+    Ints above = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
+        top[r] = scores[r][0];
+#pragma GCC unroll 16
+        for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+        above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
+    }
+    if (__builtin_expect(any_lane(above), 0)) raise_references(rows, top, factor);
+    float weights[MR * KS] __attribute__((aligned(64)));
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
+        Floats sum = rows.sum[r], row[KV];
+#pragma GCC unroll 16
+        for (int v = 0; v < KV; v++) {
+            row[v] = exp2_of(scores[r][v] * factor - rows.reference[r]);
+            sum += row[v];
+        }
+        rows.sum[r] = sum;
+        store_weights(weights + r * KS, row);
+    }
+#pragma GCC unroll 16
+    for (int panel = 0; panel + NR <= DVV; panel += NR)
+        weigh_values<NR>(rows.out + panel * W * MR, weights, values + (int64_t)panel * W * KS, first, last);
+    constexpr int REST = DVV % NR, DONE = DVV - REST;
+    if constexpr (REST > 0)
+        weigh_values<REST>(rows.out + DONE * W * MR, weights, values + (int64_t)DONE * W * KS, first, last);
+}

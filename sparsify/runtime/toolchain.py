@@ -1,0 +1,100 @@
+"""The C++ compiler and the vector instruction set of this machine."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify import env
+from sparsify.errors import BuildError, InputError, Refusal
+
+COMPILERS = ("c++", "g++", "clang++")
+CPUINFO = Path("/proc/cpuinfo")
+COMMON_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti", "-w",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A vector instruction set.
+
+    vector_bytes: of a vector. block_vectors: how many a register block is wide. flags: for the compiler. needs: the
+    processor features it uses. bf16_dot: whether it multiplies pairs of bf16.
+    """
+
+    name: str
+    vector_bytes: int
+    block_vectors: int
+    flags: tuple[str, ...]
+    needs: frozenset[str] = frozenset()
+    bf16_dot: bool = False
+
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512")
+ISAS = {
+    "avx512": Isa("avx512", 64, 4, _AVX512, frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"})),
+    "avx2": Isa("avx2", 32, 2, ("-mavx2", "-mfma"), frozenset({"avx2", "fma"})),
+    # AArch64 has 32 vector registers, baseline x86-64 has 16.
+    "portable": Isa("portable", 16, 4 if platform.machine() in ("aarch64", "arm64") else 2, ()),
+}
+_AVX512_BF16 = Isa("avx512", 64, 4, (*_AVX512, "-mavx512bf16"), ISAS["avx512"].needs | {"avx512_bf16"}, bf16_dot=True)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler: its path and what it says of its version (part of every cache key)."""
+
+    path: str
+    version: str
+
+
+def find_compiler() -> Compiler | Refusal:
+    """The compiler that builds kernels: SPARSIFY_CXX or CXX, else the first of c++, g++, clang++ on the path."""
+    named = env.compiler()
+    path = shutil.which(named) if named else next(filter(None, map(shutil.which, COMPILERS)), None)
+    if path:
+        return Compiler(path, _version(path))
+    if named:
+        return Refusal(f"the C++ compiler '{named}' was not found", hint="set SPARSIFY_CXX to a compiler on the path")
+    looked = ", ".join(COMPILERS)
+    return Refusal(f"no C++ compiler was found (looked for {looked})", hint="install g++ or clang++, or set SPARSIFY_CXX")
+
+
+@functools.lru_cache(maxsize=8)
+def _version(path: str) -> str:
+    try:
+        found = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the C++ compiler {path} can't be run: {error}") from None
+    return found.stdout.partition("\n")[0].strip()
+
+
+def machine_isa() -> Isa:
+    """The best instruction set of this machine, or the one that SPARSIFY_ISA forces (InputError if it can't run)."""
+    features, forced = cpu_features(), env.isa()
+    best = [isa for isa in (_AVX512_BF16, *ISAS.values()) if isa.needs <= features]
+    if forced is None:
+        return best[0]
+    for isa in best:
+        if isa.name == forced:
+            return isa
+    missing = ", ".join(sorted(ISAS[forced].needs - features))
+    names = ", ".join(dict.fromkeys(isa.name for isa in best))
+    raise InputError(f"environment variable SPARSIFY_ISA: this machine can't run '{forced}' (no {missing}); it runs {names}")
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """The x86 feature flags that the kernel reports; none on other machines, which run the portable kernels."""
+    if platform.machine() not in ("x86_64", "AMD64") or not CPUINFO.exists():
+        return frozenset()
+    for line in CPUINFO.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

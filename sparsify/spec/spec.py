@@ -1,0 +1,172 @@
+"""`Spec`: which pattern each head of each site gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from typing import Any
+
+from sparsify.errors import SpecError
+from sparsify.patterns import Pattern
+from sparsify.spec.document import VERSION, checked
+from sparsify.spec.dump import form_of
+from sparsify.spec.forms import Builder, words
+from sparsify.spec.reader import file_text, read_text
+from sparsify.spec.rules import Rule, SiteInfo
+from sparsify.spec.source import Source, shown
+
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+@dataclass(frozen=True, init=False)
+class Spec:
+    """Named patterns, and rules of which the first that matches a site gives each of its heads a pattern.
+
+        Spec(patterns={"mine": MyPattern()}, sites=[{"match": "model.*", "heads": {"0-3": "dense", "rest": "mine"}}])
+
+    `patterns` and `sites` hold what the sections of a file hold, and a pattern may be a `Pattern` object wherever a
+    form may stand. Frozen, hashable, comparable. Raises SpecError naming the field, what was found and what is allowed.
+    """
+
+    patterns: Mapping[str, Pattern] = field(hash=False)
+    rules: tuple[Rule, ...]
+
+    def __init__(self, patterns: Mapping[str, Any] | None = None, sites: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._read({"version": VERSION, "patterns": dict(patterns or {}), "sites": list(sites)}, Source(), {})
+
+    @classmethod
+    def of(cls, value: str | File | Mapping[str, Any] | Spec) -> Spec:
+        """The spec that a path, a dictionary (as a file holds it) or a Spec means."""
+        if isinstance(value, Spec):
+            return value
+        if isinstance(value, str | File):
+            return load_spec(value)
+        if not isinstance(value, Mapping):
+            raise SpecError(f"spec: expected a path, a dictionary or a Spec, found {shown(value)}")
+        return cls._of(value, Source(), {})
+
+    @classmethod
+    def read(cls, text: str, name: str, patterns: Mapping[str, Pattern] | None = None) -> Spec:
+        """The spec in a YAML or JSON text; `name` stands for the file in errors. See `load_spec`."""
+        value, source = read_text(text, name)
+        return cls._of(value, source, _named(patterns))
+
+    @classmethod
+    def _of(cls, value: Any, source: Source, extra: Mapping[str, Pattern]) -> Spec:
+        spec = cls.__new__(cls)
+        spec._read(value, source, extra)
+        return spec
+
+    def _read(self, value: Any, source: Source, extra: Mapping[str, Pattern]) -> None:
+        document = checked(value, source)
+        for name in document.patterns:
+            _check_name(name, source, extra)
+        builder = Builder(source, {**document.patterns, **extra})
+        patterns = {name: builder.named(name, ("patterns", name)) for name in builder.forms}
+        object.__setattr__(self, "patterns", patterns)
+        rules = tuple(Rule.read(rule, number, builder) for number, rule in enumerate(document.sites))
+        object.__setattr__(self, "rules", rules)
+
+    def resolve(self, sites: Sequence[SiteInfo], complete: bool = True) -> list[tuple[Pattern, ...] | None]:
+        """For each site the pattern of each of its query heads, or None where no rule matches.
+
+        With `complete`, `sites` are all that the model has, and a rule that none of them uses is an error; leave it
+        off for one of several graphs and give all their sites to `unmatched_rules`. Raises SpecError.
+        """
+        found = []
+        for site in sites:
+            rule = next((rule for rule in self.rules if rule.accepts(site)), None)
+            found.append(None if rule is None else rule.patterns(site))
+        unmatched = unmatched_rules(self, sites) if complete else []
+        if unmatched:
+            raise SpecError(unmatched[0])
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as a file holds it, `Spec.of(spec.to_dict()) == spec`; your own classes stay objects."""
+        inline = {id(g.pattern): form_of(g.pattern) for rule in self.rules for g in rule.groups if g.name is None}
+        patterns = {name: form_of(pattern) for name, pattern in self.patterns.items()}
+        return {"version": VERSION, "patterns": patterns, "sites": [rule.to_dict(inline) for rule in self.rules]}
+
+    def save(self, path: str | File) -> None:
+        """Writes the spec as JSON (a path that ends in .json) or YAML. Raises SpecError for what a file can't hold."""
+        value = self.to_dict()
+        _refuse_objects(value, str(path))
+        if str(path).endswith(".json"):
+            File(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            return
+        from ruamel.yaml import YAML
+
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 100
+        with File(path).open("w", encoding="utf-8") as file:
+            yaml.dump(value, file)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.patterns.items()), self.rules))
+
+
+def load_spec(path: str | File, patterns: Mapping[str, Pattern] | None = None) -> Spec:
+    """Reads a spec from a YAML or JSON file. Raises SpecError naming file, line, column, field and what is allowed.
+
+    `patterns` gives the file further names, for patterns of your own classes: the file says `heads: mine`, and you
+    call `load_spec("spec.yaml", patterns={"mine": MyPattern()})`.
+    """
+    return Spec.read(file_text(path), str(path), patterns)
+
+
+def _named(patterns: Mapping[str, Pattern] | None) -> Mapping[str, Pattern]:
+    for name, pattern in (patterns or {}).items():
+        if not isinstance(pattern, Pattern):
+            raise SpecError(f"load_spec: patterns['{name}']: expected a Pattern, found {shown(pattern)}")
+        _check_name(name, Source("load_spec"), {})
+    return patterns or {}
+
+
+def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo]) -> list[str]:
+    """For each rule that no site uses, what is wrong with it; `sites` are all those of the model."""
+    sites = list(sites)
+    first = [next((rule.number for rule in spec.rules if rule.accepts(site)), None) for site in sites]
+    messages = []
+    for rule in spec.rules:
+        if rule.number in first:
+            continue
+        taken = sorted({n for site, n in zip(sites, first, strict=True) if rule.accepts(site) and n is not None})
+        if taken:
+            earlier = ", ".join(f"sites[{n}]" for n in taken)
+            what = f"the rule is never used: earlier rules ({earlier}) take every site that it matches"
+        else:
+            what = f"the rule matches no site; {_listed(sites)}"
+        messages.append(str(rule.source.error(("sites", rule.number), what)))
+    return messages
+
+
+def _listed(sites: Sequence[SiteInfo]) -> str:
+    names = list(dict.fromkeys(site.address for site in sites))
+    if not names:
+        return "the model has none"
+    some = ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+    return f"the model has {len(names)}: {some}"
+
+
+def _check_name(name: str, source: Source, extra: Mapping[str, Pattern]) -> None:
+    path = ("patterns", name)
+    if name in words():
+        raise source.error(path, f"'{name}' is a word of the spec's own; choose another name", at_key=True)
+    if not _NAME.fullmatch(name):
+        raise source.error(
+            path, "a pattern's name starts with a letter and has letters, digits, _ . - only", at_key=True
+        )
+    if name in extra:
+        raise source.error(path, f"'{name}' is also given to load_spec; choose another name", at_key=True)
+
+
+def _refuse_objects(value: Any, path: str) -> None:
+    if isinstance(value, Pattern):
+        raise SpecError(f"{path}: {value} is a pattern of your own class, which a file can't hold; give it a name by "
+                        "load_spec(..., patterns={...})")  # fmt: skip
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_objects(part, path)

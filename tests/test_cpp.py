@@ -1,0 +1,271 @@
+"""The C++ target against the float64 oracle, on every instruction set that this machine runs."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from sparsify import patterns as P
+from sparsify.codegen import Launch, target
+from sparsify.codegen.cpp.source import fill
+from sparsify.codegen.oracle import kept, oracle
+from sparsify.errors import InputError
+from sparsify.expr import FALSE
+from sparsify.program import Program
+from sparsify.runtime import toolchain as tools
+from sparsify.text import parse_pred
+
+CPP = target("cpp")
+pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
+
+ISAS = ["avx512", "avx2", "portable"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# One kernel holds all rules of a site, so a mixture over heads tests many at the price of one build.
+BANDS = [
+    P.causal(),
+    (P.sinks(3) | P.window(37)) & P.causal(),
+    P.window("N/8 + 5", ahead=9),
+    P.block_window(16, 2) & P.causal(),
+    P.dense(),
+    ~P.dense() | (P.window(5) & P.causal()),
+]
+STRIDED = [
+    P.column_stride(7, block=3, offset="head") & P.causal(),
+    P.dilated(5) & P.window(60) & P.causal(),
+    P.same_block(24, shift=5) | P.global_tokens([0, 1, 40]),
+    P.expr("(q - k) % 7 < 2 and k <= q or (q*k) % 11 == 3"),
+    P.expr("abs(q - k) < (9 if h % 2 == 0 else 30) and max(q, k) % 3 != 1"),
+    P.expr("k // 5 + q // 3 < 20 and 3*k >= q - 4 and 2*q - 5*k > 0 - 90"),
+]
+MIXED = [keep for keep in (p.keep() for p in (*BANDS[:3], STRIDED[1]))]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Forces each instruction set that this machine has."""
+    if not tools.ISAS[request.param].needs <= tools.cpu_features():
+        pytest.skip(f"this machine doesn't run {request.param}")
+    monkeypatch.setenv("SPARSIFY_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    """New tensors are full of NaN, so an output element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tensor(generator, dtype, *shape):
+    """Normal numbers in a tensor with odd strides: a slice of a larger, transposed one, whose rest is NaN."""
+    b, h, n, d = shape
+    large = torch.full((b, n + 1, h, d + 3), torch.nan, dtype=dtype)
+    part = large[:, :n, :, 1 : d + 1].transpose(1, 2)
+    part.copy_(torch.randn(shape, generator=generator))
+    return part
+
+
+def launch(program, shape, dtype, head=(16, 16), *, mask=None, loads=(), offset=None, scale=None, seed=0):
+    """A launch on drawn tensors; shape is (batch, query heads per KV head, queries, keys)."""
+    batch, group, q_len, k_len = shape
+    generator = torch.Generator().manual_seed(seed)
+    heads = len(program.heads)
+    q = tensor(generator, dtype, batch, heads, q_len, head[0])
+    k = tensor(generator, dtype, batch, heads // group, k_len, head[0])
+    v = tensor(generator, dtype, batch, heads // group, k_len, head[1])
+    offset = k_len - q_len if offset is None else offset
+    return Launch(program, q, k, v, mask, tuple(loads), offset, head[0] ** -0.5 if scale is None else scale)
+
+
+def reference(call):
+    """What PyTorch itself computes in the same dtype with the same mask, as plain operations where SDPA has none."""
+    group = call.q.shape[1] // call.k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
+    keep, add = kept(call), torch.zeros((), dtype=call.q.dtype)
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        keep = keep & call.mask
+    elif call.mask is not None:
+        low = torch.finfo(call.q.dtype).min
+        add = torch.where(call.mask.isinf(), call.mask, call.mask.double().clamp(low, -low)).to(call.q.dtype)
+    bias = add.expand(keep.shape).masked_fill(~keep, -torch.inf)
+    cap = call.program.softcap
+    if cap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=bias, scale=call.scale)
+    else:
+        out = torch.softmax(torch.tanh(call.q @ k.mT * call.scale / cap) * cap + bias, -1) @ v
+    return out.nan_to_num(nan=0.0)
+
+
+def check(call):
+    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0."""
+    found, truth = CPP.run(call), oracle(call)
+    assert found.shape == truth.shape and found.dtype == call.q.dtype
+    assert found.stride() == call.empty_output().stride()
+    if not truth.numel():
+        return
+    own = (reference(call).double() - truth).abs().max().item()
+    floor = torch.finfo(call.q.dtype).eps * truth.abs().max().item()
+    assert (found.double() - truth).abs().max().item() <= 2 * own + floor
+    nothing = ~kept_pairs(call).any(-1)
+    assert (found[nothing] == 0).all()
+
+
+def kept_pairs(call):
+    """Which pairs have a weight: kept by the rule and by the mask tensor."""
+    if call.mask is None:
+        return kept(call)
+    return kept(call) & (call.mask if call.mask.dtype == torch.bool else call.mask != -torch.inf)
+
+
+SHAPES = st.tuples(
+    st.integers(1, 2), st.sampled_from([1, 2]), st.one_of(st.integers(1, 9), st.integers(90, 300)), st.integers(1, 400)
+)
+DRAWN = settings(  # the draws are small already, and shrinking would build kernels
+    max_examples=8, database=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", [BANDS, STRIDED], ids=["bands", "strided"])
+@DRAWN
+@given(shape=SHAPES, offset=st.one_of(st.none(), st.integers(0, 500)), seed=st.integers(0, 99))
+def test_patterns(isa, dtype, rules, shape, offset, seed):
+    check(launch(Program.of([p.keep() for p in rules]), shape, dtype, offset=offset, seed=seed))
+
+
+HEADS = [(1, 1), (3, 7), (17, 130), (64, 64), (80, 33), (127, 65), (256, 256)]
+
+
+@pytest.mark.parametrize(("head", "dtype"), list(zip(HEADS, itertools.cycle(DTYPES), strict=False)), ids=str)
+@DRAWN
+@given(shape=SHAPES, seed=st.integers(0, 99), scale=st.sampled_from([None, 0.0, -0.7]))
+def test_head_sizes(head, dtype, shape, seed, scale):
+    check(launch(Program.of(MIXED), shape, dtype, head, seed=seed, scale=scale))
+
+
+def test_head_sizes_elsewhere(isa):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
+
+
+MASK_SHAPES = st.sampled_from(["bhqk", "11qk", "b11k", "1h1k", "qk", "k", "bhq1", ""])
+
+
+def mask_of(kind, letters, shape, heads, dtype, generator):
+    """A mask tensor whose dimensions are named by letters (1 is broadcast), with whole rows dropped here and there."""
+    size = {"b": shape[0], "h": heads, "q": shape[2], "k": shape[3], "1": 1}
+    drawn = torch.rand([size[letter] for letter in letters], generator=generator)
+    if kind == "bool":
+        return drawn < 0.7
+    mask = (drawn * 8 - 4).to(dtype)
+    lowest = torch.finfo(dtype).min
+    mask = torch.where(drawn < 0.3, torch.full_like(mask, -torch.inf), mask)
+    return torch.where((drawn > 0.4) & (drawn < 0.6), torch.full_like(mask, lowest), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "add"])
+@DRAWN
+@given(
+    shape=SHAPES, letters=MASK_SHAPES, seed=st.integers(0, 99), own=st.booleans(),
+    other=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+def test_masks(isa, dtype, kind, shape, letters, seed, own, other):
+    generator = torch.Generator().manual_seed(seed)
+    mask = mask_of(kind, letters, shape, len(MIXED), dtype if own else other, generator)
+    check(launch(Program.of(MIXED, mask=kind), shape, dtype, mask=mask, seed=seed))
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])
+def test_rows_at_a_dtypes_lowest_value_are_uniform(low):
+    mask = torch.full((70,), low, dtype=torch.float64 if low < -1e39 else torch.float32)
+    call = launch(Program.of([P.dense().keep()], mask="add"), (1, 1, 5, 70), torch.float32, mask=mask)
+    assert torch.allclose(CPP.run(call), call.v.mean(2, keepdim=True).expand(1, 1, 5, 16), atol=1e-6)
+
+
+LOADS = [
+    "_0[b, k] and k <= q",
+    "_1[b, q] == _1[b, k] and k <= q",
+    "k < _2[b]",
+    "_3[b, q, k] or q == k",
+    "not _0[b, k] or _1[0, q] < _1[0, k]",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DRAWN
+@given(batch=st.integers(1, 2), q_len=st.integers(1, 200), more=st.integers(0, 100), kind=st.sampled_from([torch.int32, torch.int64]))
+def test_loads(dtype, batch, q_len, more, kind):
+    k_len, generator = q_len + more, torch.Generator().manual_seed(q_len)
+    draw = lambda high, *size: torch.randint(high, size, generator=generator)  # noqa: E731
+    documents = draw(4, k_len, batch).sort(0).values.T.to(kind)
+    loads = [draw(3, batch, k_len) > 0, documents, draw(k_len + 9, batch).to(kind), draw(2, batch, k_len, k_len).bool().mT]
+    program = Program.of([parse_pred(text) for text in LOADS], loads=4)
+    check(launch(program, (batch, 1, q_len, k_len), dtype, loads=loads))
+
+
+@DRAWN
+@given(shape=SHAPES, seed=st.integers(0, 99), cap=st.sampled_from([0.7, 5.0, 50.0]))
+def test_softcap(isa, shape, seed, cap):
+    check(launch(Program.of(MIXED, softcap=cap), shape, torch.float32, seed=seed, scale=1.5))
+
+
+def test_decode_reads_only_what_is_kept():
+    """Keys and values outside the window are NaN: reading one would show in the output."""
+    program = Program.of([(P.window(100) & P.causal()).keep()] * 8)
+    call = launch(program, (2, 4, 1, 5000), torch.float32)
+    call.k[:, :, : 5000 - 192] = torch.nan
+    call.v[:, :, : 5000 - 192] = torch.nan
+    assert not CPP.run(call).isnan().any()
+
+
+def test_far_sizes_do_not_overflow():
+    rules = [P.block_window(2**40, 2**40), P.window(2**40, ahead=2**40), P.column_stride(2**40, block=2**40), P.dilated(2**40)]
+    check(launch(Program.of([p.keep() for p in rules]), (1, 2, 100, 130), torch.float32))
+
+
+def test_empty_sizes():
+    program = Program.of([P.causal().keep()] * 2)
+    for shape in [(0, 1, 5, 5), (1, 1, 0, 5), (1, 2, 4, 0), (2, 2, 0, 0)]:
+        check(launch(program, shape, torch.float32))
+
+
+def test_a_rule_that_keeps_nothing_gives_zeros():
+    assert (CPP.run(launch(Program.of([FALSE]), (1, 1, 100, 100), torch.bfloat16)) == 0).all()
+
+
+def test_nan_stays_visible():
+    call = launch(Program.of([P.causal().keep()]), (1, 1, 150, 150), torch.float32)
+    call.k[0, 0, 70] = torch.nan
+    found = CPP.run(call)
+    assert not found[0, 0, :64].isnan().any() and found[0, 0, 70:].isnan().all()
+
+
+def test_one_thread_gives_the_same():
+    call = launch(Program.of(MIXED), (1, 2, 500, 500), torch.float32)
+    many, threads = CPP.run(call), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(CPP.run(call), many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_skeleton_refuses_missing_and_unused_holes():
+    with pytest.raises(Exception, match="is undefined"):
+        fill("kernel.cpp.jinja", name="x")
+    with pytest.raises(ValueError, match="no hole for nonsense"):
+        fill("kernel.cpp.jinja", nonsense=1)
+
+
+def test_refusals():
+    program = Program.of([P.causal().keep()])
+    assert "float64" in str(CPP.refuse(program, torch.float64, 16, 16))
+    assert str(CPP.refuse(program, torch.float32, 513, 16)) == "head size 513 is outside the C++ target's 1 to 512"
+    assert CPP.refuse(program, torch.float32, 256, 1) is None
+    with pytest.raises(InputError, match="no kernels for torch.float64"):
+        CPP.run(launch(program, (1, 1, 2, 2), torch.float64))
