@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import golden
@@ -17,6 +18,8 @@ from strategies import composed
 
 from sparsify import patterns as p
 from sparsify.errors import SpecError
+from sparsify.expr import eq
+from sparsify.patterns.pattern import K
 from sparsify.spec import SiteInfo, Spec, load_spec, schema, unmatched_rules
 from sparsify.spec.reader import read_text
 
@@ -314,6 +317,30 @@ def test_the_schema_refuses_what_the_reader_refuses():
 def test_every_constructor_has_its_fields_in_the_schema():
     forms = json.dumps(schema()["$defs"]["Pattern"])
     assert all(f'"{name}"' in forms for name in p.PATTERNS)
+
+
+def test_a_constructor_in_patterns_is_all_that_a_spec_needs(monkeypatch):
+    @dataclass(frozen=True)
+    class Every(p.Pattern):
+        step: int
+        since: int = 0
+
+        def keep(self):
+            return eq((K + self.since) % self.step, 0)
+
+    def every(step: int, since: int = 0) -> p.Pattern:
+        """Every n-th key."""
+        return Every(step, since)
+
+    monkeypatch.setitem(p.PATTERNS, "every", every)
+    rule = {"match": "*", "heads": {"every": {"step": 3, "since": 1}, "sinks": 2}}
+    document = {"version": 1, "patterns": {}, "sites": [rule]}
+    assert Spec.of(document).rules[0].groups[0].pattern == Every(3, 1) | p.sinks(2)
+    assert Spec.of(document).to_dict() == document
+    validator = jsonschema.Draft202012Validator(schema())
+    assert validator.is_valid(document) and not validator.is_valid({**document, "sites": [{"heads": {"every": "3"}}]})
+    with pytest.raises(SpecError, match=r"unknown field 'sinse' of every; did you mean 'since'\?"):
+        Spec(sites=[{"heads": {"every": {"step": 3, "sinse": 1}}}])
 
 
 def test_reading_a_spec_needs_no_torch():

@@ -92,10 +92,10 @@ def _processor() -> Finding:
 
 
 def _compiler() -> Finding:
-    from sparsify.runtime import toolchain
+    from sparsify.runtime import find_compiler
 
     try:
-        found = toolchain()
+        found = find_compiler()
     except SparsifyError as error:
         return Finding("compiler", False, str(error))
     if isinstance(found, Refusal):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,9 +31,11 @@ def explain(
 ) -> None:
     """Say which attention of a model is found, what its mask is, and what each head would keep; and why not.
 
-    The model is captured, and neither run nor changed. Only a Hugging Face model's structure is needed: its weights,
-    if there are any, aren't read.
+    The model is run once, without gradients, and no kernel is built. Of a Hugging Face model only the structure
+    counts: weights aren't read, so the folder needs a config.json only.
     """
+    import torch
+
     import sparsify
     from sparsify.cli.output import console, print_json, progress
 
@@ -40,7 +43,8 @@ def explain(
         bar.add_task("loading the model", total=None)
         made, args, kwargs = _called(model) if ":" in model else _from_config(Path(model), length, batch, attn)
         bar.add_task("capturing it", total=None)
-        report = sparsify.explain(made, *args, spec=spec, **kwargs)
+        with torch.no_grad():
+            report = sparsify.explain(made, *args, spec=spec, **kwargs)
     if json:
         print_json(report.to_dict())
     else:
@@ -84,19 +88,30 @@ def _from_config(folder: Path, length: int, batch: int, attn: str) -> tuple[Any,
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
         kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        with no_init_weights():
-            config._attn_implementation = attn
-            made = (
-                kind(config)
-                if kind.__module__ != transformers.AutoModelForCausalLM.__module__
-                else kind.from_config(config)
-            )
+        config._attn_implementation = attn
+        with no_init_weights(), _dtype(getattr(config, "dtype", None)):
+            made = kind(config) if issubclass(kind, transformers.PreTrainedModel) else kind.from_config(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"explain: {folder}: transformers can't make this model: {str(error).splitlines()[0]}"
         ) from None
+    if made.main_input_name != "input_ids":
+        raise InputError(f"explain: {name} reads {made.main_input_name}; give it as package.module:callable")
     tokens = torch.zeros(batch, length, dtype=torch.long)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     return made.eval(), (), inputs
+
+
+@contextlib.contextmanager
+def _dtype(dtype: Any) -> Iterator[None]:
+    """New parameters in this dtype, if it is one."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -47,13 +47,13 @@ def show(
         raise InputError(f"show: --kv-heads: the {heads} query heads must be a multiple of it, found {kv_heads}")
     sites = _sites(site, count, kind, causal, heads, kv_heads)
     patterns = found.resolve(sites, complete=False)
-    for message in unmatched_rules(found, sites):
-        remark(f"note: {message} (see --site, --kind, --layers)")
     drawn = {info.address: kept for info, kept in zip(sites, patterns, strict=True) if kept is not None}
     if not drawn:
         raise InputError(
             f"show: no rule of {spec} matches '{sites[0].address}'; choose other sites with --site, --kind"
         )
+    for message in unmatched_rules(found, sites):
+        remark(f"note: {message} (see --site, --kind, --layers)")
     with progress() as bar:
         for ending in ("html", "png") if png else ("html",):
             task = bar.add_task(f"drawing the {ending}", total=None)
