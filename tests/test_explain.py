@@ -1,0 +1,108 @@
+"""`sparsify.explain`: what it reports, and how it reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captures import model
+
+import sparsify
+from sparsify.errors import SpecError
+from sparsify.patterns import causal, dense, window
+
+IDS = torch.zeros(1, 16, dtype=torch.long)
+SPEC = {"version": 1, "sites": [{"match": "model.layers.0.*", "heads": {"0-1": "dense", "rest": {"window": 4}}}]}
+
+
+@pytest.fixture(autouse=True)
+def _null(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TARGET", "null")
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_report_without_and_with_a_spec():
+    made = model("gemma2", "eager")
+    report = sparsify.explain(made, IDS, use_cache=False)
+    assert [site.mask for site in report.sites] == ["window(6)", "causal"]
+    assert report.rewritten == report.sites and not report.refused
+    assert [site.patterns for site in report.sites] == [(dense(),) * 4] * 2
+    assert report.sites[1].density == causal().density(4, 16, 16) and not report.sites[1].at_most
+    assert {site.target for site in report.sites} == {"null"}
+    assert [step.name for step in report.passes][0] == "Canonicalise"
+    assert all(step.seconds > 0 for step in report.passes)
+
+    report = sparsify.explain(made, IDS, use_cache=False, spec=SPEC)
+    first, second = report.sites
+    assert first.patterns == (dense(),) * 2 + (window(4),) * 2
+    both = [(window(6) & causal()).density(2, 16, 16), (window(4) & causal()).density(2, 16, 16)]
+    assert first.density == pytest.approx(sum(both) / 2)
+    assert second.patterns == (dense(),) * 4
+    assert first.pattern_text() == "0-1: dense; 2-3: window(4)"
+
+
+@torch.no_grad()
+def test_it_prints_as_a_table_and_as_json():
+    report = sparsify.explain(model("gemma2", "eager"), IDS, use_cache=False, attention_mask=torch.ones_like(IDS))
+    text = str(report)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "2 of 2 attention sites rewritten, in 1 graph" in text
+    assert "model.layers.0.self_attn" in text and "≤ 51.6%" not in text.splitlines()[0]
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["sites"][0]["address"] == "model.layers.0.self_attn"
+    assert found["sites"][0]["at_most"] is True
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+
+    def forward(self, x):
+        if self.last:
+            return (x @ x.mT).exp().softmax(-1) @ x
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Layers(torch.nn.Module):
+    """Three equal layers, and one that is refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(last=i == 3) for i in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@torch.no_grad()
+def test_equal_layers_are_one_line_and_refusals_say_why():
+    report = sparsify.explain(Layers(), torch.randn(1, 2, 16, 8))
+    text = str(report)
+    assert "layers.0-2" in text
+    assert "refused: layers.3: the scores pass through exp" in text
+    assert [site.address for site in report.refused] == ["layers.3"]
+
+
+@torch.no_grad()
+def test_a_rule_for_no_site_is_an_error():
+    spec = {"version": 1, "sites": [{"match": "model.layer.*", "heads": "dense"}]}
+    with pytest.raises(SpecError, match="matches no site; the model has 4: layers.0, layers.1"):
+        sparsify.explain(Layers(), torch.randn(1, 2, 16, 8), spec=spec)
+
+
+def test_it_can_be_asked_often():
+    layers, x = Layers(), torch.randn(1, 2, 16, 8)
+    with torch.no_grad():
+        assert {len(sparsify.explain(layers, x).sites) for _ in range(12)} == {4}
+    assert torch.compile(layers, backend="eager", fullgraph=True)(x).shape == x.shape
+
+
+def test_gradients_are_reported():
+    report = sparsify.explain(model("llama", "sdpa"), IDS, use_cache=False)
+    assert len(report.refused) == 1 and "needs gradients" in report.refused[0].refusal.reason
