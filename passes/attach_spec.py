@@ -42,8 +42,11 @@ class AttachSpec:
 
 
 def info(site: Site) -> Any:
-    """The site as the spec sees it."""
+    """The site as the spec sees it. One that was refused before its heads were found has none."""
     from sparsify.spec import SiteInfo
+
+    if site.q is None or site.k is None:
+        return SiteInfo(site.address, site.layer, site.kind, causal=False, heads=0, kv_heads=0)
 
     return SiteInfo(
         address=site.address,

@@ -26,8 +26,10 @@ class ChooseTarget:
             name = codegen.choose(value(site.q).device.type) if self.target == "auto" else self.target
             site.target = name
             runner = codegen.target(name)
-            head_dim, value_dim = shape(site.q)[3], shape(site.v)[3]
-            site.refusal = runner.unavailable() or runner.refuse(program_of(site), dtype(site.q), head_dim, value_dim)
+            site.refusal = runner.unavailable()  # a Refusal is falsy: `or` would lose it
+            if site.refusal is None:
+                sizes = shape(site.q)[3], shape(site.v)[3]
+                site.refusal = runner.refuse(program_of(site), dtype(site.q), *sizes)
 
 
 def program_of(site: Site) -> Program:

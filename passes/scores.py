@@ -22,7 +22,6 @@ from sparsify.passes.nodes import (
     same_sizes,
     scalar,
     shape,
-    value,
 )
 from sparsify.passes.products import Product, product
 from sparsify.passes.site import Mask
@@ -95,7 +94,9 @@ def _scaled(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     if factor is not None and scores.masks and not factor > 0:
         return Refusal("the scores are multiplied by a negative number after their mask", str(node))
     if factor is not None:
-        return _multiply(scores, factor if name == "mul" else 1 / factor) or _rescale_masks(scores, name, right, before)
+        _multiply(scores, factor if name == "mul" else 1 / factor)
+        _rescale_masks(scores, name, right, before)
+        return scores
     if not _is_factor(right, node):
         return Refusal("the scores are multiplied by a tensor that differs from key to key", str(node))
     if scores.masks or scores.softcap is not None or scores.in_tanh:
@@ -112,23 +113,21 @@ def _is_factor(node: Any, scores: fx.Node) -> bool:
     return not sizes or (sizes[-1] == 1 and not same(shape(scores)[-1], 1))
 
 
-def _multiply(scores: Scores, factor: Any) -> Refusal | None:
+def _multiply(scores: Scores, factor: Any) -> None:
     scores.scale = scores.scale * factor
     if scores.in_tanh:
         scores.softcap, scores.in_tanh = factor, False
     elif scores.softcap is not None:
         scores.softcap = scores.softcap * factor
-    return None
 
 
-def _rescale_masks(scores: Scores, name: str, factor: Any, before: fx.Node) -> Scores:
+def _rescale_masks(scores: Scores, name: str, factor: Any, before: fx.Node) -> None:
     """Masks that were added before a scaling are scaled with the scores."""
     target = ATEN.mul if name == "mul" else ATEN.div
     for mask in scores.masks:
         if mask.kind == "add":
             overload = target.Tensor if is_tensor(factor) else target.Scalar
             mask.node = call(before, overload, mask.node, factor)
-    return scores
 
 
 def _tanh(node: fx.Node, before: fx.Node) -> Scores | Refusal:
@@ -242,7 +241,7 @@ def reaches_product(node: Any, limit: int = 64) -> fx.Node | None:
 
 
 def _is_pairwise(node: fx.Node, last: Any) -> bool:
-    """Whether both factors of a product are computed from the input, and its last size is that of the softmax."""
-    factors = [n for n in node.all_input_nodes if is_tensor(n)]
-    computed = [n for n in factors if n.op == "call_function" and len(shape(n)) >= 3]
-    return len(computed) >= 2 and value(node).dim() >= 3 and same(shape(node)[-1], last)
+    """Whether a product is one of two batched tensors (a weight has two dimensions) with as many columns."""
+    factors = {"baddbmm": node.args[1:3], "einsum": node.args[1]}.get(op(node), node.args[:2])
+    batched = all(is_tensor(factor) and len(shape(factor)) >= 3 for factor in factors)
+    return batched and len(factors) == 2 and same(shape(node)[-1], last)

@@ -72,6 +72,12 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], inner: str, mode
 def as_users_own(error: SparsifyError) -> Exception:
     """The error in a form that Dynamo hands to the user as it is, instead of as its own BackendCompilerFailed."""
     kind = type(error)
-    wrapped = type(kind.__name__, (kind, torch._dynamo.exc.ShortenTraceback), {"__module__": kind.__module__})
-    raised = wrapped(*error.args, first_useful_frame=None)
-    return raised
+
+    class Shown(kind, torch._dynamo.exc.ShortenTraceback):  # type: ignore[misc, valid-type]
+        first_useful_frame = None
+
+        def __init__(self, *args: object) -> None:
+            Exception.__init__(self, *args)
+
+    Shown.__name__, Shown.__qualname__, Shown.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Shown(*error.args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ def explain(model: Callable[..., Any], *args: Any, spec: Any = None, **kwargs: A
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
-    # Each call compiles anew, so Dynamo's limit on recompilations of one function must not end it.
+    # Each call compiles anew: Dynamo's limit on recompilations must not end it, nor count it for the user's own.
+    alone = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
     with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
-        torch.compile(model, backend=record)(*args, **kwargs)
+        torch.compile(model, backend=record, **alone)(*args, **kwargs)
     if options.spec is not None:
         _check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
     return report_of(captures)
@@ -52,7 +54,7 @@ def _check_rules(spec: Any, sites: list[Site]) -> None:
     """Now that all sites are known: a rule for none of them is a mistake."""
     from sparsify.spec import unmatched_rules
 
-    infos = [info(site) for site in sites if site.q is not None]
+    infos = [info(site) for site in sites]
     wrong = unmatched_rules(spec, infos)
     if wrong:
         raise SpecError(wrong[0])

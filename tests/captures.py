@@ -25,11 +25,12 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "n_positions": 128}
 WINDOW = 6
+ALTERNATING = {"head_dim": 8, "sliding_window": WINDOW, "num_hidden_layers": 2}
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | {"head_dim": 8, "sliding_window": WINDOW, "num_hidden_layers": 2}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | ALTERNATING),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"bos_token_id": 0, "eos_token_id": 0}),
     "bert": ("BertModel", "BertConfig", SIZES),
 }
