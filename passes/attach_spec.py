@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify.expr import conjunction, variables
+from sparsify.expr import conjunction, substitute, variables
 from sparsify.passes.nodes import shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
@@ -31,7 +31,7 @@ class AttachSpec:
         for site, patterns in zip(sites, found, strict=True):
             heads = shape(site.q)[1]
             site.patterns = patterns
-            rules = [pattern.keep() for pattern in patterns] if patterns is not None else []
+            rules = [substitute(pattern.keep(), {"q": site.position}) for pattern in patterns or ()]
             if any("q" in variables(rule) for rule in rules) and not site.positions_known:
                 site.refuse(
                     "the absolute positions of the queries are not known, and the spec's pattern depends on them",
@@ -49,7 +49,7 @@ def info(site: Site) -> Any:
         address=site.address,
         layer=site.layer,
         kind=site.kind,
-        causal=is_causal(site.keep),
+        causal=is_causal(site),
         heads=shape(site.q)[1],
         kv_heads=shape(site.k)[1],
     )

@@ -105,7 +105,7 @@ def _from_softmax(node: fx.Node) -> Site | None:
         return None
     end, steps, problem = _descend(node)
     if end is None:
-        origin = reaches_product(node.args[0]) if problem else None
+        origin = None if problem is None else reaches_product(node.args[0])
         if origin is None:
             return None
         site = Site(node, node, "matmul > softmax")

@@ -17,10 +17,10 @@ from sparsify.expr import (
     Ge,
     Load,
     Pred,
-    Sum,
     Var,
     conjunction,
     constant,
+    loads,
     rewrite,
     substitute,
     variables,
@@ -56,7 +56,7 @@ def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
     """The predicate over query rows that a site's masks come to, and the names of its loads; the rest is kept."""
     q, k = shape(site.q), shape(site.k)
     rows = K <= Q if site.causal else TRUE
-    loads: list[fx.Node] = []
+    tensors: list[fx.Node] = []
     names: list[str] = []
     rest: list[Mask] = []
     for mask in site.masks:
@@ -66,12 +66,12 @@ def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
             rest.append(mask)
             continue
         site.notes += [f"{name} counts as a mask of 0 and 1" for name in found.assumed]
-        rows &= _renumbered(found.keep, len(loads))
-        loads += load_tensors(found, site.output)
+        rows &= _renumbered(found.keep, len(tensors))
+        tensors += load_tensors(found, site.output)
         names += load_names(found.loads)
         if found.bias is not None:
             rest.append(Mask("add", found.bias))
-    site.loads = tuple(loads)
+    site.loads = tuple(tensors)
     site.rest = _combined(rest, site)
     return rows, tuple(names)
 
@@ -88,41 +88,55 @@ def _renumbered(keep: Pred, by: int) -> Pred:
 
 
 def _place(site: Site, rows: Pred) -> None:
-    """Rewrites a predicate over query rows into one over absolute positions, and sets where the rows begin."""
+    """Rewrites a predicate over query rows into one over absolute positions, and sets where the rows begin.
+
+    A causal bound `k <= row + c` says that row 0 is at position c. One that compares with a tensor, such as a static
+    cache's `k <= position[row]`, leaves the rows at Nk - Nq and says what a row's position is.
+    """
     q_len, k_len = shape(site.q)[2], shape(site.k)[2]
-    before = site.output
-    bound = causal_bound(rows, {"N": k_len, "Nq": q_len})
-    if bound is None or bound == N - NQ or same(bound, k_len - q_len):
-        known = 0 if same(k_len, q_len) else k_len - q_len if isinstance(k_len - q_len, int) else None
-        begin: Expr | int = N - NQ if known is None else known
-        site.q_offset = known if known is not None else _difference(before, site)
+    bounds = [_known(bound, {"N": k_len, "Nq": q_len}) for bound in causal_bounds(rows)]
+    constants = [found for bound in bounds if (found := constant(bound - Q)) is not None]
+    gap = _fixed(k_len - q_len)
+    begin: Expr | int
+    if constants:
+        begin = site.q_offset = min(constants)
+    elif gap is not None:
+        begin = site.q_offset = gap
     else:
-        begin = site.q_offset = bound
-    site.positions_known = bound is not None or site.rest is None or same(q_len, k_len)
+        begin, site.q_offset = N - NQ, _difference(site.output, site)
     site.keep = substitute(rows, {"q": Q - begin})
+    if not constants and Q + (N - NQ) not in bounds and bounds:
+        site.position = substitute(bounds[0], {"q": Q - begin})
+    site.positions_known = bool(bounds) or site.rest is None or same(q_len, k_len)
+
+
+def _fixed(size: Any) -> int | None:
+    """A size that is the same in every run, else None."""
+    found = size if isinstance(size, int) else size.node.hint
+    return found if found is not None and same(size, found) else None
 
 
 def _difference(before: fx.Node, site: Site) -> fx.Node:
     return call(before, operator.sub, size(before, site.k, 2), size(before, site.q, 2))
 
 
-def causal_bound(rows: Pred, sizes: dict[str, Any]) -> Any:
-    """The c of a bound k <= row + c that a predicate implies: an int, N - Nq, or None if there is none."""
+def _known(bound: Expr, sizes: dict[str, Any]) -> Expr:
+    """A bound with fixed sizes filled in."""
+    values = {name: found for name, size in sizes.items() if (found := _fixed(size)) is not None}
+    gap = _fixed(sizes["N"] - sizes["Nq"])
+    if gap is not None:
+        values.setdefault("N", NQ + gap)
+    return substitute(bound, values)
+
+
+def causal_bounds(rows: Pred) -> list[Expr]:
+    """The p, over q and launch scalars, of every bound k <= p that a predicate implies and that grows with the query.
+
+    Those with q or a load in them: others are limits on the keys that say nothing about the queries' position.
+    """
     parts = rows.parts if isinstance(rows, And) else (rows,)
-    known = {name: found for name, found in sizes.items() if isinstance(found, int)}
-    for part in parts:
-        if not isinstance(part, Ge) or not isinstance(part.expr, Sum):
-            continue
-        rest = part.expr - Q + K
-        if variables(rest) & {"q", "k"} or "[" in str(rest):
-            continue
-        rest = substitute(rest, known)
-        number = constant(rest)
-        if number is not None:
-            return number
-        if rest == N - NQ:
-            return rest
-    return None
+    found = [part.expr + K for part in parts if isinstance(part, Ge)]
+    return [bound for bound in found if "k" not in variables(bound) and ("q" in variables(bound) or loads(bound))]
 
 
 def _combined(masks: list[Mask], site: Site) -> Mask | None:
@@ -147,6 +161,8 @@ def _as_float(node: fx.Node, site: Site) -> fx.Node:
     return call(site.output, ATEN.to.dtype, node, torch.float32)
 
 
-def is_causal(keep: Pred) -> bool:
-    """Whether a predicate keeps no key after the query."""
-    return conjunction([keep, K <= Q]) == keep
+def is_causal(site: Site) -> bool:
+    """Whether the model's own mask keeps no key after the query; a single last query has none."""
+    if site.kind == "self" and same(shape(site.q)[2], 1) and site.position == Q:
+        return True
+    return conjunction([site.keep, site.position >= K]) == site.keep

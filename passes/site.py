@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.expr import TRUE, Pred
+from sparsify.expr import TRUE, Expr, Pred, Var
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Site:
     lifted: the graph has (B, N, D) and one head was added; output_order: a permutation of the op's result.
     scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
+    q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
+    q and loads, where that is not q itself (static caches).
     rest: the tensor mask that stays (a node) with its kind.
     programs: the final predicate of every query head. notes: what a reader should know of a site that is rewritten.
     """
@@ -54,6 +56,7 @@ class Site:
     loads: tuple[fx.Node, ...] = ()
     rest: Mask | None = None
     q_offset: Any = 0
+    position: Expr = Var("q")
     positions_known: bool = True
     mask_text: str = ""
     patterns: tuple[Any, ...] | None = None

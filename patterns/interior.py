@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.expr import FALSE, TRUE, Eq, Expr, Ge, Pred, Sum, conjunction, maximum, minimum, variables
-from sparsify.patterns.tiles import _alternatives, _limits, _unwrap, always, bounds, never
+from sparsify.expr import FALSE, TRUE, And, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum, variables
+from sparsify.patterns.tiles import MAX_BANDS, _limits, _unwrap, always, bounds, never
 
 Interval = tuple[Expr | None, Expr | None]
 
@@ -26,7 +26,7 @@ class Interior:
 
 def interiors(pred: Pred) -> tuple[Interior, ...]:
     """Sound intervals: each pair inside one is kept. Alternatives without a closed form have none."""
-    found = [_interior(parts) for parts in _alternatives(pred) or []]
+    found = [_interior(parts) for parts in _alternatives(pred)[0]]
     return tuple(dict.fromkeys(one for one in found if one is not None and one.when != FALSE))
 
 
@@ -34,8 +34,29 @@ def has_gaps(pred: Pred) -> bool:
     """Whether a tile that a band touches can be EMPTY (as far as `never` can tell)."""
     if never(pred) == FALSE:
         return False
-    found = _alternatives(pred)
-    return found is None or any("k" in variables(p) and _limits(p) == (None, None) for parts in found for p in parts)
+    found, complete = _alternatives(pred)
+    return not complete or any("k" in variables(p) and _limits(p) == (None, None) for parts in found for p in parts)
+
+
+def _alternatives(pred: Pred) -> tuple[list[list[Pred]], bool]:
+    """Lists of parts that together imply the predicate, and whether it implies one of them in turn.
+
+    `tiles` may leave a condition out, which only widens a band; here it is the alternative that is left out.
+    """
+    match pred:
+        case Or(parts):
+            several = [_alternatives(part) for part in parts]
+            joined, complete = [a for found, _ in several for a in found], all(whole for _, whole in several)
+        case And(parts):
+            joined, complete = [[]], True
+            for part in parts:
+                options, whole = _alternatives(part)
+                joined, complete = [a + b for a in joined for b in options], complete and whole
+                if len(joined) > 4 * MAX_BANDS:
+                    return [], False
+        case _:
+            return [[pred]], True
+    return (joined, complete) if len(joined) <= MAX_BANDS else ([], False)
 
 
 def _interior(parts: list[Pred]) -> Interior | None:

@@ -112,8 +112,12 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self._title(), title_justify="left", expand=False)
-        for name in ("site", "form", "mask", "pattern", "density", "target"):
-            table.add_column(name, overflow="fold", justify="right" if name == "density" else "left")
+        table.add_column("site", no_wrap=True)
+        table.add_column("form", overflow="fold", max_width=22)
+        for name in ("mask", "pattern"):
+            table.add_column(name, overflow="fold")
+        table.add_column("density", justify="right")
+        table.add_column("target")
         for address, site in _folded(self.sites):
             outcome = site.target if site.refusal is None else "refused"
             cells = (address, _short(site.form), site.mask, site.pattern_text(), site.density_text(), outcome)

@@ -97,7 +97,7 @@ def test_a_pattern_of_ones_own():
         step: int
 
         def keep(self):
-            return Q - K <= H * self.step
+            return H * self.step >= Q - K
 
     run, counter = compiled(from_argument)
     torch.testing.assert_close(run(Slope(2) & causal()), from_argument(Slope(2) & causal()))

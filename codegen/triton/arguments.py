@@ -19,7 +19,7 @@ INT32 = 2**31
 
 
 def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, interpret: bool) -> dict[str, Any]:
-    """Every argument by name (the scale must be above 0): tensors, strides, sizes, and the constants that Triton compiles in."""
+    """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0."""
     import triton.language as tl
 
     program, (batch, heads, q_len, head_dim) = launch.program, launch.q.shape

@@ -1,4 +1,4 @@
-"""The kernels that are built ahead of time for every chip, so that a change that spills or fails shows without a GPU."""
+"""The kernels that are built ahead of time for every chip: what spills or fails to build shows without a GPU."""
 
 from __future__ import annotations
 

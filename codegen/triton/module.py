@@ -45,5 +45,7 @@ def write_once(path: Path, text: str) -> Path:
             file.write(text)
         os.replace(beside, path)
     except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"can't write the kernel {path}: {error} (set SPARSIFY_CACHE_DIR to a writable folder)") from error
+        raise BuildError(
+            f"can't write the kernel {path}: {error} (set SPARSIFY_CACHE_DIR to a writable folder)"
+        ) from error
     return path

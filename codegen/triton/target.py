@@ -71,8 +71,9 @@ class TritonTarget:
         return out
 
     def _check(self, launch: Launch) -> None:
-        sizes = launch.q.shape[3], launch.v.shape[3]
-        refusal = self.unavailable() or self.refuse(launch.program, launch.q.dtype, *sizes)
+        refusal = self.unavailable()
+        if refusal is None:
+            refusal = self.refuse(launch.program, launch.q.dtype, launch.q.shape[3], launch.v.shape[3])
         if refusal is not None:
             raise InputError(f"triton: {refusal}")
         if not launch.q.is_cuda and not interpreting():
