@@ -8,8 +8,9 @@ do what torch does to elements, exactly; what they can't do they refuse by raisi
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify.expr import (
     FALSE,
@@ -34,6 +35,7 @@ from sparsify.expr import (
 )  # fmt: skip
 from sparsify.passes.box import Box
 
+DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype
 MAX_PIECES = 8
 MAX_SPLITS = 6
 
@@ -44,12 +46,18 @@ class Opaque(Exception):
 
 @dataclass(frozen=True)
 class Pieces:
-    """A floating element: `value` where its predicate holds."""
+    """A floating element: `value` where its predicate holds.
+
+    guessed: it was an integer of a tensor, taken for 0 or 1. That is right for a padding mask on its way to
+    (1 - mask) * min and wrong for a document's number, so such an element may be scaled and shifted, but neither
+    compared nor added to another one, until it has become a mask of 0 and at most DROPPED.
+    """
 
     parts: tuple[tuple[float, Pred], ...]
+    guessed: bool = False
 
     @classmethod
-    def of(cls, parts: list[tuple[float, Pred]]) -> Pieces:
+    def of(cls, parts: list[tuple[float, Pred]], guessed: bool = False) -> Pieces:
         """Pieces of equal value joined and empty ones dropped."""
         found: dict[float, Pred] = {}
         for value, where in parts:
@@ -61,7 +69,7 @@ class Pieces:
         kept = tuple((value, where) for value, where in found.items() if where != FALSE)
         if len(kept) > MAX_PIECES:
             raise Opaque(f"more than {MAX_PIECES} different floating values: a bias, not a mask")
-        return cls(kept)
+        return cls(kept, guessed and not all(value == 0 or value <= DROPPED for value, _ in kept))
 
 
 Element = Pred | Expr | Pieces
@@ -71,8 +79,9 @@ def pick(condition: Pred, then: Element, other: Element) -> Element:
     """`then` where the condition holds, else `other`; both of the wider of the two kinds."""
     if isinstance(then, Pieces) or isinstance(other, Pieces):
         no = negate(condition)
-        yes_parts = [(v, p & condition) for v, p in as_pieces(then).parts]
-        return Pieces.of(yes_parts + [(v, p & no) for v, p in as_pieces(other).parts])
+        then, other = as_pieces(then), as_pieces(other)
+        parts = [(v, p & condition) for v, p in then.parts] + [(v, p & no) for v, p in other.parts]
+        return Pieces.of(parts, then.guessed or other.guessed)
     if isinstance(then, Expr) or isinstance(other, Expr):
         return select(condition, as_int(then), as_int(other))
     if then == other:
@@ -101,6 +110,8 @@ def as_int(element: Element) -> Expr:
         return element
     if isinstance(element, Pred):
         return select(element, 1, 0)
+    if element.guessed:
+        raise Opaque("an integer cast to floating and back")
     if any(math.isinf(value) for value, _ in element.parts):
         raise Opaque("an infinite value cast to an integer")
     result = as_expr(int(element.parts[-1][0]))
@@ -126,9 +137,9 @@ def as_pieces(element: Element | float) -> Pieces:
                 total = combine(lambda a, b, c=factor: a + c * b, total, as_pieces(atom))
             return total
         case Mul(left, right):
-            return combine(lambda a, b: a * b, as_pieces(left), as_pieces(right))
+            return combine(operator.mul, as_pieces(left), as_pieces(right))
         case Load():
-            return as_pieces(Not(Eq(element)))
+            return replace(as_pieces(Not(Eq(element))), guessed=True)
     raise Opaque(f"positions as floating numbers ({element})")
 
 
@@ -146,10 +157,13 @@ def assumes_binary(element: Element) -> list[Load]:
 
 def combine(function: Callable[..., float], *parts: Pieces) -> Pieces:
     """A function of floats, applied to every combination of pieces."""
+    guessed = sum(pieces.guessed for pieces in parts)
+    if guessed > 1 and function is not operator.mul:
+        raise Opaque("numbers of two tensors that may not be 0 or 1")
     found: list[tuple[tuple[float, ...], Pred]] = [((), TRUE)]
     for pieces in parts:
         found = [((*values, v), where & p) for values, where in found for v, p in pieces.parts]
-    return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE])
+    return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE], guessed > 0)
 
 
 def _float(function: Callable[..., float], values: tuple[float, ...]) -> float:
@@ -202,7 +216,11 @@ def _splittable(expr: Expr, kinds: tuple[type, ...]) -> tuple[int, Expr] | None:
 def compare(name: str, left: Element, right: Element, box: Box) -> Pred:
     """One of eq ne lt le gt ge, elementwise."""
     if isinstance(left, Pieces) or isinstance(right, Pieces):
-        return as_bool(combine(_ORDER[name], as_pieces(left), as_pieces(right)))
+        a, b = as_pieces(left), as_pieces(right)
+        with_zero = name in ("eq", "ne") and any([value for value, _ in side.parts] == [0.0] for side in (a, b))
+        if (a.guessed or b.guessed) and not with_zero:
+            raise Opaque("a comparison of numbers that may not be 0 or 1")
+        return as_bool(combine(_ORDER[name], a, b))
     if isinstance(left, Pred) and isinstance(right, Pred) and name in ("eq", "ne"):
         same = (left & right) | (negate(left) & negate(right))
         return same if name == "eq" else negate(same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def arithmetic(on_ints: Callable[[Elements, Expr, Expr], Expr], on_floats: Calla
         a, b = _operands(el, node, index, 2)
         alpha = node.kwargs.get("alpha", 1)
         if isinstance(a, Pieces):
-            return combine(lambda x, y: on_floats(x, y if alpha == 1 else alpha * y), a, b)  # type: ignore[arg-type]
+            scaled = on_floats if alpha == 1 else lambda x, y: on_floats(x, alpha * y)
+            return combine(scaled, a, b)  # type: ignore[arg-type]
         b = as_int(b) if alpha == 1 else as_int(b) * el.scalar(alpha)
         return on_ints(el, as_int(a), b)
 
@@ -197,7 +199,7 @@ ARITHMETIC_RULES: dict[str, Rule] = _table(
     ("bitwise_not", bitwise(negate)),
     ("add", arithmetic(_ints["add"], lambda x, y: x + y)),
     ("sub subtract", arithmetic(_ints["sub"], lambda x, y: x - y)),
-    ("mul multiply", arithmetic(_product, lambda x, y: x * y)),
+    ("mul multiply", arithmetic(_product, operator.mul)),
     ("minimum", arithmetic(_ints["minimum"], min)),
     ("maximum", arithmetic(_ints["maximum"], max)),
     ("floor_divide", arithmetic(_quotient, lambda x, y: x // y)),

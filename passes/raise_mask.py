@@ -43,11 +43,10 @@ from sparsify.expr import (
     substitute,
     variables,
 )  # fmt: skip
-from sparsify.passes.index_values import Element, Opaque, Pieces, as_bool
+from sparsify.passes.index_values import DROPPED, Element, Opaque, Pieces, as_bool
 from sparsify.passes.mask_elements import Elements, is_one
 from sparsify.text import POSITIONS
 
-DROPPED = -1e4  # exp(-10000) is 0 in every dtype
 HINT = "the site passes the tensor as it is"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrace import Traced, trace
+from retrace import Traced, compile_and_trace, trace
 
 from sparsify.errors import Refusal
 from sparsify.passes.check_raised import check_raised
@@ -120,6 +120,10 @@ CLOSED: dict[str, tuple[Mask, str]] = {
         lambda x, p: (p.cumsum(-1)[:, None, None, :] == p.cumsum(-1)[:, None, : x.shape[2], None]) & ~later(x),
         "causal & (cumsum(p_1)[b, q] == cumsum(p_1)[b, k])",
     ),
+    "floats and back": (
+        lambda x, p: columns(x) <= p.cumsum(-1).float().long()[:, None, : x.shape[2], None],
+        "k <= cumsum(p_1)[b, q]",
+    ),
     "prefix of ones joined": (
         lambda x, p: torch.cat([torch.ones(x.shape[2], 2), torch.zeros(x.shape[2], x.shape[3] - 2)], -1).bool(),
         "k < 2",
@@ -159,6 +163,14 @@ REFUSED: dict[str, tuple[Mask, str]] = {
     "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "positions as floating numbers"),
     "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "values such as -1"),
     "0 * -inf": (lambda x, p: (1 - square(x).tril()) * -INF, "not numbers"),
+    "document numbers as floats": (
+        lambda x, p: p.cumsum(-1).float()[:, None, None, :] == p.cumsum(-1).float()[:, None, : x.shape[2], None],
+        "may not be 0 or 1",
+    ),
+    "distance of document numbers": (
+        lambda x, p: (p.cumsum(-1)[:, None, None] - p.cumsum(-1)[:, None, : x.shape[2], None]).abs().float() * MIN,
+        "floating numbers",
+    ),
     "logarithm": (lambda x, p: square(x).tril().log(), "log"),
     "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "index_put"),
 }
@@ -296,3 +308,34 @@ def compositions() -> st.SearchStrategy[Mask]:
 @given(compositions(), st.sampled_from([(2, 3, 7, 7), (1, 2, 4, 9), (2, 1, 1, 6)]), st.booleans())
 def test_random_compositions_are_never_wrong(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> None:
     raised(mask, sizes, dynamic and 1 not in sizes)  # `check_raised` compares element by element
+
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    "max_position_embeddings": 64, "num_hidden_layers": 2, "sliding_window": 8, "head_dim": 8,
+}  # fmt: skip
+MODELS = [
+    ("Mistral", "sdpa", True, True, ["window(8) & 1[b, k]"]),
+    ("Gemma2", "eager", False, False, ["window(8)", "causal"]),
+    ("Bert", "eager", True, True, ["1[b, k]"]),
+    ("Llama", "sdpa", False, True, ["causal"]),
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "padded", "dynamic", "texts"), MODELS, ids=[row[0] for row in MODELS])
+def test_models(name: str, attention: str, padded: bool, dynamic: bool, texts: list[str]) -> None:
+    import transformers
+
+    fields = TINY if name != "Bert" else {k: v for k, v in TINY.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = getattr(transformers, f"{name}Config")(**fields, attn_implementation=attention)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    tokens, padding = torch.randint(1, 60, (2, 19)), torch.ones(2, 19, dtype=torch.int64)
+    padding[1, :5] = 0
+    given = {"attention_mask": padding} if padded else {}
+    if name != "Bert":
+        given["use_cache"] = False
+    graphs = compile_and_trace(lambda compiled: compiled(tokens, **given), model, dynamic)
+    sites = [(traced, *site) for traced in graphs for site in traced.masks()]
+    found = [check_raised(traced.gm, node, traced.inputs, shape, real) for traced, node, shape, real in sites]
+    assert len(found) == 2 and all(found)
+    assert [describe(mask.keep, ["1"]) for mask in found] == (texts if len(texts) == 2 else texts * 2)
