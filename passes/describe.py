@@ -15,6 +15,10 @@ from sparsify.text import PYTHON, to_text
 
 GAP = Var("q") - Var("k")
 PLAIN = PYTHON | {"group": "{0}", "scale": "{0}*({1})", "and": " & ", "or": " | ", "not": "~{0}"}
+SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+UNCHANGED = (
+    "to", "_to_copy", "view", "reshape", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "alias", "detach",
+)  # fmt: skip
 WORD = re.compile(r"~?[\w.]+([(\[][^()\[\]]*[)\]])?")  # a name, a call or an indexed tensor
 
 
@@ -64,7 +68,7 @@ class _Words:
         minus = [(-c, atom) for c, atom in terms if c < 0]
         if const and (not plus or any(atom == Var("q") for _, atom in minus)):
             text, other = self.sum(minus, plus), f"< {const + 1}" if sign == ">=" else f"{sign} {const}"
-        elif const and not minus:
+        elif not minus:
             text, other = self.sum(plus, []), f"{sign} {-const}"
         else:
             flip = {">=": "<="}.get(sign, sign)
@@ -138,11 +142,14 @@ def load_names(loads: Sequence[fx.Node]) -> tuple[str, ...]:
 
 
 def _input_name(node: fx.Node) -> str:
-    source = node
-    while source.op == "call_function" and isinstance(source.target, OpOverload):
-        tensors = [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if len(tensors) != 1:
-            break
-        source = tensors[0]
-    name = source.name if source.op == "placeholder" else node.name
-    return re.sub(r"^([lL]_)?((self|kwargs|args)_)*", "", name).strip("_") or name
+    """`attention_mask`, `cumsum(attention_mask)`, `(attention_mask == 0)`; a node's own name without one input."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return re.sub(r"^([lL]_)?((self|kwargs|args)_)*", "", node.name).strip("_") or node.name
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if len(tensors) != 1:
+        return node.name
+    inner, name = _input_name(tensors[0]), node.target._schema.name.removeprefix("aten::").rstrip("_")
+    if name in UNCHANGED or (name == "slice" and node.args[2:3] in ((0,), (None,), ()) and node.args[4:] in ((1,), ())):
+        return inner
+    number = node.args[1] if len(node.args) > 1 and not isinstance(node.args[1], fx.Node) else None
+    return f"({inner} {SIGNS[name]} {number})" if name in SIGNS and number is not None else f"{name}({inner})"

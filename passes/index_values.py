@@ -77,6 +77,10 @@ def pick(condition: Pred, then: Element, other: Element) -> Element:
         return select(condition, as_int(then), as_int(other))
     if then == other:
         return then
+    if then in (TRUE, FALSE):
+        return condition | other if then == TRUE else negate(condition) & other
+    if other in (TRUE, FALSE):
+        return negate(condition) | then if other == TRUE else condition & then
     return (condition & then) | (negate(condition) & other)
 
 

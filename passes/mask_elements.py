@@ -181,7 +181,9 @@ class Elements:
         """A comparison of data of one side with something: its own bool tensor is a smaller load than what it reads."""
         if not isinstance(element, Ge | Eq | Not | Test) or self.dtype(node) != torch.bool or self.is_large(index):
             return element
-        if not loads(element) or variables(element) >= {"q", "k"} or isinstance(element, Test):
+        if isinstance(element, Test) or (isinstance(element, Not) and isinstance(element.part, Test)):
+            return element
+        if not loads(element) or variables(element) >= {"q", "k"}:
             return element
         try:
             return self._load(node, index, self.name(node))

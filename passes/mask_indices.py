@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sparsify.expr import Expr, as_expr, conjunction, constant, eq, loads, select, variables
 from sparsify.passes.index_values import Element, Opaque, as_int, pick
@@ -134,7 +135,8 @@ def slice_(el: Elements, node: fx.Node, index: Index) -> Element:
 def _wrapped(el: Elements, value: Any, size: Expr) -> Expr:
     """A position that may count from the end."""
     start = el.scalar(value)
-    if el.box.at_least(start, 0):
+    number = value.meta.get("val") if isinstance(value, fx.Node) else value
+    if el.box.at_least(start, 0) or guard_or_false(number >= 0):  # a guard on the length: no mask slices both ways
         return start
     if el.box.at_least(-start, 1):
         found = start + size
@@ -250,7 +252,10 @@ def pad(el: Elements, node: fx.Node, index: Index) -> Element:
         dim = len(index) - 1 - i // 2
         found[dim] = index[dim] - el.scalar(pads[i])
         inside += [found[dim] >= 0, found[dim] < el.size(sizes[dim])]
-    value = el.cast(el.constant(argument(node, 2, "value", 0)), node)
+    named = el.name(node) == "pad"  # pad(x, pad, mode, value) and constant_pad_nd(x, pad, value)
+    if named and argument(node, 2, "mode", "constant") != "constant":
+        raise Opaque("a pad that repeats the tensor")
+    value = el.cast(el.constant(argument(node, 3 if named else 2, "value") or 0), node)
     with el.beyond():
         element = el.at(node.args[0], tuple(found))
     return pick(el.box.decide(conjunction(inside)), element, value)
@@ -361,6 +366,7 @@ INDEX_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "t", "mT", "swapaxes", "swapdims"), transpose),
     "slice": slice_, "narrow": narrow, "select": select_, "flip": flip, "roll": roll, "repeat": repeat, "tile": repeat,
     "repeat_interleave": repeat_interleave, "cat": cat, "concat": cat, "stack": stack, "constant_pad_nd": pad,
+    "pad": pad,
     "diff": diff, "cumsum": cumsum, "index": index_tensor, "index_select": index_select, "gather": gather,
     "tril": triangle(True), "triu": triangle(False), "arange": arange, "eye": eye, "getitem": getitem,
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), filled(None, 0)),

@@ -109,8 +109,8 @@ def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[
     """(predicate, what else is added where it holds). Raises Opaque if not even a part of it can be followed."""
     try:
         return _kept(elements.at(node, index)), None
-    except Opaque:
-        name = elements.name(node)
+    except Opaque as found:
+        why, name = found, elements.name(node)
         if not elements.is_float(node) or name not in ("add", "where", "masked_fill") or node.kwargs:
             raise
         if str(node.target).split(".")[1].endswith("_"):
@@ -123,7 +123,7 @@ def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[
                 continue
             rest, bias = _operand(elements, node, other, index)
             return keep & rest, bias
-        raise Opaque("two floating-point biases added up")
+        raise why
     condition = as_bool(elements.broadcast(node.args[0 if name == "where" else 1], node, index))
     then, other = (1, 2) if name == "where" else (2, 0)
     for chosen, dropped, where in ((then, other, condition), (other, then, negate(condition))):
@@ -134,7 +134,7 @@ def _split(elements: Elements, node: fx.Node, index: tuple[Expr, ...]) -> tuple[
         if nothing:
             rest, bias = _operand(elements, node, chosen, index)
             return where & rest, bias
-    raise Opaque(f"{name} of floating-point biases")
+    raise why
 
 
 def _operand(elements: Elements, node: fx.Node, position: int, index: tuple[Expr, ...]) -> tuple[Pred, fx.Node]:

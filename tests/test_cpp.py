@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sparsify import patterns as P
@@ -90,7 +90,7 @@ def reference(call):
         keep = keep & call.mask
     elif call.mask is not None:
         low = torch.finfo(call.q.dtype).min
-        add = torch.where(call.mask.isinf(), call.mask, call.mask.clamp(low, -low)).to(call.q.dtype)
+        add = torch.where(call.mask.isinf(), call.mask, call.mask.double().clamp(low, -low)).to(call.q.dtype)
     bias = add.expand(keep.shape).masked_fill(~keep, -torch.inf)
     cap = call.program.softcap
     if cap is None:
@@ -124,8 +124,8 @@ def kept_pairs(call):
 SHAPES = st.tuples(
     st.integers(1, 2), st.sampled_from([1, 2]), st.one_of(st.integers(1, 9), st.integers(90, 300)), st.integers(1, 400)
 )
-DRAWN = settings(
-    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+DRAWN = settings(  # the draws are small already, and shrinking would build kernels
+    max_examples=8, database=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -26,6 +26,12 @@ struct Call {
 // Arithmetic saturates far beyond any position, so products of sizes can't wrap around.
 constexpr I FAR = (I)1 << 58;
 
+constexpr I operator""_I(const char* digits) {
+    I value = 0;
+    for (; *digits; digits++) value = value > FAR / 10 ? FAR : value * 10 + (*digits - '0');
+    return value > FAR ? FAR : value;
+}
+
 static inline I mul(I a, I b) {
     I product;
     if (__builtin_mul_overflow(a, b, &product)) return (a < 0) == (b < 0) ? FAR : -FAR;

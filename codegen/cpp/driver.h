@@ -1,6 +1,7 @@
 // From a launch to tiles: work items, a cache of packed tiles in each thread, and the loop over key tiles.
 
 constexpr int BM = BLOCKS * MR; // most query rows of a tile: rows are queries of one head, or of several when few
+constexpr int FEW_ROWS = 4 * MR; // so few that reading keys costs more than multiplying them: sum more exactly
 constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
 
 struct Item { I batch, kv_head, first, cost; }; // the queries first.. of the heads that share a KV head
@@ -127,7 +128,7 @@ static int class_of(const Call& c, const Queries& t, I k0, I keys) {
     return none ? 0 : all ? 2 : 1;
 }
 
-static void meet_tile(const Call& c, Worker& w, const Queries& t, I tile, float factor, float inner) {
+static void meet_tile(const Call& c, Worker& w, const Queries& t, I tile, const Scoring& scoring) {
     I k0 = tile * KB, keys = least(KB, c.k_len - k0);
     int kind = class_of(c, t, k0, keys);
     if (kind == 0) return;
@@ -147,8 +148,8 @@ static void meet_tile(const Call& c, Worker& w, const Queries& t, I tile, float 
         if (slot < 0) slot = packed(c, w, t.batch, t.kv_head, tile);
         Masks masks = {keep, w.add + (ADD_MASK ? block * MR * KB : 0)};
         bool plain = kind == 2 || (!ADD_MASK && all == ~0ull);
-        meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE), factor,
-             inner, plain ? nullptr : &masks);
+        meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
+             scoring, plain ? nullptr : &masks);
     }
 }
 
@@ -171,11 +172,12 @@ static void start_rows(const Call& c, Worker& w, const Queries& t) {
 static void query_tile(const Call& c, Worker& w, const Queries& t) {
     constexpr double LOG2E = 1.4426950408889634;
     double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // pack_queries has the sign, and a zero
-    float factor = (float)((SOFTCAP ? c.softcap : scale) * LOG2E), inner = (float)(SOFTCAP ? scale / c.softcap : 0);
+    Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * LOG2E), (float)(SOFTCAP ? scale / c.softcap : 0),
+                       PAIR == 2 ? DK : t.rows() <= FEW_ROWS ? 16 : 64};
     start_rows(c, w, t);
     I spans = spans_of(c, t, w.spans);
     for (I i = 0; i < spans; i++)
-        for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++) meet_tile(c, w, t, tile, factor, inner);
+        for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++) meet_tile(c, w, t, tile, scoring);
     for (I r = 0; r < t.rows(); r++) {
         Element* to = (Element*)c.out + t.batch * c.os[0] + (t.head + r / t.count) * c.os[1]
                       + (t.first + r % t.count) * c.os[2];

@@ -38,22 +38,15 @@ static inline __attribute__((always_inline)) Floats exp2_of(Floats x) {
 
 static inline float exp2_of(float x) { return exp2_of(Floats{} + x)[0]; }
 
-// A rational function that is tanh to a few units in the last place; beyond 9 it is 1.
+// tanh to about a unit in the last place: an odd polynomial near 0, else by way of 2**x.
 static inline Floats tanh_of(Floats x) {
-    const Floats top = Floats{} + 9.0f;
-    x = x > top ? top : x;
-    x = x < -top ? -top : x;
-    Floats y = x * x;
-    Floats p = y * -2.76076847742355e-16f + 2.00018790482477e-13f;
-    p = p * y - 8.60467152213735e-11f;
-    p = p * y + 5.12229709037114e-08f;
-    p = p * y + 1.48572235717979e-05f;
-    p = p * y + 6.37261928875436e-04f;
-    p = p * y + 4.89352455891786e-03f;
-    Floats q = y * 1.19825839466702e-06f + 1.18534705686654e-04f;
-    q = q * y + 2.26843463243900e-03f;
-    q = q * y + 4.89352518554385e-03f;
-    return x * p / q;
+    Floats y = x * x, size = x < 0.0f ? -x : x, power = exp2_of(size * -2.88539008f);
+    Floats p = y * -6.274239141526389e-3f + 2.1071678786247515e-2f;
+    p = p * y - 5.3852309843239826e-2f;
+    p = p * y + 1.333258613779597e-1f;
+    p = p * y - 3.333331755964682e-1f;
+    Floats far = (1.0f - power) / (1.0f + power);
+    return size < 0.55f ? x * y * p + x : x < 0.0f ? -far : far;
 }
 
 // acc += the products of packed operands: one float, or a pair of bf16, in each 32-bit lane.
@@ -120,19 +113,17 @@ static __attribute__((noinline)) void raise_references(Rows& rows, const Floats 
     }
 }
 
+// out += weights * values for MR rows and a panel of NV vectors. The sum over one tile is made apart from the running
+// one, which keeps rounding errors from growing with the number of keys.
 template <int NV>
 static inline __attribute__((always_inline)) void
 weigh_values(float* out, const float* weights, const float* values, int first, int last) {
-    Floats acc[MR][NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; r++)
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(out + (r * NV + n) * W);
+    Floats acc[MR][NV] = {};
     multiply<NV>(acc, weights, KS, 1, values, NV * W, first, last);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; n++) *(AnyFloats*)(out + (r * NV + n) * W) = acc[r][n];
+        for (int n = 0; n < NV; n++) *(AnyFloats*)(out + (r * NV + n) * W) += acc[r][n];
 }
 
 static inline __attribute__((always_inline)) void store_weights(float* to, const Floats (&weights)[KV]) {
@@ -149,23 +140,34 @@ static inline __attribute__((always_inline)) void store_weights(float* to, const
 #endif
 }
 
-// One tile of keys for MR rows. `factor` turns q.k products into scores; `masks` is null on a full tile.
+// How q.k products become scores in units of log2: times `factor`, or with a softcap factor * tanh(inner * product).
+// Products are summed `chunk` steps at a time: rounding errors grow with the length of a running sum.
+struct Scoring {
+    float factor, inner;
+    int chunk;
+};
+
+// One tile of keys for MR rows; `masks` is null on a full tile.
 static __attribute__((noinline)) void
-meet(Rows& rows, const float* keys, const float* values, float factor, float inner, const Masks* masks) {
+meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring, const Masks* masks) {
+    float factor = scoring.factor;
     Floats scores[MR][KV], top[MR];
     int first = 0, last = KS;
 #pragma GCC unroll 16
     for (int panel = 0; panel < KV; panel += NR) {
-        Floats acc[MR][NR] = {};
-        multiply<NR>(acc, rows.q, 1, MR, keys + (int64_t)panel * W * DK, NRW, 0, DK);
+        for (int from = 0; from < DK; from += scoring.chunk) {
+            int to = from + scoring.chunk < DK ? from + scoring.chunk : DK;
+            Floats acc[MR][NR] = {};
+            multiply<NR>(acc, rows.q, 1, MR, keys + (int64_t)panel * W * DK, NRW, from, to);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; r++)
+            for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
-            for (int n = 0; n < NR; n++) scores[r][panel + n] = acc[r][n];
+                for (int n = 0; n < NR; n++) scores[r][panel + n] = from ? scores[r][panel + n] + acc[r][n] : acc[r][n];
+        }
     }
     if (SOFTCAP) {
         for (int r = 0; r < MR; r++)
-            for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * inner) * factor;
+            for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * scoring.inner) * factor;
         factor = 1.0f;
     }
     if (masks) {

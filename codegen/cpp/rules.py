@@ -19,7 +19,7 @@ from sparsify.text import PYTHON, to_text
 CPP: Mapping[str, str] = {
     **PYTHON,
     "mul": "mul({0}, {1})",
-    "scale": "mul({0}, {1})",
+    "scale": "mul({0}_I, {1})",
     "floordiv": "floordiv({0}, {1})",
     "mod": "mod({0}, {1})",
     "min": "least({0}, {1})",
@@ -31,7 +31,7 @@ CPP: Mapping[str, str] = {
     "not": "!{0}",
     "true": "true",
     "false": "false",
-    "const": "(I){0}ll",
+    "const": "{0}_I",
 }
 K, Q = "k", "q"
 PARAMETERS = "const Call& c, I b, I h, I q0, I q1"
