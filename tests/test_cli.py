@@ -148,3 +148,57 @@ def test_it_runs_as_a_module_and_as_a_script():
 def test_the_help_needs_no_torch():
     code = "import sys, sparsify.cli; assert not {'torch', 'matplotlib', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder with a small model's config.json, and no weights."""
+    fields = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    return tmp_path / "model"
+
+
+def test_explain_reads_a_folder_with_a_config(run, llama):
+    code, out, err = run("explain model --spec specs/streaming.yaml --length 40 --json")
+    report = json.loads(out)
+    assert (code, err) == (0, "") and [site["address"] for site in report["sites"]] == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+    assert all(site["patterns"] == ["sinks(4) | window(1024)"] * 4 and not site["refusal"] for site in report["sites"])
+
+
+def test_explain_prints_a_table_and_is_strict_if_asked(run, tmp_path, monkeypatch):
+    Path(tmp_path, "mine.py").write_text(
+        "import torch\n"
+        "def model(q):\n"
+        "    keep = (q.sum(-1) > 0)[..., None]\n"
+        "    return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=keep, dropout_p=0.5)\n"
+        "def make():\n"
+        "    return model, (torch.randn(1, 2, 9, 16),)\n"
+    )
+    code, out, _ = run("explain mine:make")
+    assert code == 0 and "0 of 1 attention sites rewritten" in out and "dropout" in out
+    assert run("explain mine:make --strict")[0] == 1
+
+
+def test_explain_tells_what_is_wrong(run, llama, monkeypatch):
+    code, out, err = run("explain model --spec specs/documents.yaml --length 8")
+    assert (code, out) == (2, "") and err.startswith(
+        "sparsify: specs/documents.yaml:11:5: sites[0]: the rule matches no"
+    )
+    (llama / "config.json").write_text("{")
+    assert run("explain model")[2].startswith("sparsify: explain: model: transformers can't make this model: ")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = "sparsify: explain: a Hugging Face model needs transformers: pip install 'sparsify[demo]'\n"
+    assert run("explain model") == (2, "", message)

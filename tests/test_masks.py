@@ -120,6 +120,10 @@ CLOSED: dict[str, tuple[Mask, str]] = {
         lambda x, p: (p.cumsum(-1)[:, None, None, :] == p.cumsum(-1)[:, None, : x.shape[2], None]) & ~later(x),
         "causal & (cumsum(p_1)[b, q] == cumsum(p_1)[b, k])",
     ),
+    "floats and back": (
+        lambda x, p: columns(x) <= p.cumsum(-1).float().long()[:, None, : x.shape[2], None],
+        "k <= cumsum(p_1)[b, q]",
+    ),
     "prefix of ones joined": (
         lambda x, p: torch.cat([torch.ones(x.shape[2], 2), torch.zeros(x.shape[2], x.shape[3] - 2)], -1).bool(),
         "k < 2",

@@ -70,7 +70,7 @@ def test_builds_for_every_chip_without_spills():
     assert not [row for row in rows if row.spills]
     assert all(row.registers > 0 and row.shared > 0 for row in rows)
     assert seen == [(done, 12) for done in range(1, 13)]
-    assert rows[0].kernel == "streaming__bfloat16__d128__m128n32w8s3"
+    assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
 
 
 @pytest.mark.slow
