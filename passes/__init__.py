@@ -13,20 +13,22 @@ from sparsify.passes.canonicalise import Canonicalise
 from sparsify.passes.check_sites import CheckSites
 from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.find_sites import FindSites
+from sparsify.passes.functionalise import Functionalise
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.runner import Capture, Pass, PassRecord, run
 from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
 
-def pipeline(spec: Any = None, target: str = "auto") -> tuple[Pass, ...]:
-    """The passes in their order."""
+def pipeline(spec: Any = None, target: str = "auto", placed: bool = True) -> tuple[Pass, ...]:
+    """The passes in their order; `placed`: whether the addresses of sites can be relied on."""
     return (
         Canonicalise(),
+        Functionalise(),
         FindSites(),
         CheckSites(),
         RecoverMasks(),
-        AttachSpec(spec),
+        AttachSpec(spec, placed),
         ChooseTarget(target),
         Splice(),
     )

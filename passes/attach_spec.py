@@ -22,8 +22,14 @@ class AttachSpec:
     """
 
     spec: Any = None
+    placed: bool = True
 
     def __call__(self, capture: Capture) -> None:
+        for site in capture.open_sites() if not self.placed else ():
+            site.refuse(
+                "which layer this is can't be told: after a graph break the layers share one compiled function",
+                "remove the graph break, or run without a spec",
+            )
         sites = capture.open_sites()
         found: list[Any] = [None] * len(sites)
         if self.spec is not None:

@@ -15,10 +15,8 @@ from sparsify.passes.runner import Capture
 
 log = logging.getLogger("sparsify")
 
-DATA_DEPENDENT = (
-    torch._subclasses.fake_tensor.DataDependentOutputException,
-    torch._subclasses.fake_tensor.DynamicOutputShapeException,
-)
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,35 @@ def retrace(module: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule
 
 
 def _interpreted(module: fx.GraphModule) -> Any:
-    return lambda *args: fx.Interpreter(module).run(*args)
+    def run(*args: Any) -> Any:
+        interpreter = _Interpreter(module)
+        try:
+            return interpreter.run(*args)
+        finally:
+            interpreter.leave()
+
+    return run
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, and enters the autocast regions that tracing only records: they decide the dtypes of values."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.entered: list[Any] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            if target is ENTER_AUTOCAST:
+                self.entered.append(target(*args, **kwargs))
+            elif target is EXIT_AUTOCAST:
+                target(self.entered.pop())
+        return result
+
+    def leave(self) -> None:
+        while self.entered:
+            EXIT_AUTOCAST(self.entered.pop())
 
 
 def _fake(value: Any, mode: Any, context: Any) -> Any:

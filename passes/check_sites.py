@@ -85,22 +85,30 @@ def _check_tensors(site: Site) -> None:
 
 
 def _check_mutations(site: Site, graph: fx.Graph) -> None:
-    """Refuses where an input is written to after the attention began to read it: a rewritten site reads it later."""
+    """Refuses where memory is written in place that the attention read before, or that holds its scores.
+
+    A rewritten site reads its inputs where its output was made, and has no scores that somebody could write to.
+    """
     order = {node: position for position, node in enumerate(graph.nodes)}
-    ancestors = _ancestors(site.output)
     reads = [site.q, site.k, site.v, *(mask.node for mask in site.masks)]
+    before = _ancestors(*reads).union(reads)
+    inside = [node for node in _ancestors(site.output) if node not in before]
+    since = {node: order[node] for node in inside}
+    for node in reads:
+        uses = [order[user] for user in node.users if user in since or user is site.output]
+        if uses:
+            since[node] = min(uses)
     for writer, written in _mutations(graph):
         if order[writer] > order[site.output]:
             break
-        for node in reads:
-            used = [order[user] for user in node.users if user in ancestors or user is site.output]
-            if _shares_storage(node, written) and used and min(used) < order[writer]:
+        for node, start in since.items():
+            if start < order[writer] and writer not in since and _shares_storage(node, written):
                 site.refuse(f"{node.name} is changed in place by {writer.name} while the attention reads it")
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def _ancestors(*nodes: fx.Node) -> set[fx.Node]:
     seen: set[fx.Node] = set()
-    queue = [node]
+    queue = list(nodes)
     while queue:
         for parent in queue.pop().all_input_nodes:
             if parent not in seen:

@@ -46,7 +46,7 @@ class FindSites:
             site = _site(node)
             if site is None:
                 continue
-            site.address = module_path(node)
+            site.address = module_path(node, capture.names) or capture.home
             site.layer = _layer(site.address, len(capture.sites))
             if site.refusal is None:
                 site.kind = kind_of(site.q, site.k)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,10 +88,9 @@ def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 def fake_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The target's result on the fake values of its arguments."""
     args, kwargs = fx.map_arg((args, kwargs), value)
-    mode = torch._guards.detect_fake_mode([*args, *kwargs.values()])
-    if mode is None:
-        return target(*args, **kwargs)
-    with mode, torch.no_grad():
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
+    with torch.no_grad(), mode or contextlib.nullcontext():
         return target(*args, **kwargs)
 
 
@@ -158,11 +159,17 @@ def _attribute(node: fx.Node) -> Any:
     return owner.item()
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that a node was traced in, such as `model.layers.3.self_attn`; "" if unknown."""
+def module_path(node: fx.Node, names: Mapping[str, str]) -> str:
+    """The path of the innermost module that a node was traced in, such as `model.layers.3.self_attn`; "" if unknown.
+
+    From the model's own names where it is known, else from where Dynamo found the module.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = re.sub(r"^[LG]\['\w+'\]\.?", "", list(stack.values())[-1][0])
+    key, (source, _) = list(stack.items())[-1]
+    if key in names:
+        return names[key]
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", source)
     path = re.sub(r"\._modules\['([^']+)'\]|\['?([^'\]]+)'?\]", r".\1\2", path)
     return path.removeprefix("_orig_mod.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,11 +19,15 @@ class Capture:
     """A captured graph on its way through the passes.
 
     module: the graph; example_inputs: what the compiler was given with it.
+    names: the path of each module by its key in `nn_module_stack`, as far as the model is known; home: the path of the
+    module whose code the graph is.
     sites: in graph order. notes: what a reader of the report should know.
     """
 
     module: fx.GraphModule
     example_inputs: list[Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+    home: str = ""
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from sparsify.errors import RefusedError, SparsifyError
+from sparsify.errors import RefusedError, SparsifyError, SpecError
 from sparsify.options import Options
 from sparsify.passes import Capture, Site, pipeline, run
+from sparsify.passes.attach_spec import info
+from sparsify.root import Root
 
 log = logging.getLogger("sparsify")
 _logged: set[tuple[str, str]] = set()
@@ -29,21 +32,36 @@ def sparsify_backend(
     `options` are those of `sparsify.options.Options`; `mode` is Inductor's. Raises InputError or SpecError for what a
     user gave wrongly, and RefusedError under `strict`.
     """
-    try:
+    with errors_as_they_are():
         chosen = Options.read(options)
         capture = captured(gm, example_inputs, chosen)
         report_refusals(capture.sites, chosen.strict)
-    except SparsifyError as error:
-        raise as_users_own(error) from None
     rewritten = any(site.refusal is None for site in capture.sites)
     return compile_rest(capture.module if rewritten else gm, example_inputs, chosen.inner, mode)
 
 
 def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Capture:
-    """The graph after all passes. `gm` itself stays as it is."""
-    capture = Capture(gm, list(example_inputs))
-    run(pipeline(options.spec, options.target), capture)
+    """The graph after all passes. `gm` itself stays as it is. Raises SpecError for a rule that no model can use."""
+    root = Root.find()
+    capture = Capture(gm, list(example_inputs), root.names, root.path)
+    placed = options.spec is None or not root.partial or root.guard()
+    run(pipeline(options.spec, options.target, placed), capture)
+    if options.spec is not None:
+        check_rules(options.spec, root.modules(), capture.sites)
     return capture
+
+
+def check_rules(spec: Any, modules: list[str], sites: list[Site]) -> None:
+    """Raises SpecError for a rule that fits no module of the model.
+
+    A graph may hold some of a model's sites only (graph breaks, decoding without the encoder), so a rule without a site
+    in this one is no mistake yet; `sparsify.explain` sees them all and decides.
+    """
+    from sparsify.spec import unmatched_rules
+
+    wrong = unmatched_rules(spec, [info(site) for site in sites], modules) if sites and modules else []
+    if wrong:
+        raise SpecError(wrong[0])
 
 
 def report_refusals(sites: list[Site], strict: bool) -> None:
@@ -69,8 +87,16 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], inner: str, mode
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
-def as_users_own(error: SparsifyError) -> Exception:
-    """The error in a form that Dynamo hands to the user as it is, instead of as its own BackendCompilerFailed."""
+@contextlib.contextmanager
+def errors_as_they_are() -> Iterator[None]:
+    """Lets our errors through Dynamo as what they are, instead of as its own BackendCompilerFailed."""
+    try:
+        yield
+    except SparsifyError as error:
+        raise _shown(error) from None
+
+
+def _shown(error: SparsifyError) -> Exception:
     kind = type(error)
 
     class Shown(kind, torch._dynamo.exc.ShortenTraceback):  # type: ignore[misc, valid-type]

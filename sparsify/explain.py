@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.backend import captured
+from sparsify.backend import captured, errors_as_they_are
 from sparsify.errors import SpecError
 from sparsify.expr import TRUE, And, Or, Pred, conjunction, disjunction, loads, substitute, variables
 from sparsify.options import Options
@@ -37,7 +37,8 @@ def explain(model: Callable[..., Any], *args: Any, spec: Any = None, **kwargs: A
     captures: list[tuple[Capture, int]] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        captures.append((captured(gm, example_inputs, options), len(gm.graph.nodes)))
+        with errors_as_they_are():
+            captures.append((captured(gm, example_inputs, options), len(gm.graph.nodes)))
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from captures import model
 
+import sparsify
 from sparsify import backend
 from sparsify.errors import InputError, RefusedError, SpecError
+from sparsify.options import Options
+from sparsify.patterns import window
 
 Q, K, V = (torch.randn(1, 2, 7, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
 EAGER = {"target": "null", "inner": "eager"}
@@ -47,6 +50,68 @@ def test_spec_errors_reach_the_user_as_they_are(tmp_path):
     path.write_text("version: 1\nsites:\n  - match: '*'\n    heads: {windw: 4}\n")
     with pytest.raises(SpecError, match=r"spec.yaml:4:\d+.*windw.*window"):
         compile_with(attend, {"spec": path, **EAGER})(Q, K, V)
+
+
+class Blocks(torch.nn.Module):
+    """Two attention blocks with a graph break in each."""
+
+    def __init__(self, block) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(torch.nn.Module):
+    scale = 1
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return attend(x, x, x) * self.scale
+
+
+class Forgetful(torch.nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return attend(x, x, x)
+
+
+def test_addresses_and_rules_survive_graph_breaks(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TARGET", "null")
+    blocks, found = Blocks(Block), []
+
+    def record(gm, inputs):
+        found.append(backend.captured(gm, inputs, Options.read({"target": "null", "spec": spec})))
+        return found[-1].module.forward
+
+    spec = {"version": 1, "sites": [{"match": f"blocks.{i}", "heads": {"window": i + 2}} for i in range(2)]}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(blocks, backend=record)(Q)
+        wanted = sparsify.attention(Q, Q, Q, window(2))
+        wanted = sparsify.attention(wanted, wanted, wanted, window(3))
+    torch.testing.assert_close(result, wanted)
+    assert [site.address for capture in found for site in capture.sites] == ["blocks.0", "blocks.1"]
+
+
+def test_layers_that_cannot_be_told_apart_are_refused_under_a_spec():
+    spec = {"version": 1, "sites": [{"match": "*", "heads": {"window": 2}}]}
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(RefusedError, match="which layer this is can't be told"):
+        torch.compile(Blocks(Forgetful), backend="sparsify", options={**EAGER, "spec": spec, "strict": True})(Q)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(Blocks(Forgetful), backend="sparsify", options={**EAGER, "strict": True})
+        torch.testing.assert_close(run(Q), Blocks(Forgetful)(Q))
+
+
+def test_a_rule_that_fits_no_module_is_an_error():
+    spec = {"version": 1, "sites": [{"match": "*", "heads": "dense"}, {"match": "model.layer.*", "heads": "dense"}]}
+    with torch.no_grad(), pytest.raises(SpecError, match=r"sites\[1\]: the rule matches no site; the model has 1: "):
+        compile_with(model("llama", "sdpa"), {**EAGER, "spec": spec})(torch.zeros(1, 5, dtype=torch.long))
 
 
 def test_found_by_name_and_right_without_any_option(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path as File
 from typing import Any
 
@@ -126,13 +127,17 @@ def _named(patterns: Mapping[str, Pattern] | None) -> Mapping[str, Pattern]:
     return patterns or {}
 
 
-def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo]) -> list[str]:
-    """For each rule that no site uses, what is wrong with it; `sites` are all those of the model."""
+def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo], modules: Sequence[str] = ()) -> list[str]:
+    """For each rule that no site uses, what is wrong with it; `sites` are all those of the model.
+
+    Where they are those of one graph only, `modules` are the paths of all the model's modules: a rule that fits one of
+    them may have its sites in another graph, and is passed over.
+    """
     sites = list(sites)
     first = [next((rule.number for rule in spec.rules if rule.accepts(site)), None) for site in sites]
     messages = []
     for rule in spec.rules:
-        if rule.number in first:
+        if rule.number in first or any(fnmatchcase(path, rule.match) for path in modules):
             continue
         taken = sorted({n for site, n in zip(sites, first, strict=True) if rule.accepts(site) and n is not None})
         if taken:

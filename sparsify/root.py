@@ -1,0 +1,82 @@
+"""The model that torch.compile was given, and the function being compiled, found from inside the backend.
+
+A graph knows modules by where Dynamo found them: after a graph break that is `L['self'].self_attn` for every layer, and
+all layers share one compiled function. The model itself is on the Python stack, and knows its modules by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+@dataclass(frozen=True)
+class Root:
+    """The compiled model (None: a function was compiled) and whose code is being compiled.
+
+    names: the path of each module by its key in `nn_module_stack`, its id as text.
+    owner: the name of the local variable that holds the module whose code it is; path: that module's path.
+    """
+
+    model: torch.nn.Module | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    owner: str | None = None
+    path: str = ""
+
+    @classmethod
+    def find(cls) -> Root:
+        """The root of the graph that the backend was called for."""
+        model = _outermost_compiled()
+        if model is None:
+            return cls()
+        names = {str(id(module)): path for path, module in model.named_modules()}
+        for name, value in _locals().items():
+            if isinstance(value, torch.nn.Module) and str(id(value)) in names:
+                return cls(model, names, name, names[str(id(value))])
+        return cls(model, names)
+
+    def modules(self) -> list[str]:
+        """The paths of all modules of the model."""
+        return [] if self.model is None else [path for path, _ in self.model.named_modules()]
+
+    @property
+    def partial(self) -> bool:
+        """Whether the code being compiled is that of a part of the model, which other parts may share."""
+        return self.model is not None and (self.owner is None or self.path != "")
+
+    def guard(self) -> bool:
+        """Makes Dynamo compile anew for another part of the model. False if nothing tells one part from another."""
+        if self.owner is None:
+            return False
+        install_guard(LocalSource(self.owner, is_input=True).make_guard(GuardBuilder.ID_MATCH))
+        return True
+
+
+def _outermost_compiled() -> torch.nn.Module | None:
+    """The outermost module on the stack that torch.compile (or `model.compile()`) wrapped."""
+    found = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+            found = module._orig_mod
+        elif isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
+            found = module
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _locals() -> Mapping[str, Any]:
+    """The local variables of the function that is being compiled, `self` first."""
+    try:
+        found = InstructionTranslator.current_tx().output.root_tx.f_locals
+    except (AttributeError, AssertionError):
+        return {}
+    return dict(sorted(found.items(), key=lambda item: item[0] != "self"))
