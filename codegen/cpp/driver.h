@@ -14,7 +14,7 @@ struct Worker {
     float* add;        // BM * KB, with ADD_MASK
     Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
     Tag* tags;         // of the packed tiles
-    uint32_t *keys, *values;
+    int32_t *keys, *values;
     I slots;
 };
 
@@ -46,8 +46,8 @@ static Worker worker_at(char* at, I slots) {
     w.add = (float*)carve(at, ADD_MASK ? sizeof(float) * BM * KB : 0);
     w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
     w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
-    w.keys = (uint32_t*)carve(at, 4 * K_TILE * slots);
-    w.values = (uint32_t*)carve(at, 4 * V_TILE * slots);
+    w.keys = (int32_t*)carve(at, 4 * K_TILE * slots);
+    w.values = (int32_t*)carve(at, 4 * V_TILE * slots);
     w.slots = slots;
     return w;
 }
