@@ -251,7 +251,9 @@ extern "C" int sparsify_run(const Call* call) {
     plan.count = c.b * c.kv_heads * ((c.q_len + plan.item_rows - 1) / plan.item_rows);
     c.threads = most(1, least(c.parallel ? c.threads : 1, plan.count));
     plan.step = most(1, least(8, plan.count / (c.threads * 8)));
-    plan.slots = most(1, least(tiles, least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE))));
+    bool once = plan.item_rows == c.q_len && plan.item_heads == group; // no two query tiles share keys, as in decoding
+    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
+    plan.slots = once ? 1 : most(1, least(tiles, budget));
     plan.worker_bytes = worker_bytes(plan.slots);
     Item* items = (Item*)malloc(sizeof(Item) * plan.count);
     plan.memory = (char*)aligned_alloc(64, plan.worker_bytes * c.threads);
