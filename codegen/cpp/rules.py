@@ -9,8 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from sparsify.expr import (
-    And, Eq, Expr, FloorDiv, Ge, Load, Max, Min, Mod, Mul, Not, Or, Pred, Select, Sum, Test, Var, as_expr, conjunction,
-    disjunction, eq, floordiv, maximum, minimum, mod, negate, select, variables,
+    And,
+    Eq,
+    Expr,
+    FloorDiv,
+    Ge,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Not,
+    Or,
+    Pred,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    conjunction,
+    disjunction,
+    eq,
+    floordiv,
+    maximum,
+    minimum,
+    mod,
+    negate,
+    select,
+    variables,
 )  # fmt: skip
 from sparsify.patterns.tiles import MAX_BANDS, Band, TileRule, analyse
 from sparsify.program import Program

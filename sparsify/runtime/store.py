@@ -29,7 +29,7 @@ def load_library(name: str, source: str, flags: tuple[str, ...], compiler: Compi
     return _load(env.cache_dir(), name, source, (*COMMON_FLAGS, *flags), compiler)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(folder: Path, name: str, source: str, flags: tuple[str, ...], compiler: Compiler) -> ctypes.CDLL:
     text = json.dumps([source, flags, compiler.command, compiler.version])
     stem = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
