@@ -21,9 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 import sparsify
 from examples.reader import attend, evaluate
+from sparsify import pictures
 from sparsify.patterns import Pattern, causal, sinks, window
 from sparsify.patterns.count import kept_by_head
 from sparsify.patterns.pattern import Both
@@ -31,6 +33,7 @@ from sparsify.patterns.pattern import Both
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reader" / "model"
 SPEC = HERE / "reader.yaml"
+TITLE = "What each head of the reader keeps"
 Forward = Callable[[torch.Tensor], torch.Tensor]
 console = Console()
 
@@ -133,6 +136,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out"),
 ) -> None:
     """Reads real text with a trained model, dense and sparse, and says how well, how fast and how exactly."""
+    logging.disable_progress_bar()
     tokens = next(evaluate.held_out_windows(length, 1))
     with torch.inference_mode():
         report = sparsify.explain(load(), input_ids=tokens, use_cache=False, spec=spec)
@@ -154,15 +158,10 @@ def main(
         ours, theirs = largest_errors(1024, layers, sparse)
         console.print(f"largest error of a logit against the float64 oracle: {ours:.1e}")
         console.print(f"                         PyTorch SDPA, under the same masks: {theirs:.1e}")
-    save_picture(layers, length, out)
-
-
-def save_picture(layers: list[tuple[Pattern, ...]], length: int, out: Path) -> None:
-    """What each head keeps, as PNG and as one HTML page."""
-    from sparsify import pictures
-
-    for path in pictures.draw(layers, length, out, title="What each head of the reader keeps"):
-        console.print(f"picture: {path}")
+    sites = {site.address: site.patterns for site in report.sites}
+    for name in ("reader.html", "reader.png"):
+        path = pictures.draw(sites, length, out / name, names=sparsify.load_spec(spec).patterns, title=TITLE)
+        console.print(f"what each head keeps: {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,35 @@
-"""sparsify.passes."""
+"""Passes: from Dynamo's graph to a graph with one `sparsify.attention` op for each attention.
+
+`pipeline(...)` is the ordered tuple; `run` runs it. A pass is a frozen dataclass in a file of its own.
+"""
 
 if __name__ != "sparsify.passes":
     raise ImportError("import sparsify.passes, not the bare folder passes")
+
+from typing import Any
+
+from sparsify.passes.attach_spec import AttachSpec
+from sparsify.passes.canonicalise import Canonicalise
+from sparsify.passes.check_sites import CheckSites
+from sparsify.passes.choose_target import ChooseTarget
+from sparsify.passes.find_sites import FindSites
+from sparsify.passes.recover_masks import RecoverMasks
+from sparsify.passes.runner import Capture, Pass, PassRecord, run
+from sparsify.passes.site import Site
+from sparsify.passes.splice import Splice
+
+
+def pipeline(spec: Any = None, target: str = "auto") -> tuple[Pass, ...]:
+    """The passes in their order."""
+    return (
+        Canonicalise(),
+        FindSites(),
+        CheckSites(),
+        RecoverMasks(),
+        AttachSpec(spec),
+        ChooseTarget(target),
+        Splice(),
+    )
+
+
+__all__ = ["Capture", "Pass", "PassRecord", "Site", "pipeline", "run"]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import PatternError
 from sparsify.expr import Pred, Var, conjunction, disjunction, negate
+from sparsify.foldable import foldable
+from sparsify.sizes import Size
+from sparsify.text import parse_pred, to_text
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,14 @@ class Pattern:
 
     A subclass has one method, `keep()`, which states its predicate in terms of `H, Q, K, N`. Sizes are integers or
     expressions in N, the number of keys.
+
+    rule: the predicate's canonical text, made once. torch.compile reads it, guards on it, and needs nothing else of a
+    pattern. (A subclass with a `__post_init__` of its own calls this one at its end.)
     """
+
+    def __post_init__(self) -> None:
+        given = tuple([_plain(getattr(self, name)) for name in self.__match_args__])
+        object.__setattr__(self, "rule", _rule_of(type(self), self.__match_args__, given))
 
     def keep(self) -> Pred:
         """The predicate that is true where a pair is kept."""
@@ -82,12 +92,47 @@ def _checked(other: object, op: str) -> Pattern:
     return other
 
 
+# Under torch.compile only constants reach these functions: fields as plain values, and compositions as their rules.
+
+
+def _plain(value: object) -> object:
+    return ("size", value.text) if isinstance(value, Size) else value
+
+
+@foldable
+def _rule_of(kind: type[Pattern], names: tuple[str, ...], given: tuple[object, ...]) -> str:
+    twin = object.__new__(kind)
+    for name, value in zip(names, given, strict=True):
+        is_size = isinstance(value, tuple) and value[:1] == ("size",)
+        object.__setattr__(twin, name, Size(value[1]) if is_size else value)
+    return to_text(twin.keep())
+
+
+
+@foldable
+def _both(left: str, right: str) -> str:
+    return to_text(conjunction([parse_pred(left), parse_pred(right)]))
+
+
+@foldable
+def _either(left: str, right: str) -> str:
+    return to_text(disjunction([parse_pred(left), parse_pred(right)]))
+
+
+@foldable
+def _opposite(rule: str) -> str:
+    return to_text(negate(parse_pred(rule)))
+
+
 @dataclass(frozen=True)
 class Both(Pattern):
     """Kept by both: `left & right`."""
 
     left: Pattern
     right: Pattern
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", _both(self.left.rule, self.right.rule))
 
     def keep(self) -> Pred:
         return conjunction([self.left.keep(), self.right.keep()])
@@ -103,6 +148,9 @@ class Either(Pattern):
     left: Pattern
     right: Pattern
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", _either(self.left.rule, self.right.rule))
+
     def keep(self) -> Pred:
         return disjunction([self.left.keep(), self.right.keep()])
 
@@ -115,6 +163,9 @@ class Except(Pattern):
     """Kept where the other drops: `~pattern`."""
 
     pattern: Pattern
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", _opposite(self.pattern.rule))
 
     def keep(self) -> Pred:
         return negate(self.pattern.keep())

@@ -11,6 +11,7 @@ from sparsify import codegen, env, op
 from sparsify.errors import InputError
 from sparsify.patterns import Pattern
 from sparsify.program import Program
+from sparsify.text import parse_pred
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,31 +34,40 @@ def attention(
     `scale` defaults to 1/sqrt(D). `q_offset` is the absolute position of the first query, by default Nk - Nq.
 
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
-    `torch.compile(fullgraph=True)` and inside the sparsify backend. Raises InputError for what does not fit.
+    `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~`,
+    which Dynamo can't follow. Raises InputError for what does not fit.
     """
     _check(q, k, v, mask)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
     kind = None if mask is None else "bool" if mask.dtype == torch.bool else "add"
-    program = program_text(pattern, q.shape[1], kind, q.device.type)
+    program = program_text(_rules(pattern, q.shape[1]), kind, q.device.type)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     return op.attention(q, k, v, mask, [], offset, q.shape[-1] ** -0.5 if scale is None else float(scale), program)
 
 
+def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
+    """The rule of each head. Raises InputError when their number doesn't fit."""
+    if isinstance(pattern, Pattern):
+        return (pattern.rule,) * heads
+    if not isinstance(pattern, list | tuple) or not all(isinstance(p, Pattern) for p in pattern):
+        raise InputError(f"attention: pattern: expected one pattern, or one a head, found {pattern!r}")
+    if len(pattern) != heads:
+        found = f"found {len(pattern)} patterns"
+        raise InputError(f"attention: pattern: expected one pattern, or one for each of {heads} heads, {found}")
+    return tuple([p.rule for p in pattern])
+
+
 @torch.compiler.assume_constant_result
-def program_text(pattern: Pattern | Sequence[Pattern], heads: int, mask: str | None, device: str) -> str:
-    """The canonical program of a pattern (or one per head). Raises InputError when their number doesn't fit."""
-    patterns = (pattern,) * heads if isinstance(pattern, Pattern) else tuple(pattern)
-    if len(patterns) != heads or not all(isinstance(p, Pattern) for p in patterns):
-        found = f"{len(patterns)} patterns" if all(isinstance(p, Pattern) for p in patterns) else repr(pattern)
-        raise InputError(f"attention: pattern: expected one pattern, or one for each of {heads} heads, found {found}")
-    return _program_text(patterns, mask, env.target(), device)
+def program_text(rules: tuple[str, ...], mask: str | None, device: str) -> str:
+    """The canonical program of the rules of all heads."""
+    return _program_text(rules, mask, env.target(), device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _program_text(patterns: tuple[Pattern, ...], mask: str | None, target: str, device: str) -> str:
+def _program_text(rules: tuple[str, ...], mask: str | None, target: str, device: str) -> str:
     name = codegen.choose(device) if target == "auto" else target
-    return Program.of([p.keep() for p in patterns], mask=mask, target=name).text()
+    return Program.of([parse_pred(rule) for rule in rules], mask=mask, target=name).text()
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:

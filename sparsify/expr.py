@@ -386,9 +386,13 @@ def _negated(terms: tuple[tuple[int, Expr], ...]) -> tuple[tuple[int, Expr], ...
 
 
 def _without(part: Pred, known: Mapping[Pred, None], kind: type[And] | type[Or]) -> Pred:
-    """A nested part with what its surroundings already say left out: `x and (x and y or z)` is `x and (y or z)`."""
+    """A nested part with what its surroundings already say left out.
+
+    `x and (x and y or z)` is `x and (y or z)`; `x or (not x and y)` is `x or y`.
+    """
     dual = Or if kind is And else And
-    inner = [kind(tuple(q for q in p.parts if q not in known)) if isinstance(p, kind) else p for p in part.parts]
+    open_ = [p for p in part.parts if isinstance(p, And | Or) or negate(p) not in known]
+    inner = [kind(tuple(q for q in p.parts if q not in known)) if isinstance(p, kind) else p for p in open_]
     return _joined(inner, dual, *((FALSE, TRUE) if dual is Or else (TRUE, FALSE)))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsify.errors import PatternError
 from sparsify.expr import Expr, as_expr, maximum
+from sparsify.foldable import foldable
 from sparsify.text import size_var
 
 FAR = 2**20  # a length at which no sensible size is beyond LIMIT
@@ -41,29 +42,7 @@ class Size:
     @classmethod
     def read(cls, value: int | str, field: str = "size", low: int | None = None) -> Size:
         """Checks and keeps a user's size. Raises PatternError naming the field, the value and what is allowed."""
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise PatternError(f"{field}: expected an integer or an expression in N, found {value!r}")
-        if isinstance(value, int):
-            if low is not None and value < low:
-                raise PatternError(f"{field}: expected an integer >= {low}, found {value}")
-            if value < -LIMIT:
-                raise PatternError(f"{field}: expected an integer >= -2**40, found {str(value)[:30]}")
-            if value > LIMIT:
-                raise PatternError(f"{field}: expected an integer <= 2**40, found {str(value)[:30]}")
-            return cls(str(value))
-        node = _parse(value, field)
-        try:
-            size = cls(ast.unparse(node))
-            far = size.at(FAR)
-        except RecursionError:
-            raise PatternError(f"{field}: '{value}' is nested too deeply") from None
-        except PatternError as error:
-            raise PatternError(f"{field}: {error}") from None
-        if "N" not in size.text:
-            return cls.read(size.at(1), field, low)
-        if abs(far) > LIMIT:
-            raise PatternError(f"{field}: '{value}' is beyond 2**40 at N = 2**20")
-        return size
+        return cls(_checked_text(value, field, low))
 
     def at(self, n: int) -> int:
         """The size at sequence length n, rounded down."""
@@ -79,6 +58,33 @@ class Size:
 
     def __str__(self) -> str:
         return self.text
+
+
+@foldable
+def _checked_text(value: int | str, field: str, low: int | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise PatternError(f"{field}: expected an integer or an expression in N, found {value!r}")
+    if isinstance(value, int):
+        if low is not None and value < low:
+            raise PatternError(f"{field}: expected an integer >= {low}, found {value}")
+        if value < -LIMIT:
+            raise PatternError(f"{field}: expected an integer >= -2**40, found {str(value)[:30]}")
+        if value > LIMIT:
+            raise PatternError(f"{field}: expected an integer <= 2**40, found {str(value)[:30]}")
+        return str(value)
+    node = _parse(value, field)
+    try:
+        size = Size(ast.unparse(node))
+        far = size.at(FAR)
+    except RecursionError:
+        raise PatternError(f"{field}: '{value}' is nested too deeply") from None
+    except PatternError as error:
+        raise PatternError(f"{field}: {error}") from None
+    if "N" not in size.text:
+        return _checked_text(size.at(1), field, low)
+    if abs(far) > LIMIT:
+        raise PatternError(f"{field}: '{value}' is beyond 2**40 at N = 2**20")
+    return size.text
 
 
 @functools.lru_cache(maxsize=4096)

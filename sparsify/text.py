@@ -168,6 +168,8 @@ def parse_pred(text: str, sources: tuple[str, ...] | None = None) -> Pred:
     `sources` names the tensors that may be indexed (any, when None). Raises PatternError naming what is not allowed.
     """
     node = _Reader(text, sources).read(_parse(text))
+    if isinstance(node, Load):
+        return Test(node)
     if not isinstance(node, Pred):
         raise PatternError(f"expression '{text}': expected a condition such as 'k <= q', found a number")
     return node

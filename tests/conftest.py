@@ -10,6 +10,7 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SPARSIFY_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sparsify-tests-{os.getuid()}"))
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -20,3 +21,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="take what is found as the expected outputs in tests/golden")
+
+
+@pytest.fixture
+def accept(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--accept")

@@ -84,7 +84,7 @@ BAD = [
         "expected q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)",
     ),
     (lambda: sparsify.attention(q4, kv2, kv2, [causal()] * 3), "one for each of 4 heads, found 3 patterns"),
-    (lambda: sparsify.attention(q4, kv2, kv2, "causal"), "expected one pattern, or one for each of 4 heads, found 'c"),
+    (lambda: sparsify.attention(q4, kv2, kv2, "causal"), "expected one pattern, or one a head, found 'causal'"),
     (
         lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=torch.ones(8, 7)),
         "mask: expected a shape that broadcasts to",

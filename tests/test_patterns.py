@@ -150,7 +150,7 @@ def test_a_size_that_divides_by_zero_names_the_length():
 def test_the_list_of_patterns_is_the_folder():
     """Each constructor is listed, and each file that defines one is a file of the list."""
     folder = Path(p.__file__).parent
-    helpers = {"__init__", "pattern", "tiles", "count", "dense_mask"}
+    helpers = {"__init__", "pattern", "tiles", "interior", "count", "dense_mask"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == {
         {"expr": "expression"}.get(name, name) for name in p.PATTERNS
     }

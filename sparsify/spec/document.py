@@ -20,7 +20,7 @@ from sparsify.spec.source import Source, shown
 
 VERSION = 1
 
-FORM = {"$ref": "#/$defs/Pattern"}
+FORM = {"$comment": "Pattern"}  # becomes a reference: pydantic refuses one to a definition that isn't its own
 NUMBERS = {
     "anyOf": [
         {"type": "integer", "minimum": 0},
@@ -123,7 +123,17 @@ def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a spec file."""
     found = DocumentModel.model_json_schema()
     found["$defs"] = {"Pattern": _pattern_schema(), **found.get("$defs", {})}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_referring(found)}
+
+
+def _referring(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_referring(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("$comment") == FORM["$comment"]:
+        return {key: value for key, value in part.items() if key != "$comment"} | {"$ref": "#/$defs/Pattern"}
+    return {key: _referring(value) for key, value in part.items()}
 
 
 def _pattern_schema() -> dict[str, Any]:

@@ -20,8 +20,12 @@ from sparsify.spec.source import Path, Source, shown
 
 COMBINE: dict[str, Callable[[Any, Any], Any]] = {"all": operator.and_, "any": operator.or_}
 NOT, BLOCK = "not", "block"
-RESERVED = (*PATTERNS, *COMBINE, NOT, BLOCK)
 MAX_PARTS = 200  # of one pattern; each costs every kernel that runs it
+
+
+def words() -> tuple[str, ...]:
+    """The keys that a form may have, and that no pattern may be named."""
+    return (*PATTERNS, *COMBINE, NOT, BLOCK)
 
 
 def parameters(name: str) -> Mapping[str, inspect.Parameter]:
@@ -93,7 +97,7 @@ class Builder:
 
     def _parts(self, form: Mapping[str, Any], path: Path) -> list[tuple[Pattern, int]]:
         for key in form:
-            if key not in RESERVED:
+            if key not in words():
                 raise self.source.error((*path, key), self._unknown_key(key), at_key=True)
             if (key in COMBINE or key == NOT) and len(form) > 1:
                 raise self.source.error((*path, key), f"'{key}' must stand alone in its mapping", at_key=True)
@@ -110,7 +114,7 @@ class Builder:
     def _unknown_key(self, key: str) -> str:
         if key in self.forms:
             return f"'{key}' is a pattern's name, not a primitive; combine names with any: [{key}, ...] or all: [...]"
-        return f"unknown pattern '{key}'; {nearest(key, RESERVED)}"
+        return f"unknown pattern '{key}'; {nearest(key, words())}"
 
     def _block(self, form: Mapping[str, Any], path: Path) -> int | None:
         if BLOCK not in form:

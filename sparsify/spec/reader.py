@@ -14,7 +14,7 @@ from typing import Any
 from sparsify.errors import SpecError
 from sparsify.spec.source import Mark, Path, Source, shown
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**19
 MAX_DEPTH = 32
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
@@ -23,20 +23,16 @@ _WORDS: dict[str, Any] = {word: value for value, words in ((None, "null Null NUL
                           (False, "false False FALSE")) for word in words.split()} | {"": None}  # fmt: skip
 
 
-def read(file: str | File) -> tuple[Any, Source]:
-    """The plain value that a YAML or JSON file holds, with its source. Raises SpecError naming line and column."""
-    text = _text(File(file), str(file))
-    return read_text(text, str(file))
-
-
 def read_text(text: str, name: str) -> tuple[Any, Source]:
     """The plain value of a YAML or JSON text; `name` stands for the file in errors."""
     return _Composer(text, name).document()
 
 
-def _text(file: File, name: str) -> str:
+def file_text(file: str | File) -> str:
+    """The text of a spec's file. Raises SpecError for what can't be read."""
+    name = str(file)
     try:
-        data = file.read_bytes()
+        data = File(file).read_bytes()
     except FileNotFoundError:
         raise SpecError(f"{name}: there is no such file") from None
     except IsADirectoryError:

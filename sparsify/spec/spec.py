@@ -13,8 +13,8 @@ from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
 from sparsify.spec.document import VERSION, checked
 from sparsify.spec.dump import form_of
-from sparsify.spec.forms import RESERVED, Builder
-from sparsify.spec.reader import read
+from sparsify.spec.forms import Builder, words
+from sparsify.spec.reader import file_text, read_text
 from sparsify.spec.rules import Rule, SiteInfo
 from sparsify.spec.source import Source, shown
 
@@ -47,6 +47,12 @@ class Spec:
         if not isinstance(value, Mapping):
             raise SpecError(f"spec: expected a path, a dictionary or a Spec, found {shown(value)}")
         return cls._of(value, Source(), {})
+
+    @classmethod
+    def read(cls, text: str, name: str, patterns: Mapping[str, Pattern] | None = None) -> Spec:
+        """The spec in a YAML or JSON text; `name` stands for the file in errors. See `load_spec`."""
+        value, source = read_text(text, name)
+        return cls._of(value, source, _named(patterns))
 
     @classmethod
     def _of(cls, value: Any, source: Source, extra: Mapping[str, Pattern]) -> Spec:
@@ -109,12 +115,15 @@ def load_spec(path: str | File, patterns: Mapping[str, Pattern] | None = None) -
     `patterns` gives the file further names, for patterns of your own classes: the file says `heads: mine`, and you
     call `load_spec("spec.yaml", patterns={"mine": MyPattern()})`.
     """
+    return Spec.read(file_text(path), str(path), patterns)
+
+
+def _named(patterns: Mapping[str, Pattern] | None) -> Mapping[str, Pattern]:
     for name, pattern in (patterns or {}).items():
         if not isinstance(pattern, Pattern):
             raise SpecError(f"load_spec: patterns['{name}']: expected a Pattern, found {shown(pattern)}")
         _check_name(name, Source("load_spec"), {})
-    value, source = read(path)
-    return Spec._of(value, source, patterns or {})
+    return patterns or {}
 
 
 def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo]) -> list[str]:
@@ -145,7 +154,7 @@ def _listed(sites: Sequence[SiteInfo]) -> str:
 
 def _check_name(name: str, source: Source, extra: Mapping[str, Pattern]) -> None:
     path = ("patterns", name)
-    if name in RESERVED:
+    if name in words():
         raise source.error(path, f"'{name}' is a word of the spec's own; choose another name", at_key=True)
     if not _NAME.fullmatch(name):
         raise source.error(

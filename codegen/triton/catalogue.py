@@ -1,0 +1,106 @@
+"""The kernels that are built ahead of time for every chip: what spills or fails to build shows without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsify import patterns as p
+from sparsify.expr import Pred
+from sparsify.program import Program
+from sparsify.text import parse_pred
+
+if TYPE_CHECKING:
+    from sparsify.codegen.target import Launch
+
+ARCHS: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+BATCH, HEADS, KV_HEADS, LENGTH = 2, 32, 8, 4096
+_CAUSAL = p.causal()
+
+
+def _mixture() -> tuple[Pred, ...]:
+    kinds = (
+        _CAUSAL,
+        p.window(512),
+        (p.sinks(4) | p.window(1024)) & _CAUSAL,
+        (p.window(128) | p.column_stride(8, block=64, offset="head")) & _CAUSAL,
+    )
+    return tuple(kinds[head % len(kinds)].keep() for head in range(HEADS))
+
+
+PATTERNS: dict[str, p.Pattern] = {
+    "dense": p.dense(),
+    "causal": _CAUSAL,
+    "window": p.window(512),
+    "streaming": (p.sinks(4) | p.window(1024)) & _CAUSAL,
+    "elastic": (p.sinks(64) | p.window("N/8 + 512")) & _CAUSAL,
+    "dilated": p.dilated(8) & _CAUSAL,
+    "same_block": p.same_block(1024, shift=512),
+    "block_window": p.block_window(64, 16) & _CAUSAL,
+    "column_stride": (p.block_window(64, 4) | p.column_stride(8, block=64, offset="head")) & _CAUSAL,
+    "global_tokens": (p.global_tokens([0, 1, 511, 2048]) | p.window(256, ahead=255)),
+    "expr": p.expr("k <= q and (q - k) % 7 < 2"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel: a program in a dtype at a head size, for `q_len` queries."""
+
+    name: str
+    program: Program
+    dtype: str
+    head_dim: int
+    q_len: int = LENGTH
+
+    def launch(self) -> Launch:
+        """A call of it on tensors without memory, laid out as a model lays them out."""
+        import torch
+
+        from sparsify.codegen.target import Launch
+
+        dtype, group = getattr(torch, self.dtype), HEADS // KV_HEADS
+        meta: dict[str, Any] = {"device": "meta"}
+        q = torch.empty(BATCH, self.q_len, HEADS, self.head_dim, dtype=dtype, **meta).transpose(1, 2)
+        k, v = (
+            torch.empty(BATCH, LENGTH, HEADS // group, self.head_dim, dtype=dtype, **meta).transpose(1, 2) for _ in "kv"
+        )
+        mask = None
+        if self.program.mask:
+            kind = torch.bool if self.program.mask == "bool" else dtype
+            mask = torch.empty(BATCH, 1, self.q_len, LENGTH, dtype=kind, **meta)
+        loads = tuple(torch.empty(BATCH, LENGTH, dtype=torch.bool, **meta) for _ in range(self.program.loads))
+        return Launch(self.program, q, k, v, mask, loads, LENGTH - self.q_len, self.head_dim**-0.5)
+
+
+def _program(keeps: Pred | tuple[Pred, ...], **fields: Any) -> Program:
+    return Program.of(keeps if isinstance(keeps, tuple) else (keeps,) * HEADS, target="triton", **fields)
+
+
+def programs() -> dict[str, Program]:
+    """Every kind of program by name: all static patterns, a mixture, and each way to change or mask the scores."""
+    causal = _CAUSAL.keep()
+    return {name: _program(pattern.keep()) for name, pattern in PATTERNS.items()} | {
+        "mixture": _program(_mixture()),
+        "padding": _program(parse_pred("k <= q and _0[b, k]"), loads=1),
+        "softcap": _program(causal, softcap=50.0),
+        "bool_mask": _program(causal, mask="bool"),
+        "add_mask": _program(causal, mask="add"),
+    }
+
+
+def entries() -> Iterator[Entry]:
+    """The catalogue: every program in bf16 at head sizes 64 and 128; some in fp16 and fp32, wide, odd or decoding."""
+    found = programs()
+    for name, program in found.items():
+        for head_dim in (64, 128):
+            yield Entry(name, program, "bfloat16", head_dim)
+    for name in ("causal", "streaming", "mixture", "softcap", "bool_mask"):
+        for head_dim in (64, 128):
+            yield Entry(name, found[name], "float16", head_dim)
+            yield Entry(name, found[name], "float32", head_dim)
+    for dtype in ("bfloat16", "float32"):
+        yield Entry("streaming", found["streaming"], dtype, 256)
+        yield Entry("streaming", found["streaming"], dtype, 80)
+        yield Entry("decode", found["streaming"], dtype, 128, q_len=1)

@@ -1,0 +1,134 @@
+"""Building kernels ahead of time, without a GPU, and what each takes: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsify.codegen.triton.catalogue import ARCHS, Entry, entries
+from sparsify.codegen.triton.tuning import launch_shape
+from sparsify.errors import BuildError
+
+if TYPE_CHECKING:
+    from sparsify.codegen.target import Launch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def kernel_resources(
+    archs: Iterable[int | str] = ARCHS,
+    progress: Callable[[int, int], None] | None = None,
+    catalogue: Iterable[Entry] | None = None,
+    jobs: int | None = None,
+) -> list[Row]:
+    """Builds the catalogue for each chip (CUDA capabilities such as 90, AMD names such as "gfx942").
+
+    `progress(done, all)` is called as kernels are finished. Builds run in processes of their own, so that a Triton
+    imported here as an interpreter doesn't matter; Triton caches them on disk. Raises BuildError naming the kernel.
+    """
+    import multiprocessing
+
+    tasks = [(entry, arch) for entry in (entries() if catalogue is None else catalogue) for arch in archs]
+    with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"), _compile_mode) as pool:
+        futures = [pool.submit(build, entry, arch) for entry, arch in tasks]
+        for done, _ in enumerate(as_completed(futures), start=1):
+            if progress is not None:
+                progress(done, len(tasks))
+        return [future.result() for future in futures]
+
+
+def _compile_mode() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def build(entry: Entry, arch: int | str) -> Row:
+    """One kernel for one chip. Needs a Triton that compiles (not one imported as an interpreter)."""
+    from sparsify.codegen.triton.target import interpreting
+
+    if interpreting():
+        raise BuildError("kernels can't be compiled while TRITON_INTERPRET=1 (unset it)")
+    shape = launch_shape(entry.dtype, entry.head_dim, entry.head_dim, entry.q_len, arch)
+    size = f"m{shape.block_m}n{shape.block_n}w{shape.num_warps}s{shape.num_stages}"
+    name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{size}"
+    try:
+        compiled = compile_for(entry.launch(), arch)
+        registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
+    except Exception as error:
+        raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
+    return Row(name, arch if isinstance(arch, str) else f"sm_{arch}", registers, spills, compiled.metadata.shared)
+
+
+def compile_for(launch: Launch, arch: int | str) -> Any:
+    """The compiled kernel of a launch (its tensors may be on the meta device) for a chip that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparsify.codegen.triton.arguments import arguments
+    from sparsify.codegen.triton.target import kernel
+
+    dtype, head_dim, value_dim = str(launch.q.dtype).removeprefix("torch."), launch.q.shape[3], launch.v.shape[3]
+    shape = launch_shape(dtype, head_dim, value_dim, launch.q.shape[2], arch)
+    values = arguments(launch, launch.empty_output(), shape.block_m, shape.block_n, False)
+    function = kernel(launch)
+    signature, constants, attributes = _signature(function, values)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+
+
+def _signature(function: Any, values: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """What Triton's launcher derives from the values: types, compiled-in constants, and what divides by 16."""
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        special = is_int and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if hasattr(value, "data_ptr") or (special and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _nvidia(compiled: Any) -> tuple[int, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text)
+
+
+def _amd(compiled: Any) -> tuple[int, int]:
+    text = compiled.asm["amdgcn"]
+    # Scalar registers spill into lanes of a vector register, never to memory: what counts is the scratch memory.
+    return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise BuildError(f"no {pattern} in the build's output")
+    return int(found[1])

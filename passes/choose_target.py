@@ -1,0 +1,41 @@
+"""Choose the target: who runs each site, or why nobody can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsify import codegen
+from sparsify.passes.nodes import dtype, shape, value
+from sparsify.passes.runner import Capture
+from sparsify.passes.site import Site
+from sparsify.program import Program
+
+
+@dataclass(frozen=True)
+class ChooseTarget:
+    """Sites to targets.
+
+    Before: sites with their predicates.
+    After:  site.target names a target that takes the program; else the site carries that target's Refusal.
+    """
+
+    target: str = "auto"
+
+    def __call__(self, capture: Capture) -> None:
+        for site in capture.open_sites():
+            name = codegen.choose(value(site.q).device.type) if self.target == "auto" else self.target
+            site.target = name
+            runner = codegen.target(name)
+            head_dim, value_dim = shape(site.q)[3], shape(site.v)[3]
+            site.refusal = runner.unavailable() or runner.refuse(program_of(site), dtype(site.q), head_dim, value_dim)
+
+
+def program_of(site: Site) -> Program:
+    """The program that a site runs. A symbolic softcap is fixed here, with a guard."""
+    return Program.of(
+        site.programs,
+        mask=None if site.rest is None else site.rest.kind,
+        loads=len(site.loads),
+        softcap=None if site.softcap is None else float(site.softcap),
+        target=site.target,
+    )

@@ -1,0 +1,68 @@
+"""Runs the passes in order: it knows none of them by name. It checks the graph after each, times it and counts ops."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import fx
+
+from sparsify.passes.nodes import op
+from sparsify.passes.site import Site
+
+
+@dataclass
+class Capture:
+    """A captured graph on its way through the passes.
+
+    module: the graph; example_inputs: what the compiler was given with it.
+    sites: in graph order. notes: what a reader of the report should know.
+    """
+
+    module: fx.GraphModule
+    example_inputs: list[Any]
+    sites: list[Site] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def open_sites(self) -> list[Site]:
+        """The sites that no pass has refused so far."""
+        return [site for site in self.sites if site.refusal is None]
+
+
+class Pass(Protocol):
+    """A step over a capture: a frozen dataclass whose fields are its options."""
+
+    def __call__(self, capture: Capture) -> None: ...
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: seconds, and how many calls of each op it added or removed."""
+
+    name: str
+    seconds: float
+    changes: dict[str, int]
+
+
+def run(passes: Iterable[Pass], capture: Capture) -> None:
+    """Runs each pass, lints the graph after it and records what it did."""
+    for step in passes:
+        before, start = _ops(capture.graph), time.perf_counter()
+        step(capture)
+        capture.graph.lint()
+        seconds, after = time.perf_counter() - start, _ops(capture.graph)
+        changes = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
+        capture.records.append(PassRecord(type(step).__name__, seconds, changes))
+    capture.module.recompile()
+
+
+def _ops(graph: fx.Graph) -> Counter[str]:
+    return Counter(op(node) or getattr(node.target, "__name__", str(node.target)) for node in graph.nodes)

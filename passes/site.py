@@ -1,0 +1,71 @@
+"""A site: one attention in the captured graph, and what the passes find out about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+from sparsify.errors import Refusal
+from sparsify.expr import TRUE, Expr, Pred, Var
+
+
+@dataclass
+class Mask:
+    """One mask of a site, as the graph has it. `node` broadcasts to (B, H, Nq, Nk).
+
+    kind: "bool" (True keeps) or "add" (added to the scaled scores).
+    """
+
+    kind: Literal["bool", "add"]
+    node: fx.Node
+
+
+@dataclass
+class Site:
+    """What is known about one attention: filled in by `find_sites`, then by each pass after it.
+
+    anchor: the SDPA or softmax node. output: the node whose value is the attention's output (B, Hq, Nq, Dv).
+    q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
+    lifted: the graph has (B, N, D) and one head was added; output_order: a permutation of the op's result.
+    scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
+    keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
+    q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
+    q and loads, where that is not q itself (static caches).
+    rest: the tensor mask that stays (a node) with its kind.
+    programs: the final predicate of every query head. notes: what a reader should know of a site that is rewritten.
+    """
+
+    anchor: fx.Node
+    output: fx.Node
+    form: str
+    address: str = ""
+    layer: int | None = None
+    kind: Literal["self", "cross"] = "self"
+    q: fx.Node | None = None
+    k: fx.Node | None = None
+    v: fx.Node | None = None
+    scale: Any = None
+    softcap: Any = None
+    causal: bool = False
+    lifted: bool = False
+    output_order: tuple[int, ...] | None = None
+    masks: list[Mask] = field(default_factory=list)
+    keep: Pred = TRUE
+    loads: tuple[fx.Node, ...] = ()
+    rest: Mask | None = None
+    q_offset: Any = 0
+    position: Expr = Var("q")
+    positions_known: bool = True
+    mask_text: str = ""
+    patterns: tuple[Any, ...] | None = None
+    programs: tuple[Pred, ...] = ()
+    target: str = ""
+    refusal: Refusal | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, reason: str, hint: str = "", node: fx.Node | None = None) -> None:
+        """Marks the site as refused; the first reason stays."""
+        if self.refusal is None:
+            self.refusal = Refusal(reason, str(node or self.anchor), hint)

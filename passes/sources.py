@@ -1,0 +1,44 @@
+"""Where queries and keys come from: one sequence (self) or two (cross)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import fx
+
+from sparsify.passes.nodes import is_tensor, op, same, shape
+
+PROJECTIONS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0, "conv1d": 0}
+
+
+def kind_of(q: fx.Node, k: fx.Node) -> Literal["self", "cross"]:
+    """Self if a projection behind q and one behind k read the same tensor, cross if they read different ones."""
+    ours, theirs = projected(q), projected(k)
+    if ours and theirs:
+        return "self" if ours & theirs else "cross"
+    return "self" if same(shape(q)[2], shape(k)[2]) else "cross"
+
+
+def projected(node: fx.Node, limit: int = 100) -> set[fx.Node]:
+    """The inputs of the nearest projections behind a node."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue and len(seen) < limit:
+        current = queue.pop()
+        if current in seen or not is_tensor(current):
+            continue
+        seen.add(current)
+        position = PROJECTIONS.get(op(current))
+        if position is not None:
+            found.add(_origin(current.args[position]))
+        else:
+            queue.extend(current.all_input_nodes)
+    return found
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The tensor behind views and casts that only prepare it for a projection."""
+    while op(node) in ("view", "reshape", "to", "contiguous", "transpose", "permute", "clone"):
+        node = node.args[0]
+    return node

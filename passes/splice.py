@@ -1,0 +1,62 @@
+"""Splice: one op in place of each attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparsify.op import attention
+from sparsify.passes.choose_target import program_of
+from sparsify.passes.nodes import ATEN, call, dtype, op, same, shape, size
+from sparsify.passes.runner import Capture
+from sparsify.passes.site import Site
+
+VIEWS = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "alias", "mT", "detach")
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Sites to ops.
+
+    Before: arange > le > and > where > scaled_dot_product_attention(q, repeated k, repeated v, mask)
+    After:  sparsify.attention(q, k, v, None, [], 0, 0.125, program); what only fed the old attention is gone.
+    """
+
+    def __call__(self, capture: Capture) -> None:
+        for site in capture.open_sites():
+            _splice(site)
+        capture.graph.eliminate_dead_code()
+
+
+def _splice(site: Site) -> None:
+    old, made_of = site.output, dtype(site.output)
+    q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, site.v))
+    mask = None if site.rest is None else site.rest.node
+    new = call(
+        old, attention, q, k, v, mask, list(site.loads), site.q_offset, float(site.scale), program_of(site).text()
+    )
+    if site.lifted:
+        new = call(old, ATEN.squeeze.dim, new, 1)
+    if site.output_order is not None:
+        new = call(old, ATEN.permute.default, new, list(site.output_order))
+    old.replace_all_uses_with(new)
+    _forget_strides(new)
+
+
+def _prepared(node: fx.Node, site: Site, made_of) -> fx.Node:  # type: ignore[no-untyped-def]
+    """q, k or v in the dtype of the output (autocast makes them differ) and in q's batch size."""
+    if dtype(node) != made_of:
+        node = call(site.output, ATEN.to.dtype, node, made_of)
+    if not same(shape(node)[0], shape(site.q)[0]):
+        node = call(site.output, ATEN.expand.default, node, [size(site.output, site.q, 0), -1, -1, -1])
+    return node
+
+
+def _forget_strides(node: fx.Node) -> None:
+    """The new output may have other strides than the old: a view that relied on them becomes a reshape."""
+    for user in list(node.users):
+        if op(user) in VIEWS:
+            if op(user) == "view" and user.target is ATEN.view.default:
+                user.target = ATEN.reshape.default
+            _forget_strides(user)

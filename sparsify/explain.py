@@ -1,0 +1,127 @@
+"""`sparsify.explain`: what the backend would make of a model, site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.backend import captured
+from sparsify.errors import SpecError
+from sparsify.expr import TRUE, And, Or, Pred, conjunction, disjunction, loads, substitute, variables
+from sparsify.options import Options
+from sparsify.passes import Capture, Site
+from sparsify.passes.attach_spec import info
+from sparsify.passes.nodes import value
+from sparsify.patterns import dense
+from sparsify.patterns.count import kept_pairs
+from sparsify.report import GraphReport, PassTime, Report, SiteReport
+
+__all__ = ["Report", "explain"]
+
+LIMIT = 1 << 20
+
+
+def explain(model: Callable[..., Any], *args: Any, spec: Any = None, **kwargs: Any) -> Report:
+    """Runs `model(*args, **kwargs)` once under torch.compile and reports every attention site that is captured.
+
+    Only the capture is real: the model's own code computes the result, and no kernel is built. The caller's grad mode
+    counts, as it does for the backend: outside of torch.no_grad() a model with parameters is refused for its
+    gradients. `spec` is a path, a dict or a `sparsify.Spec`. Raises SpecError for a spec that can't be read or that has
+    a rule for no site of the model.
+    """
+    options = Options.read({} if spec is None else {"spec": spec})
+    captures: list[tuple[Capture, int]] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captures.append((captured(gm, example_inputs, options), len(gm.graph.nodes)))
+        return gm.forward
+
+    model = getattr(model, "_orig_mod", model)
+    # Each call compiles anew, so Dynamo's limit on recompilations of one function must not end it.
+    with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
+        torch.compile(model, backend=record)(*args, **kwargs)
+    if options.spec is not None:
+        _check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
+    return report_of(captures)
+
+
+def _check_rules(spec: Any, sites: list[Site]) -> None:
+    """Now that all sites are known: a rule for none of them is a mistake."""
+    from sparsify.spec import unmatched_rules
+
+    infos = [info(site) for site in sites if site.q is not None]
+    wrong = unmatched_rules(spec, infos)
+    if wrong:
+        raise SpecError(wrong[0])
+
+
+def report_of(captures: list[tuple[Capture, int]]) -> Report:
+    """The report of captures, each given with its number of nodes before."""
+    sites, passes, graphs = [], [], []
+    for number, (capture, before) in enumerate(captures):
+        sites += [_site_report(site, number) for site in capture.sites]
+        passes += [PassTime(number, step.name, step.seconds, step.changes) for step in capture.records]
+        graphs.append(GraphReport(before, len(capture.graph.nodes), tuple(capture.notes)))
+    return Report(tuple(sites), tuple(passes), tuple(graphs))
+
+
+def _site_report(site: Site, graph: int) -> SiteReport:
+    heads, q_len = _sizes(site.q, 1, 2)
+    kv_heads, k_len = _sizes(site.k, 1, 2)
+    patterns = site.patterns if site.patterns is not None else (dense(),) * (heads or 0)
+    density = None
+    if site.programs and site.refusal is None and q_len and k_len:
+        offset = site.q_offset if isinstance(site.q_offset, int) else _hint(value(site.q_offset))
+        density = density_of(site.programs, q_len, k_len, offset)
+    unknown = site.rest is not None or any(loads(rule) for rule in site.programs)
+    return SiteReport(
+        address=site.address,
+        layer=site.layer,
+        kind=site.kind,
+        graph=graph,
+        form=site.form,
+        mask=site.mask_text,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        k_len=k_len,
+        patterns=patterns,
+        density=density,
+        at_most=density is not None and unknown,
+        target=site.target if site.refusal is None else "",
+        refusal=site.refusal,
+        notes=tuple(site.notes),
+    )
+
+
+def density_of(rules: Sequence[Pred], q_len: int, k_len: int, q_offset: int) -> float:
+    """The share of all triples that the rules of a site's heads keep, with every load taken as true."""
+    known = [without_loads(rule) for rule in rules]
+    counts: dict[tuple[Pred, int], int] = {}
+    for head, rule in enumerate(known):
+        where = (rule, head if "h" in variables(rule) else 0)
+        if where not in counts:
+            at = substitute(rule, {"h": where[1]})
+            counts[where] = kept_pairs(at, 1, q_len, k_len, q_offset)
+    kept = sum(counts[rule, head if "h" in variables(rule) else 0] for head, rule in enumerate(known))
+    return kept / (len(known) * q_len * k_len)
+
+
+def without_loads(rule: Pred) -> Pred:
+    """The most that a rule can keep, whatever the tensors hold that it reads."""
+    if isinstance(rule, And | Or):
+        join = conjunction if isinstance(rule, And) else disjunction
+        return join(map(without_loads, rule.parts))
+    return TRUE if loads(rule) else rule
+
+
+def _sizes(node: fx.Node | None, *dims: int) -> list[int | None]:
+    return [None] * len(dims) if node is None else [_hint(value(node).shape[dim]) for dim in dims]
+
+
+def _hint(size: Any) -> int | None:
+    """The size in this run, without a guard on it."""
+    return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else None

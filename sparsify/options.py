@@ -1,0 +1,62 @@
+"""The options of the backend: read, checked and named in errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparsify import env
+from sparsify.errors import InputError, nearest
+
+INNERS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="sparsify", options={...})` takes.
+
+    spec: a path, a dict or a `sparsify.Spec`; without one the model's own masks run.
+    strict: a site that is refused raises RefusedError instead of staying dense.
+    target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
+    inner: who compiles the rest of the graph: "inductor" or "eager".
+    """
+
+    spec: Any = None
+    strict: bool = False
+    target: str = "auto"
+    inner: str = "inductor"
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | None) -> Options:
+        """Checks a user's options. Raises InputError or SpecError naming option, value and what is allowed."""
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise InputError(f"options: expected a dict, found {given!r}")
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise InputError(f"unknown option {name!r}; {nearest(str(name), names)}")
+        values = {"target": env.target(), **given}
+        _one_of("target", values["target"], env.TARGETS)
+        _one_of("inner", values.get("inner", "inductor"), INNERS)
+        if not isinstance(values.get("strict", False), bool):
+            raise InputError(f"option 'strict': expected True or False, found {values['strict']!r}")
+        return cls(**{**values, "spec": read_spec(values.get("spec"))})
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"option '{name}': found {value!r}; {nearest(str(value), allowed)}")
+
+
+def read_spec(value: Any) -> Any:
+    """A spec from whatever a user may give for one, or None."""
+    if value is None:
+        return None
+    from sparsify.spec import Spec
+
+    if not isinstance(value, str | Path | Mapping | Spec):
+        raise InputError(f"option 'spec': expected a path, a dict or a sparsify.Spec, found {value!r}")
+    return Spec.of(value)

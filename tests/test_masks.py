@@ -1,0 +1,341 @@
+"""Masks raised to closed forms: every one is compared with the real tensor, element by element."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from retrace import Traced, compile_and_trace, trace
+
+from sparsify.errors import Refusal
+from sparsify.passes.check_raised import check_raised
+from sparsify.passes.describe import describe, load_names
+from sparsify.passes.raise_mask import RaisedMask, load_tensors, raise_mask
+from sparsify.text import parse_expr, parse_pred
+
+MIN, INF = torch.finfo(torch.float32).min, float("inf")
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[2])[:, None]
+
+
+def columns(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[3])[None, :]
+
+
+def later(x: torch.Tensor) -> torch.Tensor:
+    return columns(x) > rows(x)
+
+
+def square(x: torch.Tensor, value: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((x.shape[2], x.shape[3]), value, dtype=dtype)
+
+
+def inputs(batch: int, heads: int, q_len: int, k_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and a padding mask of 0 and 1 (int64), not all of one kind."""
+    generator = torch.Generator().manual_seed(q_len * 31 + k_len)
+    padding = torch.randint(0, 2, (batch, k_len), generator=generator)
+    return torch.randn(batch, heads, q_len, k_len, generator=generator), padding
+
+
+def raised(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> RaisedMask | Refusal:
+    """Traced at `sizes` and checked there; a symbolic graph is checked at other sizes as well."""
+    found = trace(mask, inputs(*sizes), dynamic)
+    result = check(found, sizes)
+    if dynamic and result:
+        check(found, (sizes[0] + 1, sizes[1], sizes[2] + 3, sizes[3] + 3))
+    return result
+
+
+def check(traced: Traced, sizes: tuple[int, int, int, int]) -> RaisedMask | Refusal:
+    first, *_, last = traced.gm.graph.nodes
+    return check_raised(traced.gm, last.args[0], inputs(*sizes), tuple(first.meta["val"].shape), sizes)
+
+
+def written_in_place(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(x.shape[2], x.shape[3], dtype=torch.bool)
+    mask[:, :2] = True
+    return mask
+
+
+CLOSED: dict[str, tuple[Mask, str]] = {
+    "tril": (lambda x, p: square(x).tril().bool(), "causal"),
+    "tril of bool": (lambda x, p: torch.tril(square(x, 1, torch.bool)), "causal"),
+    "triu -inf": (lambda x, p: torch.triu(square(x, -INF), diagonal=1), "causal"),
+    "triu * -1e9": (lambda x, p: (1 - square(x).tril()) * -1e9, "causal"),
+    "triu * min": (lambda x, p: torch.triu(square(x), 1) * MIN, "causal"),
+    "triu in place": (lambda x, p: square(x).triu_(1).bool().logical_not_(), "causal"),
+    "half min": (lambda x, p: square(x, torch.finfo(torch.float16).min, torch.float16).triu(1), "causal"),
+    "comparison": (lambda x, p: columns(x) <= rows(x), "causal"),
+    "not later": (lambda x, p: ~later(x), "causal"),
+    "where": (lambda x, p: torch.where(later(x), torch.tensor(MIN), torch.tensor(0.0)), "causal"),
+    "where of ints": (lambda x, p: torch.where(later(x), 0, 1) > 0, "causal"),
+    "masked_fill": (lambda x, p: square(x, 0.0).masked_fill(later(x), -INF), "causal"),
+    "masked_fill_": (lambda x, p: square(x, 0.0).masked_fill_(later(x), -INF), "causal"),
+    "uint8": (lambda x, p: square(x, 1, torch.uint8).tril().bool(), "causal"),
+    "meshgrid": (lambda x, p: operator.ge(*torch.meshgrid(rows(x)[:, 0], columns(x)[0], indexing="ij")), "causal"),
+    "buffer cut": (lambda x, p: torch.ones(1, 1, 64, 64).tril()[:, :, : x.shape[2], : x.shape[3]].bool(), "causal"),
+    "flat view": (
+        lambda x, p: torch.arange(x.shape[2] * x.shape[3]).view(x.shape[2], x.shape[3]) % x.shape[3] <= rows(x),
+        "causal",
+    ),
+    "window": (lambda x, p: ~later(x) & (columns(x) > rows(x) - 4), "window(4)"),
+    "window of two triangles": (lambda x, p: square(x).tril().triu(-3).bool(), "window(4)"),
+    "both sides": (lambda x, p: (rows(x) - columns(x)).abs() < 3, "window(3, 2)"),
+    "far keys only": (lambda x, p: rows(x) - columns(x) >= 2, "k <= q - 2"),
+    "prefix": (lambda x, p: (columns(x) < 3) | ~later(x), "causal | (k < 3)"),
+    "chunks": (lambda x, p: rows(x) // 3 == columns(x) // 3, "same_block(3)"),
+    "chunks by repeat": (
+        lambda x, p: rows(x) // 3 == torch.arange(x.shape[3]).repeat_interleave(3)[: x.shape[3]],
+        "same_block(3)",
+    ),
+    "dilated": (lambda x, p: (rows(x) - columns(x)) % 3 == 0, "dilated(3)"),
+    "padding": (lambda x, p: p[:, None, None, :].bool(), "p_1[b, k]"),
+    "padding is zero": (lambda x, p: ~(p == 0)[:, None, None, :], "~(p_1 == 0)[b, k]"),
+    "padding numbers": (lambda x, p: (1.0 - p[:, None, None, :]) * MIN, "p_1[b, k]"),
+    "padding as bool": (lambda x, p: (1.0 - p.bool()[:, None, None, :].to(x.dtype)) * MIN, "p_1[b, k]"),
+    "padding expanded": (
+        lambda x, p: (1.0 - p[:, None, None].expand(-1, 1, x.shape[2], -1)).bool().to(x.dtype) * MIN,
+        "p_1[b, k]",
+    ),
+    "sum of two": (
+        lambda x, p: square(x, -INF).triu(1) + (1.0 - p[:, None, None].float()) * MIN,
+        "causal & p_1[b, k]",
+    ),
+    "smaller of two": (
+        lambda x, p: torch.minimum(square(x, -INF).triu(1), (1.0 - p[:, None, None].float()) * MIN),
+        "causal & p_1[b, k]",
+    ),
+    "gathered padding": (
+        lambda x, p: ~later(x) & p.bool()[torch.arange(x.shape[0])[:, None, None, None], columns(x)],
+        "causal & p_1[b, k]",
+    ),
+    "documents": (
+        lambda x, p: (p.cumsum(-1)[:, None, None, :] == p.cumsum(-1)[:, None, : x.shape[2], None]) & ~later(x),
+        "causal & (cumsum(p_1)[b, q] == cumsum(p_1)[b, k])",
+    ),
+    "floats and back": (
+        lambda x, p: columns(x) <= p.cumsum(-1).float().long()[:, None, : x.shape[2], None],
+        "k <= cumsum(p_1)[b, q]",
+    ),
+    "prefix of ones joined": (
+        lambda x, p: torch.cat([torch.ones(x.shape[2], 2), torch.zeros(x.shape[2], x.shape[3] - 2)], -1).bool(),
+        "k < 2",
+    ),
+    "padded by ones": (
+        lambda x, p: torch.nn.functional.pad(square(x).tril()[:, 2:], (2, 0), value=1.0).bool(),
+        "causal | (k < 2)",
+    ),
+    "rolled": (lambda x, p: p.roll(1, -1)[:, None, None].bool(), "roll(p_1)[b, k]"),
+    "per head": (
+        lambda x, p: (rows(x) - columns(x) <= torch.arange(x.shape[1])[:, None, None]) & ~later(x),
+        "causal & (q <= h + k)",
+    ),
+    "lengths": (lambda x, p: columns(x) < p.sum(-1)[:, None, None, None], "lt[b, k]"),
+    "stacked": (lambda x, p: torch.stack([later(x), ~later(x)])[1], "causal"),
+    "all ones": (lambda x, p: square(x, 1, torch.bool), "all"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_form(name: str, dynamic: bool) -> None:
+    mask, text = CLOSED[name]
+    for sizes in ((2, 3, 7, 7), (3, 2, 5, 9)):
+        found = raised(mask, sizes, dynamic)
+        assert isinstance(found, RaisedMask), found
+        assert describe(found.keep, load_names(found.loads)) == text
+        assert found.bias is None
+
+
+REFUSED: dict[str, tuple[Mask, str]] = {
+    "random": (lambda x, p: torch.rand(x.shape[2], x.shape[3]) > 0.5, "rand"),
+    "scores": (lambda x, p: x > 0, "the floating-point input x_1"),
+    "top scores": (lambda x, p: x >= x.topk(2, -1).values[..., -1:], "the floating-point input x_1"),
+    "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum"),
+    "bias": (lambda x, p: x * 0.5, "the floating-point input x_1"),
+    "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "positions as floating numbers"),
+    "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "values such as -1"),
+    "0 * -inf": (lambda x, p: (1 - square(x).tril()) * -INF, "not numbers"),
+    "document numbers as floats": (
+        lambda x, p: p.cumsum(-1).float()[:, None, None, :] == p.cumsum(-1).float()[:, None, : x.shape[2], None],
+        "may not be 0 or 1",
+    ),
+    "distance of document numbers": (
+        lambda x, p: (p.cumsum(-1)[:, None, None] - p.cumsum(-1)[:, None, : x.shape[2], None]).abs().float() * MIN,
+        "floating numbers",
+    ),
+    "logarithm": (lambda x, p: square(x).tril().log(), "log"),
+    "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "index_put"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, dynamic: bool) -> None:
+    mask, reason = REFUSED[name]
+    found = raised(mask, (2, 3, 7, 7), dynamic)
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+    assert found.hint
+
+
+def test_a_tensor_over_queries_and_keys_may_stand_beside_a_closed_form() -> None:
+    found = raised(lambda x, p: ~later(x) & (x[:1, :1] > 0), (2, 3, 7, 7), False)
+    assert isinstance(found, RaisedMask)
+    assert describe(found.keep, ["chosen"]) == "causal & chosen[q, k]"
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x, p: square(x, -INF).triu(1) + x[:1],
+        lambda x, p: x[:1] + (square(x, MIN).triu(1)),
+        lambda x, p: torch.where(later(x), MIN, x[:1]),
+        lambda x, p: x[:1].masked_fill(later(x), MIN),
+    ],
+)
+def test_a_bias_is_left_beside_the_predicate(mask: Mask, dynamic: bool) -> None:
+    found = raised(mask, (2, 3, 7, 7), dynamic)
+    assert isinstance(found, RaisedMask)
+    assert describe(found.keep) == "causal"
+    assert found.bias is not None and found.bias.meta["val"].dtype == torch.float32
+
+
+def test_symbolic_lengths_appear_as_n_and_nq() -> None:
+    def cached(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return columns(x) <= rows(x) + (x.shape[3] - x.shape[2])
+
+    found = raised(cached, (2, 3, 4, 9), True)
+    assert isinstance(found, RaisedMask)
+    assert found.keep == parse_pred("k <= q + N - Nq")
+    assert describe(found.absolute(parse_expr("N - Nq"))) == "causal"
+
+
+def test_what_is_written_later_is_not_read() -> None:
+    def counter(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        mask = p[:, None, :, None] >= columns(x)
+        p.add_(1)
+        return mask
+
+    found = raised(counter, (1, 1, 5, 5), False)
+    assert isinstance(found, Refusal)
+    assert "add_ writes into" in found.reason
+
+
+def test_integer_masks_taken_for_0_and_1_are_named() -> None:
+    found = raised(CLOSED["padding numbers"][0], (2, 3, 7, 7), False)
+    assert found.assumed == ("p_1",)
+    assert raised(CLOSED["padding as bool"][0], (2, 3, 7, 7), False).assumed == ()
+
+
+def test_scalars_of_the_graph_become_one_element_tensors() -> None:
+    def bounded(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return rows(x) - columns(x) <= p.sum()
+
+    traced = trace(bounded, inputs(1, 1, 5, 5), False)
+    first, *_, last = traced.gm.graph.nodes
+    found = raise_mask(last.args[0], tuple(first.meta["val"].shape))
+    assert isinstance(found, RaisedMask)
+    tensors = load_tensors(found, last)
+    assert found.loads[0].meta["val"].shape == () and tensors[0].meta["val"].shape == (1,)
+    traced.gm.graph.lint()
+
+
+LEAVES: dict[str, Mask] = {
+    "lower": lambda x, p: square(x).tril().bool(),
+    "upper": lambda x, p: square(x, 1, torch.bool).triu(2),
+    "near": lambda x, p: (rows(x) - columns(x)).abs() <= 2,
+    "first": lambda x, p: (columns(x) < 3).expand(x.shape[2], -1),
+    "block": lambda x, p: rows(x) // 4 == columns(x) // 4,
+    "every": lambda x, p: (columns(x) + 2 * rows(x)) % 3 != 1,
+    "padding": lambda x, p: p[:, None, None, :].bool(),
+    "counted": lambda x, p: p.cumsum(-1)[:, None, None, :] > 2,
+    "chosen": lambda x, p: x > 0.5,
+    "heads": lambda x, p: (torch.arange(x.shape[1]) % 2 == 0)[:, None, None],
+}
+UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "not": operator.invert,
+    "flip": lambda m: m.flip(-1),
+    "roll": lambda m: m.roll(1, -1),
+    "shift": lambda m: torch.nn.functional.pad(m, (2, 0))[..., : m.shape[-1]],
+    "joined": lambda m: torch.cat([m[..., 2:], m[..., :2]], -1),
+    "tril": lambda m: m if m.dim() < 2 or m.shape[-2] == 1 else m.tril(1),
+    "ints": lambda m: (m.long() * 3 - 1).clamp(min=0) >= 2,
+    "additive": lambda m: torch.zeros(()).masked_fill(~m, MIN) == 0,
+    "inverted": lambda m: (1.0 - m.float()) * MIN >= 0,
+    "flat": lambda m: m.reshape(-1).view(m.shape),
+    "swapped": lambda m: m.transpose(-1, -2).contiguous().transpose(-2, -1),
+}
+BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "where": lambda a, b: torch.where(a, b, ~a),
+    "equal": operator.eq,
+    "less": lambda a, b: a.long() < b.long(),
+    "sum": lambda a, b: (a.long() + b.long()) == 1,
+    "added": lambda a, b: torch.where(a, 0.0, MIN) + torch.where(b, 0.0, -INF) == 0,
+    "filled": lambda a, b: a.expand(torch.broadcast_shapes(a.shape, b.shape)).masked_fill(b, False),
+}
+
+
+def compositions() -> st.SearchStrategy[Mask]:
+    """Random mask code: functions of (scores, padding), built from the tables above."""
+
+    def unary(name: str, inner: Mask) -> Mask:
+        return lambda x, p: UNARY[name](inner(x, p))
+
+    def binary(name: str, left: Mask, right: Mask) -> Mask:
+        return lambda x, p: BINARY[name](left(x, p), right(x, p))
+
+    return st.recursive(
+        st.sampled_from(sorted(LEAVES)).map(LEAVES.__getitem__),
+        lambda inner: st.builds(unary, st.sampled_from(sorted(UNARY)), inner)
+        | st.builds(binary, st.sampled_from(sorted(BINARY)), inner, inner),
+        max_leaves=4,
+    )
+
+
+@settings(max_examples=60)
+@given(compositions(), st.sampled_from([(2, 3, 7, 7), (1, 2, 4, 9), (2, 1, 1, 6)]), st.booleans())
+def test_random_compositions_are_never_wrong(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> None:
+    raised(mask, sizes, dynamic and 1 not in sizes)  # `check_raised` compares element by element
+
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    "max_position_embeddings": 64, "num_hidden_layers": 2, "sliding_window": 8, "head_dim": 8,
+}  # fmt: skip
+MODELS = [
+    ("Mistral", "sdpa", True, True, ["window(8) & 1[b, k]"]),
+    ("Gemma2", "eager", False, False, ["window(8)", "causal"]),
+    ("Bert", "eager", True, True, ["1[b, k]"]),
+    ("Llama", "sdpa", False, True, ["causal"]),
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "padded", "dynamic", "texts"), MODELS, ids=[row[0] for row in MODELS])
+def test_models(name: str, attention: str, padded: bool, dynamic: bool, texts: list[str]) -> None:
+    import transformers
+
+    fields = TINY if name != "Bert" else {k: v for k, v in TINY.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = getattr(transformers, f"{name}Config")(**fields, attn_implementation=attention)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    tokens, padding = torch.randint(1, 60, (2, 19)), torch.ones(2, 19, dtype=torch.int64)
+    padding[1, :5] = 0
+    given = {"attention_mask": padding} if padded else {}
+    if name != "Bert":
+        given["use_cache"] = False
+    graphs = compile_and_trace(lambda compiled: compiled(tokens, **given), model, dynamic)
+    sites = [(traced, *site) for traced in graphs for site in traced.masks()]
+    found = [check_raised(traced.gm, node, traced.inputs, shape, real) for traced, node, shape, real in sites]
+    assert len(found) == 2 and all(found)
+    assert [describe(mask.keep, ["1"]) for mask in found] == (texts if len(texts) == 2 else texts * 2)

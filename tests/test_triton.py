@@ -1,0 +1,191 @@
+"""The Triton target without a GPU: numerics in Triton's interpreter, builds for chips that are not here.
+
+Triton decides at import whether it interprets, so each way runs in processes of its own, whatever this one did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:  # not imported here: the processes below choose how
+    pytest.skip("triton is not installed (pip install 'sparsify[triton]')", allow_module_level=True)
+
+from triton_cases import CASES, FLOOR, Case, errors
+
+from sparsify import patterns as p
+from sparsify.codegen.target import Launch
+from sparsify.codegen.triton import TritonTarget, printer, tuning
+from sparsify.codegen.triton.catalogue import ARCHS, entries, programs
+from sparsify.codegen.triton.module import write_once
+from sparsify.codegen.triton.resources import kernel_resources
+from sparsify.errors import BuildError, InputError
+from sparsify.program import Program
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Every case's errors, computed side by side in interpreting processes."""
+    with ProcessPoolExecutor(2, SPAWN, _interpret) as pool:
+        yield {case: pool.submit(errors, case) for case in CASES}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
+def test_at_most_twice_the_error_of_pytorch(interpreted: dict[Case, Future], case: Case):
+    ours, theirs = interpreted[case].result()
+    assert ours <= 2 * theirs + FLOOR[case.dtype]
+
+
+def test_the_cases_name_every_pattern():
+    used = {str(case.pattern) for case in CASES}
+    missing = [name for name in p.PATTERNS if not any(f"{name}(" in text for text in used)]
+    assert not missing
+
+
+def _rows(**options):
+    return kernel_resources(**options, jobs=2)
+
+
+def test_builds_for_every_chip_without_spills():
+    found = {(entry.name, entry.dtype, entry.head_dim): entry for entry in entries()}
+    some = [found["streaming", "bfloat16", 128], found["mixture", "bfloat16", 64], found["streaming", "float32", 80]]
+    seen: list[tuple[int, int]] = []
+    rows = _rows(catalogue=some, progress=lambda done, total: seen.append((done, total)))
+    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 3
+    assert not [row for row in rows if row.spills]
+    assert all(row.registers > 0 and row.shared > 0 for row in rows)
+    assert seen == [(done, 12) for done in range(1, 13)]
+    assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
+
+
+@pytest.mark.slow
+def test_the_whole_catalogue_builds_without_spills():
+    rows = _rows()
+    assert len(rows) == len(list(entries())) * len(ARCHS)
+    assert not [row for row in rows if row.spills]
+
+
+def test_a_kernel_that_does_not_build_is_named():
+    entry = dataclasses.replace(next(entries()), head_dim=64)
+    with pytest.raises(BuildError, match=r"kernel dense__bfloat16__d64__\w+ doesn't build for gfx1"):
+        _rows(catalogue=[entry], archs=["gfx1"])
+
+
+@pytest.mark.parametrize("name", programs())
+def test_sources_are_python_and_fill_every_hole(name):
+    source = TritonTarget().source(programs()[name], torch.bfloat16, 64, 64)
+    compile(source, name, "exec")
+    assert "{{" not in source and "{%" not in source
+
+
+def test_a_full_tile_runs_without_masks_and_a_closed_form_without_tests():
+    source = TritonTarget().source(programs()["streaming"], torch.bfloat16, 64, 64)
+    assert "inside(" in source and "empty_0" not in source
+    assert "empty_0" in TritonTarget().source(programs()["column_stride"], torch.bfloat16, 64, 64)
+
+
+def test_a_missing_hole_and_an_unused_one_both_raise():
+    with pytest.raises(ValueError, match=r"differ in .'size'."):
+        printer.fill("{{ name }} {{ size }}", {"name": "x"})
+    with pytest.raises(ValueError, match=r"differ in .'size'."):
+        printer.fill("{{ name }}", {"name": "x", "size": 1})
+    assert printer.fill("{{ name }}", {"name": "x"}) == "x"
+
+
+def test_names_follow_from_all_that_is_compiled_in():
+    first = Program.of([p.window(8).keep()] * 2)
+    other = Program.of([p.window(9).keep()] * 2)
+    different = [
+        (first, "float32", 64, 64),
+        (first, "bfloat16", 64, 64),
+        (first, "float32", 64, 32),
+        (other, "float32", 64, 64),
+    ]
+    names = [printer.kernel_name(*one) for one in different]
+    assert len(set(names)) == 4
+    assert all(name.startswith("attention_1rules_triton_") for name in names)
+
+
+def test_positions_widen_only_where_a_product_can_pass_32_bits():
+    limits = dict.fromkeys(("q", "k", "N", "Nq", "h", "b"), 2**20)
+    assert printer.magnitude(p.expr("q * k % 5 == 1").keep(), limits) >= 2**40
+    assert printer.magnitude(((p.sinks(4) | p.window(512)) & p.causal()).keep(), limits) < 2**23
+
+
+def test_query_tiles_go_longest_first_under_a_causal_rule():
+    longest = {name: printer.longest_last(program) for name, program in programs().items()}
+    assert longest["causal"] and longest["streaming"] and longest["mixture"]
+    assert not longest["dense"] and not longest["window"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), list(itertools.product(["float32", "bfloat16"], [1, 64, 65, 128, 200, 256]))
+)
+def test_every_head_size_has_a_shape_on_every_chip(dtype, size):
+    for arch in (*ARCHS, 86, 120, None):
+        shape = tuning.launch_shape(dtype, size, 64, 4096, arch)
+        assert shape.block_m >= 16 and shape.block_n >= 16
+        assert tuning.launch_shape(dtype, size, 64, 1, arch).block_m == 16
+
+
+def test_refusals_say_what_and_what_to_do():
+    target, program = TritonTarget(), Program.of([p.causal().keep()])
+    assert target.refuse(program, torch.float16, 256, 256) is None
+    assert str(target.refuse(program, torch.float64, 64, 64)) == (
+        "the triton target can't run float64 (use float32, bfloat16 or float16)"
+    )
+    assert str(target.refuse(program, torch.float32, 64, 257)) == (
+        "head size 257 is above the 256 that the triton target can hold (use the cpp target)"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_or_the_interpreter_it_says_so():
+    with ProcessPoolExecutor(1, SPAWN, _unset) as pool:
+        assert pool.submit(_unavailable).result() == (
+            "no GPU was found (TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly)"
+        )
+        message = pool.submit(_run_here).result()
+    assert message.startswith("triton: no GPU was found")
+
+
+def _unset() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _unavailable() -> str:
+    return str(TritonTarget().unavailable())
+
+
+def _run_here() -> str:
+    x = torch.zeros(1, 1, 4, 16)
+    try:
+        TritonTarget().run(Launch(Program.of([p.causal().keep()]), x, x, x, None, (), 0, 1.0))
+    except InputError as error:
+        return str(error)
+    return "it ran"
+
+
+def test_a_cut_kernel_file_is_replaced_and_a_locked_cache_is_named(tmp_path):
+    path = write_once(tmp_path / "deep" / "kernel.py", "x = 1\n")
+    path.write_text("x =")
+    assert write_once(path, "x = 1\n").read_text() == "x = 1\n"
+    assert [found.name for found in path.parent.iterdir()] == ["kernel.py"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match="set SPARSIFY_CACHE_DIR"):
+        write_once(tmp_path / "file" / "kernel.py", "x = 1\n")

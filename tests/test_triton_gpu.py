@@ -1,0 +1,46 @@
+"""The Triton target on a real GPU: `pytest -m gpu` runs there what `test_triton.py` runs in the interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'sparsify[triton]')")
+
+from triton_cases import CASES, DTYPES, FLOOR, C, Case, errors
+
+from sparsify import patterns as p
+
+pytestmark = pytest.mark.gpu
+
+MIXTURE = (C, p.window(300), (p.sinks(4) | p.window("N/8 + 300")) & C, p.dense())
+LARGE = [
+    Case(f"large_d{size}", MIXTURE, heads=(8, 4), lengths=(1000, 1333), sizes=(size, size), batch=2, dtype=dtype)
+    for size in (64, 80, 128, 256)
+    for dtype in DTYPES
+]
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    from sparsify.codegen.triton.target import interpreting
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU was found")
+    if interpreting():
+        pytest.skip("TRITON_INTERPRET=1 is set: unset it to run on the GPU")
+    return "cuda"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
+def test_at_most_twice_the_error_of_pytorch(device: str, case: Case):
+    ours, theirs = errors(case, device)
+    assert ours <= 2 * theirs + FLOOR[case.dtype]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.name}-{case.dtype}")
+def test_many_tiles(device: str, case: Case):
+    ours, theirs = errors(replace(case, pattern=case.pattern * 2), device)
+    assert ours <= 2 * theirs + FLOOR[case.dtype]

@@ -1,0 +1,193 @@
+"""The cases that the Triton target's numerics are tested on: shared by the interpreter's tests and the GPU's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sparsify import patterns as p
+from sparsify.codegen.oracle import kept, oracle
+from sparsify.codegen.target import Launch
+from sparsify.codegen.triton import TritonTarget
+from sparsify.program import Program
+from sparsify.text import parse_pred
+
+C = p.causal()
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: a pattern (one, or one a head; text is a raw predicate with loads) on drawn tensors."""
+
+    name: str
+    pattern: Any
+    heads: tuple[int, int] = (2, 1)
+    lengths: tuple[int, int] = (70, 70)
+    sizes: tuple[int, int] = (16, 16)
+    dtype: str = "float32"
+    batch: int = 1
+    q_offset: int | None = None
+    mask: tuple[str, tuple[int, ...]] | None = None
+    loads: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    softcap: float | None = None
+    scale: float | None = None
+    layout: str = "model"  # (B, N, H, D) seen as (B, H, N, D); or "plain", "strided", "transposed"
+    seed: int = 0
+
+    def launch(self, device: str = "cpu") -> Launch:
+        g = torch.Generator().manual_seed(self.seed)
+        (hq, hkv), (nq, nk), (d, dv) = self.heads, self.lengths, self.sizes
+        dtype = getattr(torch, self.dtype)
+        q, k, v = (
+            _tensor(g, (self.batch, h, n, size), dtype, self.layout, device)
+            for h, n, size in ((hq, nq, d), (hkv, nk, d), (hkv, nk, dv))
+        )
+        mask = None if self.mask is None else _beside(g, *self.mask, dtype).to(device)
+        loads = tuple(_load(g, kind, shape).to(device) for kind, shape in self.loads)
+        kind = None if self.mask is None else "bool" if self.mask[0] == "bool" else "add"
+        rules = self.pattern if isinstance(self.pattern, tuple) else (self.pattern,) * hq
+        keeps = [parse_pred(rule) if isinstance(rule, str) else rule.keep() for rule in rules]
+        program = Program.of(keeps, mask=kind, loads=len(loads), softcap=self.softcap, target="triton")
+        offset = nk - nq if self.q_offset is None else self.q_offset
+        return Launch(program, q, k, v, mask, loads, offset, d**-0.5 if self.scale is None else self.scale)
+
+
+def _tensor(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> torch.Tensor:
+    """Drawn values in a given layout; what lies between the elements of a strided one is NaN."""
+    b, h, n, d = shape
+    values = torch.randn(shape, generator=g).to(dtype).to(device)
+    if layout == "model":
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "transposed":
+        return values.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "strided":
+        wide = torch.full((b, h, 2 * n, d + 3), torch.nan, dtype=dtype, device=device)
+        view = wide[:, :, ::2, 1 : d + 1]
+        view.copy_(values)
+        return view
+    return values
+
+
+def _beside(g: torch.Generator, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    drawn = torch.rand(shape, generator=g)
+    if kind == "bool":
+        return drawn > 0.3
+    return (drawn * 4 - 2).masked_fill(drawn < 0.2, -torch.inf).to(torch.float32 if kind == "float32" else dtype)
+
+
+def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if kind == "bool":
+        return torch.rand(shape, generator=g) > 0.3
+    values = torch.randint(0, 4, shape, generator=g).sort(dim=-1).values
+    return values.to(getattr(torch, kind)) + (shape[-1] // 2 if len(shape) == 1 else 0)
+
+
+def errors(case: Case, device: str = "cpu") -> tuple[float, float]:
+    """The largest error against the float64 oracle: the kernel's, and PyTorch's own in the same dtype."""
+    launch = case.launch(device)
+    expected = oracle(launch)
+    found = TritonTarget().run(launch)
+    assert found.shape == expected.shape and found.dtype == launch.q.dtype
+    assert found.stride() == launch.empty_output().stride()
+    return _gap(found, expected), _gap(_torch(launch), expected)
+
+
+def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.isfinite().all()
+    return (found.double() - expected).abs().max().item() if found.numel() else 0.0
+
+
+def _torch(launch: Launch) -> torch.Tensor:
+    """PyTorch's attention of the same inputs in their dtype; rows that keep nothing are 0."""
+    group = launch.q.shape[1] // launch.k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
+    keep = kept(launch)
+    if launch.program.mask == "bool":
+        keep = keep & launch.mask
+    bias = torch.zeros(keep.shape, dtype=launch.q.dtype, device=keep.device).masked_fill(~keep, -torch.inf)
+    if launch.program.mask == "add":
+        bias = bias + launch.mask.to(bias.dtype)
+    cap = launch.program.softcap
+    if cap is None:
+        out = F.scaled_dot_product_attention(launch.q, k, v, attn_mask=bias, scale=launch.scale)
+    else:  # as model code spells it
+        scores = cap * torch.tanh(launch.q @ k.transpose(-1, -2) * launch.scale / cap) + bias
+        out = torch.softmax(scores, dim=-1) @ v
+    return out.nan_to_num(nan=0.0).masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+def _static() -> list[Case]:
+    """Every static pattern, alone and composed, at odd sizes."""
+    rules = {
+        "dense": p.dense(),
+        "causal": C,
+        "window": p.window(20),
+        "window_ahead": p.window(9, ahead=12),
+        "streaming": (p.sinks(4) | p.window(20)) & C,
+        "elastic": (p.sinks(3) | p.window("N/8 + 9")) & C,
+        "dilated": p.dilated(3) & C,
+        "dilated_elastic": p.dilated("N/4"),
+        "same_block": p.same_block(24, shift=5),
+        "block_window": p.block_window(16, 2) & C,
+        "column_stride": (p.column_stride(3, block=32, offset="head") | p.window(5)) & C,
+        "column_holes": p.column_stride(2, block=64, offset=1),
+        "global_tokens": p.global_tokens([0, 7, 33]) | p.window(9, ahead=3),
+        "many_globals": p.global_tokens(range(1, 70, 7)) & C,
+        "expr": p.expr("k <= q and (q - k) % 7 < 2 or q * k % 5 == 1"),
+        "expr_negative": p.expr("(k - q) // 5 % 3 == 1 or k < (3 if q > 20 else q // 2)"),
+        "nothing": p.window(5) & ~p.window(5),
+        "except": C & ~p.window(10),
+        "far": p.window(2**40) & C,
+    }
+    return [Case(name, rule, lengths=(70, 131), seed=i) for i, (name, rule) in enumerate(rules.items())]
+
+
+def _mixed() -> list[Case]:
+    """Heads that differ, shapes, layouts, loads, masks, caps and scales."""
+    mixture = (C, p.window(9), (p.sinks(4) | p.window("N/8 + 3")) & C, p.dense(), p.same_block(16), C)
+    documents = "k <= q and _0[b, k] == _0[b, q] and k < _1[b]"
+    return [
+        Case("mixture", mixture, heads=(6, 2), batch=2),
+        Case("gqa", (p.sinks(4) | p.window(20)) & C, heads=(6, 2), batch=2, layout="strided"),
+        Case("odd_heads", C, sizes=(33, 7), layout="strided"),
+        Case("one_wide", C, sizes=(1, 1), lengths=(37, 37)),
+        Case("wide_heads", p.window(30), sizes=(200, 65), lengths=(33, 50)),
+        Case("decode1", (p.sinks(4) | p.window(20)) & C, lengths=(1, 131), heads=(4, 2)),
+        Case("decode5", mixture, lengths=(5, 100), heads=(6, 2), layout="transposed"),
+        Case("one_key", C, lengths=(1, 1)),
+        Case("more_queries", C, lengths=(90, 40)),
+        Case("before", p.window(9), q_offset=-20),
+        Case("after", p.window(30), q_offset=50),
+        Case("no_keys", C, lengths=(5, 0)),
+        Case("padding", "k <= q and _0[b, k]", batch=2, loads=(("bool", (2, 70)),)),
+        Case("left_padding", "k <= q and k >= _0[b]", batch=2, loads=(("int64", (2,)),)),
+        Case("documents", documents, batch=2, loads=(("int64", (2, 70)), ("int32", (2,)))),
+        Case("from_end", "q >= 0 and _0[b, q - k]", lengths=(40, 40), loads=(("bool", (1, 40)),)),
+        Case("not_loaded", "k <= q and not _0[h, q // 2, k]", loads=(("bool", (2, 35, 70)),)),
+        Case("bool_mask", C, batch=2, mask=("bool", (2, 1, 70, 70))),
+        Case("key_mask", C, batch=2, mask=("bool", (2, 1, 1, 70))),
+        Case("add_mask", p.window(20), heads=(4, 2), mask=("float32", (4, 70, 70))),
+        Case("add_rows", p.dense(), lengths=(35, 70), mask=("float32", (35, 1))),
+        Case("softcap", C, softcap=5.0),
+        Case("softcap_mask", p.window(20), softcap=0.5, mask=("float32", (70, 70))),
+        Case("scale", C, scale=0.7),
+        Case("scale_negative", C, scale=-0.3),
+        Case("scale_zero", (p.sinks(4) | p.window(20)) & C, scale=0.0),
+    ]
+
+
+def _halves() -> list[Case]:
+    """Both 16-bit dtypes over the kinds that differ in them."""
+    found = {case.name: case for case in _static() + _mixed()}
+    names = ("dense", "streaming", "same_block", "column_stride", "mixture", "gqa", "odd_heads", "decode1", "documents")
+    names += ("bool_mask", "add_mask", "softcap", "before")
+    return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
+
+
+CASES = _static() + _mixed() + _halves()
+# A kernel may be twice as far from the oracle as PyTorch is, plus what one rounding of an output near 1 costs.
+FLOOR = {"float32": 1e-6, "bfloat16": 2.0**-9, "float16": 2.0**-12}
