@@ -22,7 +22,7 @@ def compiler(tmp_path, monkeypatch):
     if not found:
         pytest.skip(str(found))
     monkeypatch.setenv("SPARSIFY_CACHE_DIR", str(tmp_path / "cache"))
-    return fake(tmp_path, f'case "$*" in *--version*) ;; *) echo built >> {tmp_path}/builds ;; esac\n{found.command[0]} "$@"')
+    return fake(tmp_path, f'echo built >> {tmp_path}/builds\n{found.command[0]} "$@"')
 
 
 def fake(folder, script):
@@ -129,7 +129,7 @@ def test_a_failing_compiler_is_quoted(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_says_so(compiler, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSIFY_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(BuildError, match="can't be written: Not a directory .set SPARSIFY_CACHE_DIR to a folder that can"):
+    with pytest.raises(BuildError, match=r"can't be written: Not a directory \(set SPARSIFY_CACHE_DIR to a folder"):
         load(compiler)
 
 

@@ -91,7 +91,8 @@ def machine_isa() -> Isa:
             return isa
     missing = ", ".join(sorted(ISAS[forced].needs - features))
     names = ", ".join(dict.fromkeys(isa.name for isa in best))
-    raise InputError(f"environment variable SPARSIFY_ISA: this machine can't run '{forced}' (no {missing}); it runs {names}")
+    why = f"this machine can't run '{forced}' (no {missing}); it runs {names}"
+    raise InputError(f"environment variable SPARSIFY_ISA: {why}")
 
 
 @functools.lru_cache(maxsize=1)
