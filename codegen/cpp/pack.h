@@ -1,16 +1,17 @@
 // Copies tiles of tensors with any strides into the layouts of the micro-kernels, and results back.
 
+static inline float half_to_float(uint16_t x) {
+    uint32_t low = x & 0x7fff, wide = float_bits(bits_float(low << 13) * 0x1p112f);
+    return bits_float((low >= 0x7c00 ? wide | 0x7f800000 : wide) | (uint32_t)(x & 0x8000) << 16);
+}
+
 #if IO_BF16
 typedef uint16_t Element;
 static inline float widen(uint16_t x) { return bits_float((uint32_t)x << 16); }
 static inline uint16_t narrow(float x) { return bf16_of(x); }
 #elif IO_FP16
 typedef uint16_t Element;
-static inline float widen(uint16_t x) {
-    uint32_t low = x & 0x7fff;
-    uint32_t wide = float_bits(bits_float(low << 13) * 0x1p112f);
-    return bits_float((low >= 0x7c00 ? wide | 0x7f800000 : wide) | (uint32_t)(x & 0x8000) << 16);
-}
+static inline float widen(uint16_t x) { return half_to_float(x); }
 static inline uint16_t narrow(float x) {
     uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
