@@ -152,6 +152,16 @@ def test_head_sizes_elsewhere(isa):
         check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
 
 
+def test_bf16_without_bf16_products(monkeypatch):
+    plain = tools.ISAS["avx512"]
+    if not plain.needs <= tools.cpu_features():
+        pytest.skip("this machine doesn't run avx512")
+    monkeypatch.setattr(tools, "cpu_features", lambda: plain.needs)
+    call = launch(Program.of(MIXED), (1, 2, 150, 170), torch.bfloat16, (45, 83))
+    assert "#define PACKED_BF16 0" in CPP.source(call.program, torch.bfloat16, 45, 83)
+    check(call)
+
+
 MASK_SHAPES = st.sampled_from(["bhqk", "11qk", "b11k", "1h1k", "qk", "k", "bhq1", ""])
 
 
