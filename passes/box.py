@@ -173,4 +173,3 @@ def _extreme_interval(a: Interval, b: Interval, least: bool) -> Interval:
     if least:
         return min(lows) if len(lows) == 2 else None, min(highs, default=None)
     return max(lows, default=None), max(highs) if len(highs) == 2 else None
-

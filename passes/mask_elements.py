@@ -261,4 +261,3 @@ def _real_constant(node: fx.Node) -> bool | int | float | None:
     if held.is_meta or getattr(held, "fake_mode", None) is not None:
         return None
     return held.item()
-

@@ -108,7 +108,6 @@ def _rule_of(kind: type[Pattern], names: tuple[str, ...], given: tuple[object, .
     return to_text(twin.keep())
 
 
-
 @foldable
 def _both(left: str, right: str) -> str:
     return to_text(conjunction([parse_pred(left), parse_pred(right)]))

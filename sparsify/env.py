@@ -36,6 +36,11 @@ def compiler() -> str | None:
     return os.environ.get("SPARSIFY_CXX") or os.environ.get("CXX") or None
 
 
+def build_variables() -> tuple[str | None, ...]:
+    """The values of all variables that decide how a kernel is built and where it is kept: the key of what is built."""
+    return tuple(map(os.environ.get, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR")))
+
+
 def _one_of(name: str, default: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(name, default)
     if value and value not in allowed:

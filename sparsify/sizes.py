@@ -123,9 +123,7 @@ def _check(part: ast.AST, text: str, field: str) -> None:
     if isinstance(part, allowed) or type(part) in _OPS:
         return
     found = ast.unparse(part) or type(part).__name__
-    raise PatternError(
-        f"{field}: '{found}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)"
-    )
+    raise PatternError(f"{field}: '{found}' is not allowed in '{text}' (only N, numbers, + - * / // %, min, max)")
 
 
 def _value(node: ast.AST, n: int) -> Fraction:

@@ -298,8 +298,10 @@ def compositions() -> st.SearchStrategy[Mask]:
 
     return st.recursive(
         st.sampled_from(sorted(LEAVES)).map(LEAVES.__getitem__),
-        lambda inner: st.builds(unary, st.sampled_from(sorted(UNARY)), inner)
-        | st.builds(binary, st.sampled_from(sorted(BINARY)), inner, inner),
+        lambda inner: (
+            st.builds(unary, st.sampled_from(sorted(UNARY)), inner)
+            | st.builds(binary, st.sampled_from(sorted(BINARY)), inner, inner)
+        ),
         max_leaves=4,
     )
 

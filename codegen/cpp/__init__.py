@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparsify import runtime
-from sparsify.codegen.cpp.launch import kernel, run
+from sparsify.codegen.cpp.launch import Kernel, build, built
 from sparsify.codegen.cpp.source import DTYPES, Shape, render
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError, Refusal
@@ -45,10 +45,16 @@ class CppTarget:
 
     def run(self, launch: Launch) -> torch.Tensor:
         """Builds the kernel on first use, and runs it. Raises InputError for what `refuse` refuses, and BuildError."""
-        q, v = launch.q, launch.v
-        if q.device.type != "cpu":
-            raise InputError(f"the C++ target runs on cpu tensors, found {q.device}")
-        refusal = self.refuse(launch.program, q.dtype, q.shape[-1], v.shape[-1])
-        if refusal is not None:
-            raise InputError(str(refusal))
-        return run(kernel(launch.program, Shape.of(q.dtype, q.shape[-1], v.shape[-1])), launch)
+        if launch.q.device.type != "cpu":
+            raise InputError(f"the C++ target runs on cpu tensors, found {launch.q.device}")
+        return self.kernel(launch.program, launch.q.dtype, launch.q.shape[-1], launch.v.shape[-1]).run(launch)
+
+    def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
+        """The built kernel. Raises as `run` does."""
+        found = built(program, dtype, head_dim, value_dim)
+        if found is None:
+            refusal = self.refuse(program, dtype, head_dim, value_dim)
+            if refusal is not None:
+                raise InputError(str(refusal))
+            found = build(program, dtype, head_dim, value_dim)
+        return found

@@ -2,6 +2,7 @@
 
 constexpr int BM = BLOCKS * MR; // most query rows of a tile: rows are queries of one head, or of several when few
 constexpr int FEW_ROWS = 4 * MR; // so few that reading keys costs more than multiplying them: sum more exactly
+constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
 constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
 
 struct Item { I batch, kv_head, first, cost; }; // the queries first.. of the heads that share a KV head
@@ -14,14 +15,14 @@ struct Worker {
     float* add;        // BM * KB, with ADD_MASK
     Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
     Tag* tags;         // of the packed tiles
-    uint32_t *keys, *values;
+    int32_t *keys, *values;
     I slots;
 };
 
 struct Plan {
     const Call* call;
     const Item* items;
-    I count, step, slots, item_heads, item_rows;
+    I count, work, step, slots, item_heads, item_rows; // work: blocks of rows that meet a tile, about
     char* memory;
     I worker_bytes;
     I next, worker; // atomic
@@ -46,8 +47,8 @@ static Worker worker_at(char* at, I slots) {
     w.add = (float*)carve(at, ADD_MASK ? sizeof(float) * BM * KB : 0);
     w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
     w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
-    w.keys = (uint32_t*)carve(at, 4 * K_TILE * slots);
-    w.values = (uint32_t*)carve(at, 4 * V_TILE * slots);
+    w.keys = (int32_t*)carve(at, 4 * K_TILE * slots);
+    w.values = (int32_t*)carve(at, 4 * V_TILE * slots);
     w.slots = slots;
     return w;
 }
@@ -226,7 +227,7 @@ static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* sp
     return tiles >> shift << shift;
 }
 
-static void fill_items(const Call& c, const Plan& plan, Item* items) {
+static void fill_items(const Call& c, Plan& plan, Item* items) {
     Item* item = items;
     Interval* spans = (Interval*)malloc(sizeof(Interval) * BM * MAX_BANDS);
     for (I b = 0; b < c.b; b++)
@@ -236,6 +237,7 @@ static void fill_items(const Call& c, const Plan& plan, Item* items) {
                 item->cost = spans ? cost_of(c, plan, *item, spans) : 0;
             }
     free(spans);
+    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (4 + (plan.item_rows * plan.item_heads + MR - 1) / MR);
     qsort(items, plan.count, sizeof(Item), longest_first);
 }
 
@@ -249,19 +251,22 @@ extern "C" int sparsify_run(const Call* call) {
     plan.item_rows = least(BM, c.q_len);
     plan.item_heads = most(1, least(group, BM / plan.item_rows));
     plan.count = c.b * c.kv_heads * ((c.q_len + plan.item_rows - 1) / plan.item_rows);
-    c.threads = most(1, least(c.parallel ? c.threads : 1, plan.count));
-    plan.step = most(1, least(8, plan.count / (c.threads * 8)));
-    plan.slots = most(1, least(tiles, least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE))));
-    plan.worker_bytes = worker_bytes(plan.slots);
     Item* items = (Item*)malloc(sizeof(Item) * plan.count);
+    if (!items) return 1;
+    plan.items = items;
+    fill_items(c, plan, items);
+    c.threads = c.parallel ? most(1, least(c.threads, least(plan.count, plan.work / WORTH_A_THREAD))) : 1;
+    plan.step = most(1, least(8, plan.count / (c.threads * 8)));
+    bool once = plan.item_rows == c.q_len && plan.item_heads == group; // no two query tiles share keys, as in decoding
+    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
+    plan.slots = once ? 1 : most(1, least(tiles, budget));
+    plan.worker_bytes = worker_bytes(plan.slots);
     plan.memory = (char*)aligned_alloc(64, plan.worker_bytes * c.threads);
-    if (items && plan.memory) {
-        plan.items = items;
-        fill_items(c, plan, items);
+    if (plan.memory) {
         if (c.threads == 1) work(&plan);
         else c.parallel(work, &plan, (unsigned)c.threads, 0);
     }
-    int failed = !items || !plan.memory;
+    bool failed = !plan.memory;
     free(items);
     free(plan.memory);
     return failed;

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.source import Shape, render
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 MASK_TYPES = ("bool", "float32", "bfloat16", "float16", "float64")
 LOAD_TYPES = ("bool", "uint8", "int32", "int64")
+MAX_BUILT = 4096
 
 
 class Source(ctypes.Structure):
@@ -41,55 +41,69 @@ class Call(ctypes.Structure):
     )
 
 
-def kernel(program: Program, shape: Shape) -> Any:
-    """The built function for this machine, environment and cache folder; built at most once a process."""
-    return _kernel(program, shape, env.isa(), env.compiler(), env.cache_dir())
+class Kernel:
+    """A built kernel of one program, with what a launch needs that the program alone decides."""
+
+    def __init__(self, program: Program, shape: Shape) -> None:
+        compiler, isa = runtime.find_compiler(), runtime.machine_isa()
+        if isinstance(compiler, Refusal):
+            raise BuildError(str(compiler))
+        name, source = render(program, shape, isa)
+        self.function = runtime.load_library(name, source, isa.flags, compiler).sparsify_run
+        self.function.argtypes, self.function.restype = [ctypes.POINTER(Call)], ctypes.c_int
+        self.program = program
+        self.softcap = program.softcap or 0.0
+        self.rules = (ctypes.c_int32 * len(program.heads))(*program.heads)
+        self.sizes = functools.lru_cache(maxsize=64)(self._sizes)
+
+    def _sizes(self, n: int) -> ctypes.Array:
+        values = self.program.size_values(n)
+        return (I64 * len(values))(*values)
+
+    def run(self, launch: Launch) -> torch.Tensor:
+        """The output of one call."""
+        import torch
+
+        q, k, v, out = launch.q, launch.k, launch.v, launch.empty_output()
+        loads = [_source(load) for load in launch.loads]  # keeps what was widened alive, too
+        sources = (Source * len(loads))(*(source for source, _ in loads))
+        call = Call(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
+        call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
+        call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
+        call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, self.softcap
+        if launch.mask is not None:
+            mask = launch.mask.expand(*q.shape[:3], k.shape[2])
+            call.mask, call.ms = mask.data_ptr(), mask.stride()
+            call.mask_type = MASK_TYPES.index(str(mask.dtype).removeprefix("torch."))
+        sizes = self.sizes(k.shape[2])
+        call.sizes, call.loads, call.rules = map(ctypes.addressof, (sizes, sources, self.rules))
+        call.threads, call.parallel = torch.get_num_threads(), runtime.parallel_function()
+        if self.function(call):
+            raise MemoryError("sparsify: no memory for a kernel's packed tiles")
+        return out
 
 
-@functools.lru_cache(maxsize=4096)
-def _kernel(program: Program, shape: Shape, isa: str | None, compiler: str | None, cache: Path) -> Any:
-    found = runtime.find_compiler()
-    if isinstance(found, Refusal):
-        raise BuildError(str(found))
-    machine = runtime.machine_isa()
-    name, source = render(program, shape, machine)
-    function = runtime.load_library(name, source, machine.flags, found).sparsify_run
-    function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
-    return function
+# By the program's identity, as hashing one walks all of its predicates; a kernel keeps its program, and so its id.
+_BUILT: dict[tuple[int, torch.dtype, int, int, tuple[str | None, ...]], Kernel] = {}
 
 
-def run(function: Any, launch: Launch) -> torch.Tensor:
-    """The output of one call."""
-    import torch
-
-    q, k, v, out, program = launch.q, launch.k, launch.v, launch.empty_output(), launch.program
-    sizes = program.size_values(k.shape[2])
-    loads = [_source(load) for load in launch.loads]
-    call = Call(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
-    call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
-    call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
-    call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, program.softcap or 0.0
-    if launch.mask is not None:
-        mask = launch.mask.expand(*q.shape[:3], k.shape[2])
-        call.mask, call.ms = mask.data_ptr(), mask.stride()
-        call.mask_type = MASK_TYPES.index(str(mask.dtype).removeprefix("torch."))
-    arrays = (I64 * len(sizes))(*sizes), (Source * len(loads))(*loads), _rules(program.heads)
-    call.sizes, call.loads, call.rules = map(ctypes.addressof, arrays)
-    call.threads = torch.get_num_threads()
-    call.parallel = runtime.parallel_function()
-    if function(call):
-        raise MemoryError("sparsify: no memory for a kernel's packed tiles")
-    return out
+def built(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel | None:
+    """The kernel for this machine, environment and cache folder, if this process has it."""
+    return _BUILT.get((id(program), dtype, head_dim, value_dim, env.build_variables()))
 
 
-@functools.lru_cache(maxsize=4096)
-def _rules(heads: tuple[int, ...]) -> ctypes.Array:
-    return (ctypes.c_int32 * len(heads))(*heads)
+def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
+    """Builds the kernel, or loads it from the cache folder. Raises BuildError."""
+    if len(_BUILT) >= MAX_BUILT:
+        _BUILT.clear()
+    found = Kernel(program, Shape.of(dtype, head_dim, value_dim))
+    _BUILT[id(program), dtype, head_dim, value_dim, env.build_variables()] = found
+    return found
 
 
-def _source(load: torch.Tensor) -> Source:
+def _source(load: torch.Tensor) -> tuple[Source, torch.Tensor]:
     """A tensor that predicates load from; other integer types than the kernels know are widened."""
     if str(load.dtype).removeprefix("torch.") not in LOAD_TYPES:
         load = load.long()
     pad = (0,) * (4 - load.dim())
-    return Source(load.data_ptr(), load.element_size(), (*load.shape, *pad), (*load.stride(), *pad))
+    return Source(load.data_ptr(), load.element_size(), (*load.shape, *pad), (*load.stride(), *pad)), load

@@ -1,16 +1,17 @@
 // Copies tiles of tensors with any strides into the layouts of the micro-kernels, and results back.
 
+static inline float half_to_float(uint16_t x) {
+    uint32_t low = x & 0x7fff, wide = float_bits(bits_float(low << 13) * 0x1p112f);
+    return bits_float((low >= 0x7c00 ? wide | 0x7f800000 : wide) | (uint32_t)(x & 0x8000) << 16);
+}
+
 #if IO_BF16
 typedef uint16_t Element;
 static inline float widen(uint16_t x) { return bits_float((uint32_t)x << 16); }
 static inline uint16_t narrow(float x) { return bf16_of(x); }
 #elif IO_FP16
 typedef uint16_t Element;
-static inline float widen(uint16_t x) {
-    uint32_t low = x & 0x7fff;
-    uint32_t wide = float_bits(bits_float(low << 13) * 0x1p112f);
-    return bits_float((low >= 0x7c00 ? wide | 0x7f800000 : wide) | (uint32_t)(x & 0x8000) << 16);
-}
+static inline float widen(uint16_t x) { return half_to_float(x); }
 static inline uint16_t narrow(float x) {
     uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
@@ -24,56 +25,101 @@ static inline float widen(float x) { return x; }
 static inline float narrow(float x) { return x; }
 #endif
 
-// Queries of MR rows, by step, times `sign` (1, -1, or 0 where the scale is 0). A null row is zeros.
-static void pack_queries(float* to, const Element* const* rows, I stride, int sign) {
-    for (int r = 0; r < MR; r++)
-        for (int step = 0; step < DK; step++) {
 #if PACKED_BF16
-            uint32_t pair = 0;
-            for (int i = 0; i < 2 && rows[r] && sign && step * 2 + i < D; i++)
-                pair |= (uint32_t)(uint16_t)(rows[r][(step * 2 + i) * stride] ^ (sign < 0 ? 0x8000 : 0)) << (16 * i);
-            to[step * MR + r] = bits_float(pair);
+typedef uint16_t Packed; // what a 32-bit lane holds PAIR of
+static inline Packed packed_of(Element x) { return x; }
+static inline Packed negative(Packed x) { return x ^ 0x8000; }
 #else
-            to[step * MR + r] = rows[r] && sign ? sign * widen(rows[r][step * stride]) : 0.0f;
+typedef float Packed;
+static inline Packed packed_of(Element x) { return widen(x); }
+static inline Packed negative(Packed x) { return -x; }
 #endif
-        }
+
+static inline void pack_line(Packed* to, const Element* from, I column, int count) {
+    if (column == 1)
+        for (int i = 0; i < count; i++) to[i] = packed_of(from[i]);
+    else
+        for (int i = 0; i < count; i++) to[i] = packed_of(from[i * column]);
+}
+
+// Queries of MR rows, by step, times `sign` (1, -1, or 0 where the scale is 0). A null row is zeros.
+static void pack_queries(float* to, const Element* const* rows, I column, int sign) {
+    Packed line[DK * PAIR] = {};
+    for (int r = 0; r < MR; r++) {
+        if (rows[r] && sign) pack_line(line, rows[r], column, D);
+        else memset(line, 0, sizeof line);
+        if (sign < 0)
+            for (int i = 0; i < D; i++) line[i] = negative(line[i]);
+        for (int step = 0; step < DK; step++) memcpy(to + step * MR + r, line + step * PAIR, 4);
+    }
+}
+
+template <int... L> struct Lanes {};
+template <int N, int... L> struct LanesTo : LanesTo<N - 1, N - 1, L...> {};
+template <int... L> struct LanesTo<0, L...> { typedef Lanes<L...> type; };
+
+// Swaps the off-diagonal S x S squares of each 2S x 2S square that rows a and b are part of.
+template <int S, int... L>
+static inline __attribute__((always_inline)) void swap_squares(Ints& a, Ints& b, Lanes<L...>) {
+#ifdef __clang__
+    Ints low = __builtin_shufflevector(a, b, (L & S ? W + L - S : L)...);
+    b = __builtin_shufflevector(a, b, (L & S ? W + L : L + S)...);
+#else
+    Ints low = __builtin_shuffle(a, b, Ints{(L & S ? W + L - S : L)...});
+    b = __builtin_shuffle(a, b, Ints{(L & S ? W + L : L + S)...});
+#endif
+    a = low;
+}
+
+template <int S>
+static inline __attribute__((always_inline)) void transpose(Ints (&rows)[W]) {
+    if constexpr (S < W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++)
+            if (!(i & S)) swap_squares<S>(rows[i], rows[i + S], typename LanesTo<W>::type());
+        transpose<S * 2>(rows);
+    }
 }
 
 // Keys, transposed: panels of NRW keys, by step. Keys from `count` on are zeros.
-static void pack_keys(uint32_t* to, const Element* from, I row, I column, int count) {
-    for (int panel = 0; panel < KB; panel += NRW)
-        for (int step = 0; step < DK; step++)
-            for (int j = 0; j < NRW; j++) {
-                uint32_t lane = 0;
-                const Element* key = from + (panel + j) * row;
-                if (panel + j < count) {
-#if PACKED_BF16
-                    lane = key[step * 2 * column];
-                    if (step * 2 + 1 < D) lane |= (uint32_t)key[(step * 2 + 1) * column] << 16;
-#else
-                    lane = float_bits(widen(key[step * column]));
-#endif
-                }
-                to[(int64_t)panel * DK + step * NRW + j] = lane;
-            }
+static void pack_keys(int32_t* to, const Element* from, I row, I column, int count) {
+    constexpr int WIDTH = (DK + W - 1) / W * W; // lanes of a line, padded
+    Packed lines[W * WIDTH * PAIR] = {};
+    for (int group = 0; group < KB; group += W) {
+        for (int i = 0; i < W; i++) {
+            Packed* line = lines + i * WIDTH * PAIR;
+            if (group + i < count) pack_line(line, from + (group + i) * row, column, D);
+            else memset(line, 0, WIDTH * 4);
+        }
+        int32_t* panel = to + group / NRW * NRW * DK + group % NRW;
+        for (int step = 0; step < DK; step += W) {
+            Ints square[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) square[i] = *(const AnyInts*)((const int32_t*)lines + i * WIDTH + step);
+            transpose<1>(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++)
+                if (step + i < DK) *(AnyInts*)(panel + (step + i) * NRW) = square[i];
+        }
+    }
 }
 
 // Values: panels of NRW columns, by key (or pair of keys). Keys from `count` on, and columns from DV on, are zeros.
-static void pack_values(uint32_t* to, const Element* from, I row, I column, int count) {
-    memset(to, 0, V_TILE * 4);
-    for (int panel = 0; panel < DVV; panel += NR) {
-        int width = (DVV - panel < NR ? DVV - panel : NR) * W;
-        int columns = DV - panel * W < width ? DV - panel * W : width;
-        for (int j = 0; j < count; j++) {
-            const Element* value = from + j * row + panel * W * column;
-            uint32_t* lanes = to + (int64_t)panel * W * KS + j / PAIR * width;
-            for (int i = 0; i < columns; i++) {
+static void pack_values(int32_t* to, const Element* from, I row, I column, int count) {
+    Packed lines[PAIR][DVP] = {};
+    for (int key = 0; key < KB; key += PAIR) {
+        for (int i = 0; i < PAIR; i++) {
+            if (key + i < count) pack_line(lines[i], from + (key + i) * row, column, DV);
+            else memset(lines[i], 0, sizeof lines[i]);
+        }
+        for (int panel = 0; panel < DVP; panel += NRW) {
+            int width = DVP - panel < NRW ? DVP - panel : NRW;
+            int32_t* lanes = to + panel * KS + key / PAIR * width;
 #if PACKED_BF16
-                lanes[i] |= (uint32_t)value[i * column] << (16 * (j & 1));
+            for (int i = 0; i < width; i++) lanes[i] = lines[0][panel + i] | (uint32_t)lines[1][panel + i] << 16;
 #else
-                lanes[i] = float_bits(widen(value[i * column]));
+            memcpy(lanes, lines[0] + panel, width * 4);
 #endif
-            }
         }
     }
 }

@@ -139,7 +139,8 @@ class _Rows:
         result = self.bits(keep)
         row = "".join(f"        {line}\n" for line in self.row)
         tile = "".join(f"    {line}\n" for line in self.tile)
-        return f"{tile}    for (I n = 0; n < count; n++) {{\n        I q = q0 + n;\n{row}        keep[n] = {result};\n    }}\n"
+        loop = f"        I q = q0 + n;\n{row}        keep[n] = {result};\n"
+        return f"{tile}    for (I n = 0; n < count; n++) {{\n{loop}    }}\n"
 
     def bits(self, pred: Pred) -> str:
         """An expression of type uint64_t: bit j says whether key k0 + j is kept."""

@@ -46,7 +46,7 @@ class Shape:
 
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
-    """(name, source) of the kernel. A hole of the skeleton without a value raises, and so does a value without a hole."""
+    """(name, source) of the kernel."""
     name = kernel_name(program, shape, isa)
     return name, fill(
         SKELETON,
@@ -69,7 +69,10 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
 
 
 def fill(skeleton: str, **values: object) -> str:
-    """The skeleton with its holes filled. Raises jinja2.UndefinedError for a missing value, ValueError for an unused one."""
+    """The skeleton with its holes filled.
+
+    Raises jinja2.UndefinedError for a hole without a value, ValueError for a value without a hole.
+    """
     environment = _environment()
     text = environment.loader.get_source(environment, skeleton)[0]  # type: ignore[union-attr]
     unused = set(values) - meta.find_undeclared_variables(environment.parse(text))

@@ -31,7 +31,7 @@ def load_library(name: str, source: str, flags: tuple[str, ...], compiler: Compi
 
 @functools.cache
 def _load(folder: Path, name: str, source: str, flags: tuple[str, ...], compiler: Compiler) -> ctypes.CDLL:
-    text = json.dumps([source, flags, compiler.path, compiler.version])
+    text = json.dumps([source, flags, compiler.command, compiler.version])
     stem = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / f"{stem}.so"
     found = _open(library)
@@ -72,7 +72,7 @@ def _build(library: Path, source: str, flags: tuple[str, ...], compiler: Compile
         code, binary, record = (Path(scratch) / f"kernel.{ending}" for ending in ("cpp", "so", "json"))
         code.write_text(source)
         code = code.replace(library.with_suffix(".cpp"))  # kept even when it doesn't compile, for whoever asks why
-        command = [compiler.path, *flags, "-o", str(binary), str(code)]
+        command = [*compiler.command, *flags, "-o", str(binary), str(code)]
         _compile(command, library.stem)
         digest = hashlib.sha256(binary.read_bytes()).hexdigest()
         record.write_text(json.dumps({"sha256": digest, "command": command, "compiler": compiler.version}, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -48,22 +49,26 @@ _AVX512_BF16 = Isa("avx512", 64, 4, (*_AVX512, "-mavx512bf16"), ISAS["avx512"].n
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler: its path and what it says of its version (part of every cache key)."""
+    """A C++ compiler: how it is called, and what it says of its version (both part of every cache key)."""
 
-    path: str
+    command: tuple[str, ...]
     version: str
 
 
 def find_compiler() -> Compiler | Refusal:
     """The compiler that builds kernels: SPARSIFY_CXX or CXX, else the first of c++, g++, clang++ on the path."""
-    named = env.compiler()
-    path = shutil.which(named) if named else next(filter(None, map(shutil.which, COMPILERS)), None)
-    if path:
-        return Compiler(path, _version(path))
+    named = shlex.split(env.compiler() or "")
     if named:
-        return Refusal(f"the C++ compiler '{named}' was not found", hint="set SPARSIFY_CXX to a compiler on the path")
-    looked = ", ".join(COMPILERS)
-    return Refusal(f"no C++ compiler was found (looked for {looked})", hint="install g++ or clang++, or set SPARSIFY_CXX")
+        path = shutil.which(named[0])
+        if path is None:
+            hint = "set SPARSIFY_CXX to a compiler on the path"
+            return Refusal(f"the C++ compiler '{named[0]}' was not found", hint=hint)
+        return Compiler((path, *named[1:]), _version(path))
+    path = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if path is None:
+        hint = "install g++ or clang++, or set SPARSIFY_CXX"
+        return Refusal(f"no C++ compiler was found (looked for {', '.join(COMPILERS)})", hint=hint)
+    return Compiler((path,), _version(path))
 
 
 @functools.lru_cache(maxsize=8)
@@ -86,7 +91,8 @@ def machine_isa() -> Isa:
             return isa
     missing = ", ".join(sorted(ISAS[forced].needs - features))
     names = ", ".join(dict.fromkeys(isa.name for isa in best))
-    raise InputError(f"environment variable SPARSIFY_ISA: this machine can't run '{forced}' (no {missing}); it runs {names}")
+    why = f"this machine can't run '{forced}' (no {missing}); it runs {names}"
+    raise InputError(f"environment variable SPARSIFY_ISA: {why}")
 
 
 @functools.lru_cache(maxsize=1)
