@@ -63,20 +63,21 @@ def find_compiler() -> Compiler | Refusal:
         if path is None:
             hint = "set SPARSIFY_CXX to a compiler on the path"
             return Refusal(f"the C++ compiler '{named[0]}' was not found", hint=hint)
-        return Compiler((path, *named[1:]), _version(path))
+        command = (path, *named[1:])
+        return Compiler(command, _version(command))
     path = next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
         hint = "install g++ or clang++, or set SPARSIFY_CXX"
         return Refusal(f"no C++ compiler was found (looked for {', '.join(COMPILERS)})", hint=hint)
-    return Compiler((path,), _version(path))
+    return Compiler((path,), _version((path,)))
 
 
 @functools.lru_cache(maxsize=8)
-def _version(path: str) -> str:
+def _version(command: tuple[str, ...]) -> str:
     try:
-        found = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
+        found = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the C++ compiler {path} can't be run: {error}") from None
+        raise BuildError(f"the C++ compiler {' '.join(command)} can't be run: {error}") from None
     return found.stdout.partition("\n")[0].strip()
 
 
