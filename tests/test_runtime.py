@@ -146,6 +146,11 @@ def test_no_compiler_is_a_refusal(tmp_path, monkeypatch):
     assert "the C++ compiler 'nonesuch' was not found" in str(target("cpp").unavailable())
 
 
+def test_a_compiler_that_does_not_run_is_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_CXX", fake(tmp_path, "exit 1").command[0])
+    assert "can't be run" in str(target("cpp").unavailable())
+
+
 def test_a_named_compiler_may_have_arguments(tmp_path, monkeypatch):
     path = fake(tmp_path, "echo fake 2.0").command[0]
     monkeypatch.setenv("SPARSIFY_CXX", f"{path} -m64")

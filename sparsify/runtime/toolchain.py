@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify import env
-from sparsify.errors import BuildError, InputError, Refusal
+from sparsify.errors import InputError, Refusal
 
 COMPILERS = ("c++", "g++", "clang++")
 CPUINFO = Path("/proc/cpuinfo")
@@ -63,21 +63,26 @@ def find_compiler() -> Compiler | Refusal:
         if path is None:
             hint = "set SPARSIFY_CXX to a compiler on the path"
             return Refusal(f"the C++ compiler '{named[0]}' was not found", hint=hint)
-        return Compiler((path, *named[1:]), _version(path))
+        return _checked((path, *named[1:]))
     path = next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
         hint = "install g++ or clang++, or set SPARSIFY_CXX"
         return Refusal(f"no C++ compiler was found (looked for {', '.join(COMPILERS)})", hint=hint)
-    return Compiler((path,), _version(path))
+    return _checked((path,))
+
+
+def _checked(command: tuple[str, ...]) -> Compiler | Refusal:
+    try:
+        return Compiler(command, _version(command))
+    except (OSError, subprocess.SubprocessError) as error:
+        hint = "set SPARSIFY_CXX to one that works"
+        return Refusal(f"the C++ compiler '{' '.join(command)}' can't be run: {error}", hint=hint)
 
 
 @functools.lru_cache(maxsize=8)
-def _version(path: str) -> str:
-    try:
-        found = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the C++ compiler {path} can't be run: {error}") from None
-    return found.stdout.partition("\n")[0].strip()
+def _version(command: tuple[str, ...]) -> str:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout.partition("\n")[0].strip()
 
 
 def machine_isa() -> Isa:
