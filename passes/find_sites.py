@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.heads import unrepeat
+from sparsify.passes.heads import merged_from, split_heads, unrepeat
 from sparsify.passes.nodes import (
     ATEN,
     CASTS,
@@ -20,12 +20,11 @@ from sparsify.passes.nodes import (
     module_path,
     op,
     same,
-    same_sizes,
     shape,
 )
-from sparsify.passes.products import Weighted, swapped, weighted
+from sparsify.passes.products import Weighted, weighted
 from sparsify.passes.runner import Capture
-from sparsify.passes.scores import Scores, climb, reaches_product
+from sparsify.passes.scores import Scores, climb, reaches_product, regroups
 from sparsify.passes.site import Mask, Site
 from sparsify.passes.sources import kind_of
 
@@ -171,7 +170,7 @@ def _weighs(user: fx.Node, node: fx.Node) -> bool:
 def _is_step(user: fx.Node, node: fx.Node) -> bool:
     if op(user) in (*CASTS, *COPIES, "dropout"):
         return user.args[0] is node
-    return op(user) in (*VIEWS, "expand", "slice") and same_sizes(shape(user), shape(node))
+    return op(user) in (*VIEWS, "expand", "slice") and regroups(node, user)
 
 
 def _leads_to_product(node: fx.Node, depth: int = 6) -> bool:
@@ -188,16 +187,31 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
     q, k, v, before = scores.product.left, scores.product.right, found.values, site.output
     for name, factor in scores.multipliers:
         q = call(before, ATEN.mul.Tensor if name == "mul" else ATEN.div.Tensor, q, factor)
-    rank = len(shape(site.anchor))
-    if rank not in (3, 4) or any(len(shape(n)) != rank for n in (q, k, v)):
-        site.refuse(f"the scores have {rank} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
+    ranks = [len(shape(n)) for n in (site.anchor, q, k, v)]
+    if not set(ranks) <= {3, 4}:
+        site.refuse(f"the scores have {ranks[0]} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
         return
-    if found.order is not None:
-        site.output_order = found.order
-    if rank == 3:
+    site.output_order = found.order
+    heads = _merged_heads(site, q, k, v) if ranks[1:] != [4, 4, 4] else None
+    if heads is not None:
+        site.merged = ranks[3] == 3
+        _set_heads(site, *(split_heads(n, heads, before) for n in (q, k, v)), before)
+    elif set(ranks) == {3}:
         _lift(site, q, k, v, before)
     else:
         _set_heads(site, q, k, v, before)
+
+
+def _merged_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node) -> int | None:
+    """The number of heads that q, k and v (B*H, N, D) have merged into their first dimension, if it is known."""
+    if len(shape(site.anchor)) == 4:
+        heads = shape(site.anchor)[1]
+        return heads if isinstance(heads, int) else None
+    if any(len(shape(mask.node)) > 2 for mask in site.masks) or site.output_order is not None:
+        return None
+    found = {shape(source)[1] if (source := merged_from(n)) is not None else None for n in (q, k, v)}
+    heads = found.pop()
+    return heads if not found and isinstance(heads, int) else None
 
 
 def _lift(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) -> None:
@@ -222,5 +236,3 @@ def _set_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) 
     elif heads % kv_heads or not same(kv_heads, shape(v)[1]):
         site.refuse(f"{heads} query heads are no multiple of {kv_heads} key heads and {shape(v)[1]} value heads")
 
-
-__all__ = ["FindSites", "swapped"]
