@@ -129,9 +129,9 @@ def largest_errors(length: int, layers: list[tuple[Pattern, ...]], sparse: Forwa
 def main(
     length: Annotated[int, typer.Option(help="Context length in bytes.")] = 4096,
     prefill_length: Annotated[int, typer.Option(help="Bytes of the timed prefill.")] = 8192,
-    texts: Annotated[int, typer.Option(help="Pieces of held-out text to read.")] = 8,
-    documents: Annotated[int, typer.Option(help="Recall documents to read.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Interleaved timing rounds.")] = 7,
+    texts: Annotated[int, typer.Option(help="Pieces of held-out text to read.")] = 6,
+    documents: Annotated[int, typer.Option(help="Recall documents to read.")] = 6,
+    rounds: Annotated[int, typer.Option(help="Interleaved timing rounds.")] = 5,
     spec: Annotated[Path, typer.Option(help="The spec to read under.")] = SPEC,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out"),
 ) -> None:
