@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
 from sparsify.errors import Refusal
+from sparsify.passes.aliasing import Writes
 from sparsify.passes.heads import unrepeat
 from sparsify.passes.nodes import (
     ATEN,
@@ -17,6 +19,7 @@ from sparsify.passes.nodes import (
     argument,
     call,
     dtype,
+    keeps_numbers,
     module_path,
     op,
     same,
@@ -120,8 +123,38 @@ def _from_softmax(node: fx.Node) -> Site | None:
         site.refusal = scores
         return site
     site = Site(node, output, " > ".join([*scores.steps, "softmax", *steps, op(output)]))
-    _fill(site, scores, found)
+    _check_path(site, scores)
+    if site.refusal is None:
+        _fill(site, scores, found)
     return site
+
+
+def _check_path(site: Site, scores: Scores) -> None:
+    """Refuses scores that are written to between two steps, and masks that are made of the scores."""
+    path = [*scores.path, site.anchor]
+    writes = Writes(site.anchor.graph)
+    for node, reader in pairwise(path):
+        writer = writes.between(node, reader)
+        if writer is not None:
+            site.refuse(f"{node.name} is changed in place by {writer.name} before the softmax", node=writer)
+    for mask in scores.masks:
+        if _is_made_of(mask.node, path[0]):
+            hint = "kernels that never store the scores can't compute it"
+            site.refuse(f"the mask {mask.node.name} is made of the scores", hint)
+
+
+def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node depends on another one, by the nodes between them."""
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current is source:
+            return True
+        if current not in seen and source < current:
+            seen.add(current)
+            queue.extend(current.all_input_nodes)
+    return False
 
 
 def _descend(node: fx.Node) -> tuple[Any, list[str], Refusal | None]:
@@ -170,7 +203,7 @@ def _weighs(user: fx.Node, node: fx.Node) -> bool:
 
 def _is_step(user: fx.Node, node: fx.Node) -> bool:
     if op(user) in (*CASTS, *COPIES, "dropout"):
-        return user.args[0] is node
+        return user.args[0] is node and keeps_numbers(user)
     return op(user) in (*VIEWS, "expand", "slice") and same_sizes(shape(user), shape(node))
 
 
@@ -191,6 +224,10 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
     rank = len(shape(site.anchor))
     if rank not in (3, 4) or any(len(shape(n)) != rank for n in (q, k, v)):
         site.refuse(f"the scores have {rank} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
+        return
+    sizes, made = shape(site.anchor), (*shape(q)[:-1], shape(k)[-2])
+    if not same_sizes(sizes, made):
+        site.refuse(f"the scores {sizes} are broadcast beyond the {made} of q and k")
         return
     if found.order is not None:
         site.output_order = found.order
