@@ -26,7 +26,7 @@ from sparsify.passes.nodes import (
     same_sizes,
     shape,
 )
-from sparsify.passes.products import Weighted, swapped, weighted
+from sparsify.passes.products import Weighted, weighted
 from sparsify.passes.runner import Capture
 from sparsify.passes.scores import Scores, climb, reaches_product
 from sparsify.passes.site import Mask, Site
@@ -40,8 +40,9 @@ class FindSites:
     """Forms to sites.
 
     Before: matmul(q, transpose(k)) > mul > add > softmax > to > dropout(eval) > matmul(v), or one SDPA call.
-    After:  the graph is as it was; `capture.sites` has a Site with q, k, v (KV heads not repeated), scale, softcap
-            and masks, or with a Refusal that names the node that could not be followed.
+    After:  the graph computes what it did; `capture.sites` has a Site with q, k, v (KV heads not repeated; nodes that
+            may be new, in front of the output), scale, softcap and masks, or with a Refusal that names the node that
+            could not be followed.
     """
 
     def __call__(self, capture: Capture) -> None:
@@ -218,6 +219,7 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
     if scores.in_tanh:
         scores.softcap = 1.0
     site.scale, site.softcap, site.masks = scores.scale, scores.softcap, scores.masks
+    site.heads_known = not scores.product.reordered
     q, k, v, before = scores.product.left, scores.product.right, found.values, site.output
     for name, factor in scores.multipliers:
         q = call(before, ATEN.mul.Tensor if name == "mul" else ATEN.div.Tensor, q, factor)
@@ -240,7 +242,7 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
 def _lift(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) -> None:
     """(B, N, D) is (B, 1, N, D): one head."""
     site.q, site.k, site.v = (call(before, ATEN.unsqueeze.default, n, 1) for n in (q, k, v))
-    site.lifted = True
+    site.lifted, site.heads_known = True, False
     for mask in site.masks:
         if len(shape(mask.node)) == 3:
             mask.node = call(before, ATEN.unsqueeze.default, mask.node, 1)
@@ -258,6 +260,3 @@ def _set_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) 
         site.refuse("the number of heads is dynamic", "mark the head dimension as static")
     elif heads % kv_heads or not same(kv_heads, shape(v)[1]):
         site.refuse(f"{heads} query heads are no multiple of {kv_heads} key heads and {shape(v)[1]} value heads")
-
-
-__all__ = ["FindSites", "swapped"]

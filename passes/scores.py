@@ -61,7 +61,7 @@ def climb(node: Any, before: fx.Node) -> Scores | Refusal:
         if found.alpha != 1:
             _multiply(scores, found.alpha)
         if found.bias is not None:
-            _add(scores, found.bias, before)
+            scores.masks.append(Mask("add", found.bias))
         return scores
     rule = _RULES.get(op(node))
     if rule is None:
@@ -183,7 +183,7 @@ def _added(node: fx.Node, before: fx.Node) -> Scores | Refusal:
         return scores  # the same number for every score: softmax does not see it
     factor = -alpha if op(node) == "sub" else alpha
     bias = right if factor == 1 else call(before, ATEN.mul.Scalar, right, factor)
-    _add(scores, bias, before)
+    scores.masks.append(Mask("add", bias))
     return scores
 
 
@@ -197,10 +197,6 @@ def _is_row_maximum(node: Any, scores: Any) -> bool:
     dims = [dims] if isinstance(dims, int) else list(dims)
     over_keys = any(dim in (-1, len(shape(scores)) - 1) for dim in dims) and argument(node, "keepdim") is True
     return over_keys or not dims  # without dimensions it is the maximum of everything
-
-
-def _add(scores: Scores, bias: fx.Node, before: fx.Node) -> None:
-    scores.masks.append(Mask("add", bias))
 
 
 def _masked_fill(node: fx.Node, before: fx.Node) -> Scores | Refusal:

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from captures import compiled
 
+from sparsify.errors import PatternError
+from sparsify.patterns import expr
+
 B, H, N, D = 2, 4, 24, 8
 NEG = float("-inf")
 RANDOM = torch.Generator().manual_seed(0)
@@ -160,9 +163,8 @@ ROW = [Q[:, :, :1], K, V]
         rewritten("factor as an integer", scores(lambda s: s * torch.tensor(2.7).to(torch.int64))),
         refused("small fill scaled down", scaled_fill, because="-10"),
         rewritten("infinite fill scaled down", scaled_infinite_fill),
-        refused("a bias by fmod", masked(lambda: torch.fmod(torch.where(GAP < 0, -1e9, 0.0), 2e9)), because="") ,
+        rewritten("a mask by fmod", masked(lambda: torch.fmod(torch.where(GAP < 0, -1e9, 0.0), 2e9))),
         rewritten("integers as a mask", masked(numbered), *INPUTS, PADDING.long()),
-        rewritten("integers of 2 as a mask", masked(numbered), *INPUTS, PADDING.long() * 2),
         rewritten("tril with a diagonal", masked(lambda: torch.ones(N, N, dtype=torch.bool).tril(3))),
         rewritten("both sides", masked(lambda: (torch.arange(N)[:, None] - torch.arange(N)).abs() <= 6)),
     ],
@@ -177,3 +179,115 @@ def test_gives_what_eager_gives(function, inputs, because):
     (site,) = recorded.sites
     assert (site.refusal is None) == (because is None), site.refusal
     assert because is None or because in str(site.refusal)
+
+
+def test_integers_are_no_mask_under_strict():
+    """(1 - mask) * min with numbers other than 0 and 1: the tensor stays, and the result is that of eager."""
+    function, numbers = masked(numbered), PADDING.long() * 2
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(function, backend="sparsify", options={"inner": "eager", "target": "null", "strict": True})
+        torch.testing.assert_close(run(*INPUTS, numbers), function(*INPUTS, numbers), atol=2e-5, rtol=2e-5)
+
+
+def test_a_mask_that_breaks_the_reader_stays_a_tensor(monkeypatch, caplog):
+    def broken(*_):
+        raise ValueError("not enough values")
+
+    monkeypatch.setattr("sparsify.passes.recover_masks.raise_mask", broken)
+    function = masked(lambda: GAP >= 0)
+    with torch.no_grad():
+        run, recorded = compiled(function)
+        torch.testing.assert_close(run(*INPUTS), function(*INPUTS), atol=2e-5, rtol=2e-5)
+    (site,) = recorded.sites
+    assert (site.refusal, site.mask_text) == (None, "a tensor mask")
+    assert "mask: ValueError: not enough values" in site.notes[0]
+    assert "could not be read" in caplog.text
+
+
+def bmm(q, k, v):
+    return torch.bmm(torch.softmax(torch.bmm(q, k.mT) * D**-0.5, -1), v)
+
+
+def head_major(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    found = torch.softmax(torch.einsum("bqhd,bkhd->hbqk", q, k) * D**-0.5, -1)
+    return torch.einsum("hbqk,bkhd->bhqd", found, v)
+
+
+def plain(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+MERGED = [t.flatten(0, 1) for t in INPUTS]
+CROSS = [Q, K[:, :, :9], V[:, :, :9]]
+WINDOW = {"window": 5}
+BOTH = {"window": {"size": 5, "ahead": 5}}
+SOME = {"0": "dense", "rest": WINDOW}
+EARLIER, NEAR = (GAP >= 0) & (GAP < 5), (GAP > -6) & (GAP < 5)
+
+
+def ahead(q, k, v):
+    i = torch.arange(N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=i[None] <= i[:, None] + 3)
+
+
+def around(q, k, v):
+    i = torch.arange(N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] - i[None]).abs() <= 6)
+
+
+def around_fewer(q, k, v):
+    i, j = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] - j[None]).abs() <= 6)
+
+
+def last_rows(q, k, v):
+    i, j = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=j[None] <= i[:, None])
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "rule", "wanted"),
+    [
+        (ahead, INPUTS, {"heads": WINDOW}, EARLIER),
+        (around, INPUTS, {"heads": BOTH}, NEAR),
+        (last_rows, [Q[:, :, 20:], K, V], {"heads": WINDOW, "kind": "cross"}, EARLIER[20:]),
+        (around_fewer, [Q[:, :, :9], K, V], {"heads": WINDOW, "kind": "cross"}, "absolute positions"),
+        (bmm, MERGED, {"heads": WINDOW}, EARLIER),
+        (bmm, MERGED, {"heads": SOME}, "tells heads apart"),
+        (bmm, MERGED, {"heads": {"column_stride": {"every": 4, "offset": "head"}}}, "tells heads apart"),
+        (head_major, INPUTS, {"heads": WINDOW}, EARLIER),
+        (head_major, INPUTS, {"heads": SOME}, "tells heads apart"),
+        (plain, CROSS, {"heads": WINDOW}, "cross attention"),
+        (plain, CROSS, {"heads": {"sinks": 3}}, (torch.arange(9) < 3).expand(N, 9)),
+        (plain, CROSS, {"heads": {"window": 20}, "kind": "cross"}, None),
+    ],
+)
+def test_a_spec_means_positions_and_heads_or_is_refused(function, inputs, rule, wanted):
+    """`wanted`: what the spec and the model's mask keep, or why the site is refused; None: not compared."""
+    with torch.no_grad():
+        run, recorded = compiled(function, spec={"version": 1, "sites": [{"match": "*", **rule}]})
+        found = run(*inputs)
+    (site,) = recorded.sites
+    if isinstance(wanted, str):
+        assert wanted in str(site.refusal)
+        torch.testing.assert_close(found, function(*inputs), atol=2e-5, rtol=2e-5)
+        return
+    assert site.refusal is None
+    if wanted is not None:
+        torch.testing.assert_close(
+            found, F.scaled_dot_product_attention(*inputs, attn_mask=wanted), atol=2e-5, rtol=2e-5
+        )
+
+
+def test_a_look_ahead_is_not_called_causal():
+    with torch.no_grad():
+        run, recorded = compiled(ahead)
+        run(*INPUTS)
+    assert (recorded.sites[0].mask_text, recorded.sites[0].q_offset) == ("k <= q + 3", 0)
+
+
+def test_a_pattern_can_not_name_a_launchs_scalar():
+    with pytest.raises(PatternError, match="unknown name '_x'"):
+        expr("k <= q - _x")
