@@ -10,7 +10,7 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.aliasing import Writes
-from sparsify.passes.heads import unrepeat
+from sparsify.passes.heads import merged_from, split_heads, unrepeat
 from sparsify.passes.nodes import (
     ATEN,
     CASTS,
@@ -28,7 +28,7 @@ from sparsify.passes.nodes import (
 )
 from sparsify.passes.products import Weighted, weighted
 from sparsify.passes.runner import Capture
-from sparsify.passes.scores import Scores, climb, reaches_product
+from sparsify.passes.scores import Scores, climb, reaches_product, regroups
 from sparsify.passes.site import Mask, Site
 from sparsify.passes.sources import kind_of
 
@@ -205,7 +205,7 @@ def _weighs(user: fx.Node, node: fx.Node) -> bool:
 def _is_step(user: fx.Node, node: fx.Node) -> bool:
     if op(user) in (*CASTS, *COPIES, "dropout"):
         return user.args[0] is node and keeps_numbers(user)
-    return op(user) in (*VIEWS, "expand", "slice") and same_sizes(shape(user), shape(node))
+    return op(user) in (*VIEWS, "expand", "slice") and regroups(node, user)
 
 
 def _leads_to_product(node: fx.Node, depth: int = 6) -> bool:
@@ -223,20 +223,42 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
     q, k, v, before = scores.product.left, scores.product.right, found.values, site.output
     for name, factor in scores.multipliers:
         q = call(before, ATEN.mul.Tensor if name == "mul" else ATEN.div.Tensor, q, factor)
-    rank = len(shape(site.anchor))
-    if rank not in (3, 4) or any(len(shape(n)) != rank for n in (q, k, v)):
-        site.refuse(f"the scores have {rank} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
+    ranks = [len(shape(n)) for n in (site.anchor, q, k, v)]
+    if not set(ranks) <= {3, 4}:
+        site.refuse(f"the scores have {ranks[0]} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
         return
-    sizes, made = shape(site.anchor), (*shape(q)[:-1], shape(k)[-2])
-    if not same_sizes(sizes, made):
-        site.refuse(f"the scores {sizes} are broadcast beyond the {made} of q and k")
+    if not _is_unbroadcast(shape(site.anchor), shape(q), shape(k)):
+        site.refuse(f"the scores {shape(site.anchor)} are broadcast beyond those of q {shape(q)} and k {shape(k)}")
         return
-    if found.order is not None:
-        site.output_order = found.order
-    if rank == 3:
+    site.output_order = found.order
+    heads = _merged_heads(site, q, k, v) if ranks[1:] != [4, 4, 4] else None
+    if heads is not None:
+        site.merged = ranks[3] == 3
+        _set_heads(site, *(split_heads(n, heads, before) for n in (q, k, v)), before)
+    elif set(ranks) == {3}:
         _lift(site, q, k, v, before)
-    else:
+    elif set(ranks) == {4}:
         _set_heads(site, q, k, v, before)
+    else:
+        site.refuse("batch and heads are one dimension in some of q, k and v and two in others")
+
+
+def _is_unbroadcast(scores: tuple[Any, ...], q: tuple[Any, ...], k: tuple[Any, ...]) -> bool:
+    """Whether the scores have the batch and the heads of q, which may be merged there, and all its queries and keys."""
+    batch = (scores[0] * scores[1],) if len(scores) == 4 and len(q) == 3 else scores[:-2]
+    return same_sizes((*batch, *scores[-2:]), (*q[:-1], k[-2]))
+
+
+def _merged_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node) -> int | None:
+    """The number of heads that q, k and v (B*H, N, D) have merged into their first dimension, if it is known."""
+    if len(shape(site.anchor)) == 4:
+        heads = shape(site.anchor)[1]
+        return heads if isinstance(heads, int) else None
+    if any(len(shape(mask.node)) > 2 for mask in site.masks) or site.output_order is not None:
+        return None
+    found = {shape(source)[1] if (source := merged_from(n)) is not None else None for n in (q, k, v)}
+    heads = found.pop()
+    return heads if not found and isinstance(heads, int) else None
 
 
 def _lift(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) -> None:

@@ -19,6 +19,7 @@ from sparsify.passes.nodes import (
     same,
     same_sizes,
     shape,
+    size,
 )
 
 
@@ -30,6 +31,24 @@ def unrepeat(node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
     """
     found = _source(node, dim, before)
     return node if found is None else found
+
+
+def merged_from(node: fx.Node) -> fx.Node | None:
+    """The (B, H, N, D) that a (B*H, N, D) is a view of, if it is one."""
+    inner = node.args[0] if op(node) in VIEWS else None
+    if not is_tensor(inner) or len(shape(inner)) != 4 or len(shape(node)) != 3:
+        return None
+    return inner if same_sizes(shape(inner)[-2:], shape(node)[-2:]) else None
+
+
+def split_heads(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
+    """(B*H, N, D) as (B, H, N, D)."""
+    if len(shape(node)) == 4:
+        return node
+    inner = merged_from(node)
+    if inner is not None and same(shape(inner)[1], heads):
+        return inner
+    return call(before, ATEN.reshape.default, node, [-1, heads, size(before, node, 1), size(before, node, 2)])
 
 
 def _source(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:

@@ -44,8 +44,8 @@ class RecoverMasks:
 
     Before: sdpa(q, k, v, attn_mask=where(arange(N) <= arange(N)[:, None], 0, -inf)), or is_causal=True.
     After:  site.keep is `k <= q` and no tensor is left; what can't be raised stays in site.rest as a tensor mask.
-            site.q_offset is the absolute position of query row 0: 0 with SDPA's flag, else Nk - Nq. Where the model's
-            own bounds on the keys say something else, the positions of the queries are unknown.
+            site.q_offset is the absolute position of query row 0: 0 if it keeps `k <= row`, else Nk - Nq. Where its
+            bounds on the keys say something else, the positions of the queries are unknown.
 
     exact: leave a mask as a tensor that is one only if the integers it is made of are 0 and 1.
     """
@@ -110,13 +110,13 @@ def _renumbered(keep: Pred, by: int) -> Pred:
 def _place(site: Site, rows: Pred) -> None:
     """Rewrites a predicate over query rows into one over absolute positions, and sets where the rows begin.
 
-    That is Nk - Nq, or 0 with SDPA's flag. A bound `k <= row + c` with another c is no proof of a position: windows to
-    both sides have one, too. One that compares with a tensor, such as a static cache's `k <= position[row]`, says what
-    a row's position is.
+    That is 0 where the model keeps `k <= row` (SDPA's flag, the first chunk in a static cache), else Nk - Nq. A bound
+    `k <= row + c` with another c is no proof of a position: windows to both sides have one, too. One that compares
+    with a tensor, such as a static cache's `k <= position[row]`, says what a row's position is.
     """
     q_len, k_len = shape(site.q)[2], shape(site.k)[2]
     bounds = [_known(bound, {"N": k_len, "Nq": q_len}) for bound in causal_bounds(rows)]
-    gap = 0 if site.causal else _fixed(k_len - q_len)
+    gap = 0 if Q in bounds else _fixed(k_len - q_len)
     begin: Expr | int
     if gap is not None:
         begin = site.q_offset = gap

@@ -24,10 +24,12 @@ from sparsify.passes.nodes import (
     same_sizes,
     scalar,
     shape,
+    size,
 )
 from sparsify.passes.products import Product, product
 from sparsify.passes.site import Mask
 
+PROJECTIONS = ("linear", "addmm", "mm", "conv1d", "embedding")
 MASKED = -1e4  # a fill or bias at or below this leaves nothing of exp(score)
 
 
@@ -83,10 +85,36 @@ def _through(node: fx.Node, before: fx.Node) -> Scores | Refusal:
 
 
 def _view(node: fx.Node, before: fx.Node) -> Scores | Refusal:
+    """A view that leaves the scores alone, or that splits (B*H, Nq, Nk) into (B, H, Nq, Nk)."""
     inner = node.args[0]
-    if not same_sizes(shape(inner), shape(node)):
-        return Refusal("the scores change shape", str(node), "views of scores are not followed")
-    return climb(inner, before)
+    if not regroups(inner, node):
+        return Refusal("the scores change shape", str(node), "views that keep queries and keys apart are followed")
+    scores = climb(inner, before)
+    if not scores or len(shape(inner)) == len(shape(node)):
+        return scores
+    tensors = [mask.node for mask in scores.masks] + [factor for _, factor in scores.multipliers]
+    if len(shape(node)) != 4 or not isinstance(shape(node)[1], int) or any(len(shape(t)) > 3 for t in tensors):
+        return Refusal("the scores are masked before their heads are merged", str(node))
+    heads = shape(node)[1]
+    for mask in scores.masks:
+        mask.node = _split(mask.node, heads, before)
+    scores.multipliers = [(name, _split(factor, heads, before)) for name, factor in scores.multipliers]
+    return scores
+
+
+def _split(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
+    """(B*H, ...) as (B, H, ...); what broadcasts over heads stays."""
+    if len(shape(node)) < 3 or shape(node)[0] == 1:
+        return node
+    return call(before, ATEN.reshape.default, node, [-1, heads, size(before, node, 1), size(before, node, 2)])
+
+
+def regroups(inner: fx.Node, node: fx.Node) -> bool:
+    """Whether a view has its input's shape, or only merges or splits batch and heads."""
+    ours, theirs = shape(inner), shape(node)
+    if same_sizes(ours, theirs):
+        return True
+    return {len(ours), len(theirs)} == {3, 4} and same_sizes(ours[-2:], theirs[-2:]) and op(node) in VIEWS
 
 
 def _scaled(node: fx.Node, before: fx.Node) -> Scores | Refusal:
@@ -250,22 +278,20 @@ _RULES = {
 
 
 def reaches_product(node: Any, limit: int = 64) -> fx.Node | None:
-    """A product of two computed tensors among the nearest ancestors of a softmax that keep its last dimension."""
+    """A product of two computed tensors behind a softmax, with no projection in between: an attention, then."""
     seen, queue = set(), [node]
-    last = shape(node)[-1]
     while queue and len(seen) < limit:
         current = queue.pop(0)
-        if current in seen or not is_tensor(current) or not shape(current):
+        if current in seen or not is_tensor(current) or op(current) in PROJECTIONS:
             continue
         seen.add(current)
-        if op(current) in ("matmul", "bmm", "baddbmm", "einsum") and _is_pairwise(current, last):
+        if op(current) in ("matmul", "bmm", "baddbmm", "einsum") and _is_pairwise(current):
             return current
         queue.extend(current.all_input_nodes)
     return None
 
 
-def _is_pairwise(node: fx.Node, last: Any) -> bool:
-    """Whether a product is one of two batched tensors (a weight has two dimensions) with as many columns."""
+def _is_pairwise(node: fx.Node) -> bool:
+    """Whether a product is one of two batched tensors: a weight has two dimensions."""
     factors = {"baddbmm": node.args[1:3], "einsum": node.args[1]}.get(op(node), node.args[:2])
-    batched = all(is_tensor(factor) and len(shape(factor)) >= 3 for factor in factors)
-    return batched and len(factors) == 2 and same(shape(node)[-1], last)
+    return len(factors) == 2 and all(is_tensor(factor) and len(shape(factor)) >= 3 for factor in factors)

@@ -38,6 +38,8 @@ def _splice(site: Site) -> None:
     )
     if site.lifted:
         new = call(old, ATEN.squeeze.dim, new, 1)
+    if site.merged:
+        new = call(old, ATEN.reshape.default, new, [-1, size(old, new, 2), size(old, new, 3)])
     if site.output_order is not None:
         new = call(old, ATEN.permute.default, new, list(site.output_order))
     if not _same_kind(new, old):

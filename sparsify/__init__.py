@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attention": "sparsify.attention",
-    "explain": "sparsify.explain",
-    "Report": "sparsify.explain",
+    "attention": "sparsify.functional",
+    "explain": "sparsify.explanation",
+    "Report": "sparsify.report",
     "Spec": "sparsify.spec",
     "load_spec": "sparsify.spec",
     "SpecError": "sparsify.errors",

@@ -267,3 +267,36 @@ def test_without_a_re_trace_sdpa_is_still_found(monkeypatch):
     assert [str(site.refusal) for site in capture.sites] == ["None"]
     (note,) = capture.notes
     assert note == "the graph could not be re-traced (NotImplementedError: no); only its SDPA calls are matched"
+
+
+def test_every_pass_says_what_it_does_and_runs():
+    from sparsify.passes import pipeline
+
+    for step in pipeline():
+        assert "Before:" in type(step).__doc__ and "After:" in type(step).__doc__, type(step)
+    capture = traced(eager, Q, K, V)
+    assert [record.name for record in capture.records] == [type(step).__name__ for step in pipeline()]
+
+
+def test_heads_that_are_split_between_the_scores_and_the_softmax():
+    """As Bloom does it: a bias of all heads in baddbmm, the mask added after the split."""
+
+    def function(q, k, v, bias):
+        q, k, v = (t.reshape(B * H, N, D) for t in (q * 1, k * 1, v * 1))
+        scores = torch.baddbmm(bias, q, k.mT, beta=1.0, alpha=D**-0.5).view(B, H, N, N)
+        scores = scores.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
+        return scores.softmax(-1).view(B * H, N, N).bmm(v).view(B, H, N, D)
+
+    (site,) = traced(function, Q, K, V, torch.randn(B * H, 1, N)).sites
+    assert (site.mask_text, site.q.meta["val"].shape[1]) == ("causal & a bias", H)
+
+
+def test_sinks_beside_the_scores_are_refused():
+    """As GPT-OSS does it: one more column in the softmax, cut off again."""
+
+    def function(q, k, v, sink):
+        scores = torch.cat([q @ k.mT * D**-0.5, sink.expand(B, H, N, 1)], dim=-1)
+        return scores.softmax(-1)[..., :-1] @ v
+
+    (site,) = traced(function, Q, K, V, torch.randn(H, 1, 1)).sites
+    assert "the weights pass through slice" in site.refusal.reason

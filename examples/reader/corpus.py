@@ -183,9 +183,7 @@ def scattered(rng: np.random.Generator, plants: list[Plant], length: int) -> lis
     return events
 
 
-def compose(
-    rng: np.random.Generator, text: Text, events: list[Event], length: int
-) -> Document:
+def compose(rng: np.random.Generator, text: Text, events: list[Event], length: int) -> Document:
     """Put documents at (or soon after) their places in `length` bytes of code."""
     pieces: list[Document] = []
     size = 0
@@ -225,9 +223,7 @@ def drill_document(rng: np.random.Generator, length: int) -> Document:
     return Document(data, kind)
 
 
-def distant_document(
-    rng: np.random.Generator, text: Text, length: int, facts: int = 12
-) -> Document:
+def distant_document(rng: np.random.Generator, text: Text, length: int, facts: int = 12) -> Document:
     """Code with facts shown in its first quarter and asked for, once each, in its last."""
     events = []
     for plant in [fact(rng) for _ in range(facts)]:

@@ -113,9 +113,7 @@ def weights(documents: list[Document]) -> torch.Tensor:
     return torch.where(kinds == ANSWER, ANSWER_WEIGHT, (kinds == TEXT).float())
 
 
-def descend(
-    model: LlamaForCausalLM, documents: list[Document]
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def descend(model: LlamaForCausalLM, documents: list[Document]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The gradients of a part of a step, and the bits that each byte cost."""
     read = torch.from_numpy(np.stack([document.data for document in documents]).astype(np.int64))
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import codegen
-from sparsify.attention import attention
 from sparsify.bench.cases import Case
 from sparsify.codegen.oracle import kept, oracle
 from sparsify.codegen.target import Launch
 from sparsify.expr import Pred, evaluate, substitute, variables
+from sparsify.functional import attention
 from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.sizes import size_values

@@ -73,8 +73,10 @@ def _layers(spec: Spec) -> int:
 
 
 def _heads(spec: Spec) -> int:
+    """As many heads as the spec names, and at least two more where it speaks of the rest."""
     named = [group.heads[-1][1] + 1 for rule in spec.rules for group in rule.groups if group.heads]
-    return max(named, default=8)
+    rest = any(len(rule.groups) > 1 and any(group.heads is None for group in rule.groups) for rule in spec.rules)
+    return max(named, default=8) + (2 if rest else 0)
 
 
 def _sites(

@@ -36,7 +36,10 @@ def draw(
     if path.suffix not in (".png", ".html"):
         raise InputError(f"draw: path: expected a name that ends in .png or .html, found '{path.name}'")
     scene = Scene.of(sites, length, queries=queries, causal=causal, names=names or {}, title=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"draw: path: the folder '{path.parent}' can't be made: {error.strerror}") from None
     if path.suffix == ".png":
         from sparsify.pictures.png import save_png
 

@@ -100,6 +100,8 @@ class Spec:
         """Writes the spec as JSON (a path that ends in .json) or YAML. Raises SpecError for what a file can't hold."""
         value = self.to_dict()
         _refuse_objects(value, str(path))
+        if not File(path).parent.is_dir():
+            raise SpecError(f"{path}: the folder '{File(path).parent}' does not exist")
         if str(path).endswith(".json"):
             File(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from sparsify import codegen, env, op
 from sparsify.errors import InputError
 from sparsify.patterns import Pattern
 from sparsify.program import Program
+from sparsify.sizes import LIMIT
 from sparsify.text import parse_pred
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,21 +31,25 @@ def attention(
     """Attention over the pairs that a pattern keeps: softmax(scale * q·kᵀ, over kept keys) · v.
 
     q is (B, Hq, Nq, D), k and v are (B, Hkv, Nk, D), Hq a multiple of Hkv; float32, bfloat16 or float16; any strides.
-    `pattern` is one pattern, or one per query head. `mask` is as in `scaled_dot_product_attention` (bool: True keeps;
-    floating: added to the scaled scores; broadcastable to (B, Hq, Nq, Nk)) and is combined with the pattern.
-    `scale` defaults to 1/sqrt(D). `q_offset` is the absolute position of the first query, by default Nk - Nq.
+    v may have a head size of its own, which the output then has. `pattern` is one pattern, or one per query head.
+    `mask` is as in `scaled_dot_product_attention` (bool: True keeps; floating: added to the scaled scores;
+    broadcastable to (B, Hq, Nq, Nk)) and is combined with the pattern. `scale` defaults to 1/sqrt(D). `q_offset` is
+    the absolute position of the first query, by default Nk - Nq.
 
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~`,
     which Dynamo can't follow. Raises InputError for what does not fit.
     """
-    _check(q, k, v, mask)
+    _check_tensors(q, k, v)
+    _check_mask(mask, q, k)
+    _check_numbers(scale, q_offset)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
     kind = None if mask is None else "bool" if mask.dtype == torch.bool else "add"
     program = program_text(_rules(pattern, q.shape[1]), kind, q.device.type)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    return op.attention(q, k, v, mask, [], offset, q.shape[-1] ** -0.5 if scale is None else float(scale), program)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return op.attention(q, k, v, mask, [], offset, factor, program)
 
 
 def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
@@ -51,7 +57,8 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
     if isinstance(pattern, Pattern):
         return (pattern.rule,) * heads
     if not isinstance(pattern, list | tuple) or not all(isinstance(p, Pattern) for p in pattern):
-        raise InputError(f"attention: pattern: expected one pattern, or one a head, found {pattern!r}")
+        hint = " (write causal(), with brackets)" if callable(pattern) else ""
+        raise InputError(f"attention: pattern: expected one pattern, or one a head, found {pattern!r}{hint}")
     if len(pattern) != heads:
         found = f"found {len(pattern)} patterns"
         raise InputError(f"attention: pattern: expected one pattern, or one for each of {heads} heads, {found}")
@@ -70,8 +77,10 @@ def _program_text(rules: tuple[str, ...], mask: str | None, target: str, device:
     return Program.of([parse_pred(rule) for rule in rules], mask=mask, target=name).text()
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"attention: {name}: expected a tensor, found {type(tensor).__name__}")
         if tensor.dim() != 4:
             shape = tuple(tensor.shape)
             raise InputError(f"attention: {name}: expected (batch, heads, length, head size), found the shape {shape}")
@@ -81,18 +90,46 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         raise InputError(f"attention: q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise InputError(f"attention: q, k and v must be on one device, found {q.device}, {k.device}, {v.device}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise InputError(f"attention: expected q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D), found {shapes}")
+    _check_size("batch", ("q", q.shape[0]), ("k", k.shape[0]))
+    _check_size("batch", ("k", k.shape[0]), ("v", v.shape[0]))
+    _check_size("heads", ("k", k.shape[1]), ("v", v.shape[1]))
+    _check_size("length", ("k", k.shape[2]), ("v", v.shape[2]))
+    _check_size("head size", ("q", q.shape[3]), ("k", k.shape[3]))
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        raise InputError("attention: the head size must be at least 1, found 0")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(f"attention: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
-    if mask is not None:
-        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
 
 
-def _check_mask(mask: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
+def _check_size(what: str, one: tuple[str, int], other: tuple[str, int]) -> None:
+    if one[1] != other[1]:
+        raise InputError(
+            f"attention: {what}: {one[0]} and {other[0]} must agree, found {one[1]} and {other[1]} "
+            "(q is (B, Hq, Nq, D), k and v are (B, Hkv, Nk, D))"
+        )
+
+
+def _check_numbers(scale: float | None, q_offset: int | None) -> None:
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise InputError(f"attention: scale: expected a number, found {scale!r}")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise InputError(f"attention: scale: expected a finite number, found {scale!r}")
+    if q_offset is not None and (isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt)):
+        raise InputError(f"attention: q_offset: expected an integer, found {q_offset!r}")
+    if isinstance(q_offset, int) and abs(q_offset) > LIMIT:
+        raise InputError(f"attention: q_offset: expected at most 2**40 in size, found {q_offset}")
+
+
+def _check_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"attention: mask: expected a tensor, found {type(mask).__name__}")
+    if mask.device != q.device:
+        raise InputError(f"attention: mask: expected a tensor on {q.device}, found one on {mask.device}")
     if mask.dtype != torch.bool and mask.dtype not in (*DTYPES, torch.float64):
         raise InputError(f"attention: mask: expected bool or floating point, found {mask.dtype}")
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(sizes) != 4 or any(found not in (1, size) for found, size in zip(sizes, shape, strict=False)):
         raise InputError(
