@@ -20,14 +20,17 @@ from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
 
-def pipeline(spec: Any = None, target: str = "auto", placed: bool = True) -> tuple[Pass, ...]:
-    """The passes in their order; `placed`: whether the addresses of sites can be relied on."""
+def pipeline(spec: Any = None, target: str = "auto", placed: bool = True, exact: bool = False) -> tuple[Pass, ...]:
+    """The passes in their order.
+
+    placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven.
+    """
     return (
         Canonicalise(),
         Functionalise(),
         FindSites(),
         CheckSites(),
-        RecoverMasks(),
+        RecoverMasks(exact),
         AttachSpec(spec, placed),
         ChooseTarget(target),
         Splice(),

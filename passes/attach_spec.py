@@ -30,6 +30,8 @@ class AttachSpec:
                 "which layer this is can't be told: after a graph break the layers share one compiled function",
                 "remove the graph break, or run without a spec",
             )
+        for site in capture.open_sites() if self.spec is not None else ():
+            _check_rule(site, self.spec.rule(info(site)))
         sites = capture.open_sites()
         found: list[Any] = [None] * len(sites)
         if self.spec is not None:
@@ -45,6 +47,23 @@ class AttachSpec:
                 )
             keeps = {rule: conjunction([site.keep, rule]) for rule in rules}
             site.programs = tuple(keeps[rule] for rule in rules) if rules else (site.keep,) * heads
+
+
+def _check_rule(site: Site, rule: Any) -> None:
+    """Refuses a site where what the rule speaks of is not known: heads, or positions of queries among the keys."""
+    if rule is None:
+        return
+    if not site.heads_known and rule.tells_heads_apart():
+        site.refuse(
+            "the spec tells heads apart, and which dimension of the scores is the heads is not known",
+            "give all heads of this site one pattern, or keep batch and heads apart, as (B, H, N, D), in the model",
+        )
+    by_position = any("q" in variables(group.pattern.keep()) for group in rule.groups)
+    if site.kind == "cross" and rule.kind != "cross" and by_position:
+        site.refuse(
+            "the spec's pattern compares positions of queries and keys, and this is cross attention",
+            "say `kind: cross` in the rule if that is meant, or `kind: self` if not",
+        )
 
 
 def info(site: Site) -> Any:

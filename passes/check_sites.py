@@ -80,8 +80,18 @@ def _check_tensors(site: Site) -> None:
     if not bool(k.shape[2] == v.shape[2]) or not same(q.shape[3], k.shape[3]):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         site.refuse(f"q, k and v have shapes that don't fit: {shapes}")
+    full = (*q.shape[:3], k.shape[2])
+    for mask in site.masks:
+        if not _broadcasts(shape(mask.node), full):
+            site.refuse(f"a mask {shape(mask.node)} does not broadcast to the scores {tuple(full)} of q and k")
     if not all(same(t.shape[0], q.shape[0]) or same(t.shape[0], 1) for t in (k, v)):
         site.refuse("q, k and v are not known to have one batch size")
+
+
+def _broadcasts(sizes: tuple[Any, ...], full: tuple[Any, ...]) -> bool:
+    """Whether a mask is no wider than the scores; sizes that are equal in this run are guarded on."""
+    inner = full[len(full) - len(sizes) :]
+    return len(sizes) <= len(full) and all(same(a, 1) or bool(a == b) for a, b in zip(sizes, inner, strict=True))
 
 
 def _check_mutations(site: Site, graph: fx.Graph) -> None:

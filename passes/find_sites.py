@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
 from sparsify.errors import Refusal
+from sparsify.passes.aliasing import Writes
 from sparsify.passes.heads import merged_from, split_heads, unrepeat
 from sparsify.passes.nodes import (
     ATEN,
@@ -17,9 +19,11 @@ from sparsify.passes.nodes import (
     argument,
     call,
     dtype,
+    keeps_numbers,
     module_path,
     op,
     same,
+    same_sizes,
     shape,
 )
 from sparsify.passes.products import Weighted, weighted
@@ -36,8 +40,9 @@ class FindSites:
     """Forms to sites.
 
     Before: matmul(q, transpose(k)) > mul > add > softmax > to > dropout(eval) > matmul(v), or one SDPA call.
-    After:  the graph is as it was; `capture.sites` has a Site with q, k, v (KV heads not repeated), scale, softcap
-            and masks, or with a Refusal that names the node that could not be followed.
+    After:  the graph computes what it did; `capture.sites` has a Site with q, k, v (KV heads not repeated; nodes that
+            may be new, in front of the output), scale, softcap and masks, or with a Refusal that names the node that
+            could not be followed.
     """
 
     def __call__(self, capture: Capture) -> None:
@@ -119,8 +124,38 @@ def _from_softmax(node: fx.Node) -> Site | None:
         site.refusal = scores
         return site
     site = Site(node, output, " > ".join([*scores.steps, "softmax", *steps, op(output)]))
-    _fill(site, scores, found)
+    _check_path(site, scores)
+    if site.refusal is None:
+        _fill(site, scores, found)
     return site
+
+
+def _check_path(site: Site, scores: Scores) -> None:
+    """Refuses scores that are written to between two steps, and masks that are made of the scores."""
+    path = [*scores.path, site.anchor]
+    writes = Writes(site.anchor.graph)
+    for node, reader in pairwise(path):
+        writer = writes.between(node, reader)
+        if writer is not None:
+            site.refuse(f"{node.name} is changed in place by {writer.name} before the softmax", node=writer)
+    for mask in scores.masks:
+        if _is_made_of(mask.node, path[0]):
+            hint = "kernels that never store the scores can't compute it"
+            site.refuse(f"the mask {mask.node.name} is made of the scores", hint)
+
+
+def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node depends on another one, by the nodes between them."""
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current is source:
+            return True
+        if current not in seen and source < current:
+            seen.add(current)
+            queue.extend(current.all_input_nodes)
+    return False
 
 
 def _descend(node: fx.Node) -> tuple[Any, list[str], Refusal | None]:
@@ -169,7 +204,7 @@ def _weighs(user: fx.Node, node: fx.Node) -> bool:
 
 def _is_step(user: fx.Node, node: fx.Node) -> bool:
     if op(user) in (*CASTS, *COPIES, "dropout"):
-        return user.args[0] is node
+        return user.args[0] is node and keeps_numbers(user)
     return op(user) in (*VIEWS, "expand", "slice") and regroups(node, user)
 
 
@@ -184,12 +219,16 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
     if scores.in_tanh:
         scores.softcap = 1.0
     site.scale, site.softcap, site.masks = scores.scale, scores.softcap, scores.masks
+    site.heads_known = not scores.product.reordered
     q, k, v, before = scores.product.left, scores.product.right, found.values, site.output
     for name, factor in scores.multipliers:
         q = call(before, ATEN.mul.Tensor if name == "mul" else ATEN.div.Tensor, q, factor)
     ranks = [len(shape(n)) for n in (site.anchor, q, k, v)]
     if not set(ranks) <= {3, 4}:
         site.refuse(f"the scores have {ranks[0]} dimensions", "scores (B, H, Nq, Nk) and (B, Nq, Nk) are rewritten")
+        return
+    if not _is_unbroadcast(shape(site.anchor), shape(q), shape(k)):
+        site.refuse(f"the scores {shape(site.anchor)} are broadcast beyond those of q {shape(q)} and k {shape(k)}")
         return
     site.output_order = found.order
     heads = _merged_heads(site, q, k, v) if ranks[1:] != [4, 4, 4] else None
@@ -198,8 +237,16 @@ def _fill(site: Site, scores: Scores, found: Weighted) -> None:
         _set_heads(site, *(split_heads(n, heads, before) for n in (q, k, v)), before)
     elif set(ranks) == {3}:
         _lift(site, q, k, v, before)
-    else:
+    elif set(ranks) == {4}:
         _set_heads(site, q, k, v, before)
+    else:
+        site.refuse("batch and heads are one dimension in some of q, k and v and two in others")
+
+
+def _is_unbroadcast(scores: tuple[Any, ...], q: tuple[Any, ...], k: tuple[Any, ...]) -> bool:
+    """Whether the scores have the batch and the heads of q, which may be merged there, and all its queries and keys."""
+    batch = (scores[0] * scores[1],) if len(scores) == 4 and len(q) == 3 else scores[:-2]
+    return same_sizes((*batch, *scores[-2:]), (*q[:-1], k[-2]))
 
 
 def _merged_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node) -> int | None:
@@ -217,7 +264,7 @@ def _merged_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node) -> int | None:
 def _lift(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) -> None:
     """(B, N, D) is (B, 1, N, D): one head."""
     site.q, site.k, site.v = (call(before, ATEN.unsqueeze.default, n, 1) for n in (q, k, v))
-    site.lifted = True
+    site.lifted, site.heads_known = True, False
     for mask in site.masks:
         if len(shape(mask.node)) == 3:
             mask.node = call(before, ATEN.unsqueeze.default, mask.node, 1)
@@ -235,4 +282,3 @@ def _set_heads(site: Site, q: fx.Node, k: fx.Node, v: fx.Node, before: fx.Node) 
         site.refuse("the number of heads is dynamic", "mark the head dimension as static")
     elif heads % kv_heads or not same(kv_heads, shape(v)[1]):
         site.refuse(f"{heads} query heads are no multiple of {kv_heads} key heads and {shape(v)[1]} value heads")
-

@@ -169,7 +169,7 @@ def combine(function: Callable[..., float], *parts: Pieces) -> Pieces:
 def _float(function: Callable[..., float], values: tuple[float, ...]) -> float:
     try:
         return float(function(*values))
-    except (ZeroDivisionError, OverflowError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise Opaque("a division by zero or an overflow in a mask's floating values") from None
 
 

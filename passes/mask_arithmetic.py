@@ -110,7 +110,10 @@ def divide(el: Elements, node: fx.Node, index: Index) -> Element:
 
 
 def fmod(el: Elements, node: fx.Node, index: Index) -> Element:
-    a, b = (as_int(x) for x in _operands(el, node, index, 2) if not isinstance(x, Pieces))
+    a, b = _operands(el, node, index, 2)
+    if isinstance(a, Pieces):
+        return combine(math.fmod, a, b)  # type: ignore[arg-type]
+    a, b = as_int(a), as_int(b)
     if not el.box.at_least(a, 0):
         raise Opaque("fmod of what may be negative")
     return _remainder(el, a, b)

@@ -64,6 +64,15 @@ def dtype(node: fx.Node) -> torch.dtype:
     return value(node).dtype
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def keeps_numbers(node: fx.Node) -> bool:
+    """Whether a cast or copy of a number gives it again, but for rounding: within the usual floats, or no cast."""
+    given, made = dtype(node.args[0]), dtype(node)
+    return given == made or (given in FLOATS and made in FLOATS)
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal; asking adds no guard."""
     return bool(statically_known_true(a == b))
@@ -133,11 +142,12 @@ def _constant_tensor(node: fx.Node) -> Any:
         return _attribute(node)
     name = op(node)
     if name in CASTS + COPIES + VIEWS + ("expand", "unsqueeze", "squeeze"):
-        return scalar(node.args[0])
+        widens = dtype(node) in FLOATS and dtype(node.args[0]) in (torch.int32, torch.int64)
+        return scalar(node.args[0]) if widens or keeps_numbers(node) else None
     if name in ("full", "new_full"):
-        return scalar(argument(node, "fill_value"))
+        return _of_dtype(scalar(argument(node, "fill_value")), node)
     if name == "scalar_tensor":
-        return scalar(argument(node, "s"))
+        return _of_dtype(scalar(argument(node, "s")), node)
     if name in _FOLDED:
         inner = scalar(node.args[0])
         return None if inner is None else _FOLDED[name](inner)
@@ -145,6 +155,12 @@ def _constant_tensor(node: fx.Node) -> Any:
         left, right = map(scalar, node.args[:2])
         return None if left is None or right is None else _FOLDED_PAIRS[name](left, right)
     return None
+
+
+def _of_dtype(number: Any, node: fx.Node) -> Any:
+    """The number that a new tensor holds, None where its dtype changes it."""
+    floating = isinstance(number, float | torch.SymFloat)
+    return number if dtype(node) in FLOATS or (dtype(node) == torch.int64 and not floating) else None
 
 
 def _attribute(node: fx.Node) -> Any:

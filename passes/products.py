@@ -12,13 +12,17 @@ from sparsify.passes.nodes import ATEN, argument, call, is_tensor, op, shape
 
 @dataclass
 class Product:
-    """left (..., I, D) times right (..., J, D), transposed: (..., I, J). alpha and bias are baddbmm's."""
+    """left (..., I, D) times right (..., J, D), transposed: (..., I, J). alpha and bias are baddbmm's.
+
+    reordered: the batch dimensions have another order than in the graph's own tensors.
+    """
 
     left: fx.Node
     right: fx.Node
     spelling: str
     alpha: Any = 1
     bias: fx.Node | None = None
+    reordered: bool = False
 
 
 @dataclass
@@ -86,7 +90,9 @@ def _einsum_product(node: fx.Node, before: fx.Node) -> Product | None:
     if len(summed) != 1 or set(left) != {*batch, i, *summed} or set(right) != {*batch, j, *summed}:
         return None
     d = summed[0]
-    return Product(arranged(a, left, batch + i + d, before), arranged(b, right, batch + j + d, before), "einsum")
+    queries, keys = arranged(a, left, batch + i + d, before), arranged(b, right, batch + j + d, before)
+    reordered = any([c for c in part if c in batch] != list(batch) for part in (left, right))
+    return Product(queries, keys, "einsum", reordered=reordered)
 
 
 def arranged(node: fx.Node, letters: str, wanted: str, before: fx.Node) -> fx.Node:

@@ -10,7 +10,8 @@ After: `k <= q and _0[b, k]`, with the bool padding tensor as load `_0`. No tens
 
 How: an abstract interpreter (design D2, `mask_elements`) asks what the mask's element at [b, h, q, k] is, from the mask
 backwards. `arange` answers with its index, views remap indices, comparisons build predicates, and what is opaque
-becomes a load. What it can't follow exactly it refuses; nothing is guessed.
+becomes a load. What it can't follow exactly it refuses. One thing it assumes, and says so in `assumed`: integers that
+the model computes (1 - mask) * min with are 0 or 1. Under the option `strict` such a mask stays a tensor.
 
 Additive masks are sums and choices of 0 and "minus a lot": -inf, the least finite number of a dtype, or anything up to
 DROPPED (the first BERTs used -10000). They differ from a predicate in one place: a row that keeps nothing is an

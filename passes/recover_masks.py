@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.errors import Refusal
 from sparsify.expr import (
     TRUE,
     And,
@@ -19,7 +21,6 @@ from sparsify.expr import (
     Pred,
     Var,
     conjunction,
-    constant,
     loads,
     rewrite,
     substitute,
@@ -27,11 +28,14 @@ from sparsify.expr import (
 )
 from sparsify.passes.describe import describe, load_names
 from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
-from sparsify.passes.raise_mask import load_tensors, raise_mask
+from sparsify.passes.raise_mask import HINT, RaisedMask, load_tensors, raise_mask
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
 
 Q, K, N, NQ = Var("q"), Var("k"), Var("N"), Var("Nq")
+
+
+log = logging.getLogger("sparsify")
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,24 @@ class RecoverMasks:
 
     Before: sdpa(q, k, v, attn_mask=where(arange(N) <= arange(N)[:, None], 0, -inf)), or is_causal=True.
     After:  site.keep is `k <= q` and no tensor is left; what can't be raised stays in site.rest as a tensor mask.
-            site.q_offset is the absolute position of query row 0: from the model's own causal bound, else Nk - Nq.
+            site.q_offset is the absolute position of query row 0: 0 if it keeps `k <= row`, else Nk - Nq. Where its
+            bounds on the keys say something else, the positions of the queries are unknown.
+
+    exact: leave a mask as a tensor that is one only if the integers it is made of are 0 and 1.
     """
+
+    exact: bool = False
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
-            rows, names = _raised(site)
+            rows, names = _raised(site, self.exact)
             _place(site, rows)
             tensor = [] if site.rest is None else ["a bias" if site.rest.kind == "add" else "a tensor mask"]
             words = [] if site.keep == TRUE else [describe(site.keep, names)]
             site.mask_text = " & ".join(words + tensor) or "none"
 
 
-def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
+def _raised(site: Site, exact: bool) -> tuple[Pred, tuple[str, ...]]:
     """The predicate over query rows that a site's masks come to, and the names of its loads; the rest is kept."""
     q, k = shape(site.q), shape(site.k)
     rows = K <= Q if site.causal else TRUE
@@ -60,7 +69,9 @@ def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
     names: list[str] = []
     rest: list[Mask] = []
     for mask in site.masks:
-        found = raise_mask(mask.node, (q[0], q[1], q[2], k[2]), site.output)
+        found = _closed_form(mask.node, (q[0], q[1], q[2], k[2]), site)
+        if found and found.assumed and exact:
+            found = Refusal(f"mask: {found.assumed[0]} may hold other numbers than 0 and 1", mask.node.name, HINT)
         if not found:
             site.notes.append(str(found))
             rest.append(mask)
@@ -74,6 +85,15 @@ def _raised(site: Site) -> tuple[Pred, tuple[str, ...]]:
     site.loads = tuple(tensors)
     site.rest = _combined(rest, site)
     return rows, tuple(names)
+
+
+def _closed_form(node: fx.Node, sizes: tuple[Any, ...], site: Site) -> RaisedMask | Refusal:
+    """A mask that fails to be read, for whatever reason, stays a tensor: that is always right."""
+    try:
+        return raise_mask(node, sizes, site.output)
+    except Exception as error:
+        log.warning("the mask %s could not be read; it stays a tensor", node.name, exc_info=True)
+        return Refusal(f"mask: {type(error).__name__}: {error}", node.name, HINT)
 
 
 def _renumbered(keep: Pred, by: int) -> Pred:
@@ -90,24 +110,26 @@ def _renumbered(keep: Pred, by: int) -> Pred:
 def _place(site: Site, rows: Pred) -> None:
     """Rewrites a predicate over query rows into one over absolute positions, and sets where the rows begin.
 
-    A causal bound `k <= row + c` says that row 0 is at position c. One that compares with a tensor, such as a static
-    cache's `k <= position[row]`, leaves the rows at Nk - Nq and says what a row's position is.
+    That is 0 where the model keeps `k <= row` (SDPA's flag, the first chunk in a static cache), else Nk - Nq. A bound
+    `k <= row + c` with another c is no proof of a position: windows to both sides have one, too. One that compares
+    with a tensor, such as a static cache's `k <= position[row]`, says what a row's position is.
     """
     q_len, k_len = shape(site.q)[2], shape(site.k)[2]
     bounds = [_known(bound, {"N": k_len, "Nq": q_len}) for bound in causal_bounds(rows)]
-    constants = [found for bound in bounds if (found := constant(bound - Q)) is not None]
-    gap = _fixed(k_len - q_len)
+    gap = 0 if Q in bounds else _fixed(k_len - q_len)
     begin: Expr | int
-    if constants:
-        begin = site.q_offset = min(constants)
-    elif gap is not None:
+    if gap is not None:
         begin = site.q_offset = gap
     else:
         begin, site.q_offset = N - NQ, _difference(site.output, site)
     site.keep = substitute(rows, {"q": Q - begin})
-    if not constants and Q + (N - NQ) not in bounds and bounds:
-        site.position = substitute(bounds[0], {"q": Q - begin})
-    site.positions_known = bool(bounds) or site.rest is None or same(q_len, k_len)
+    if gap == 0 or Q + begin in bounds:
+        return
+    read = [bound for bound in bounds if loads(bound) and ("q" in variables(bound) or same(q_len, 1))]
+    if read:
+        site.position = substitute(read[0], {"q": Q - begin})
+    elif site.rest is not None or any("q" in variables(bound) for bound in bounds):
+        site.positions_known = False
 
 
 def _fixed(size: Any) -> int | None:

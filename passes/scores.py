@@ -16,7 +16,9 @@ from sparsify.passes.nodes import (
     VIEWS,
     argument,
     call,
+    dtype,
     is_tensor,
+    keeps_numbers,
     op,
     same,
     same_sizes,
@@ -36,6 +38,8 @@ class Scores:
     """softcap * tanh(scale * q·kᵀ / softcap) + masks: what stands in front of a softmax.
 
     multipliers: tensors without a key dimension that multiply the scores, to be moved onto q.
+    fill: the highest number that masked scores were filled with, scaled as they are.
+    path: the nodes from the product on that hold the scores.
     """
 
     product: Product
@@ -45,6 +49,8 @@ class Scores:
     multipliers: list[tuple[str, fx.Node]] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
+    fill: Any = -math.inf
+    path: list[fx.Node] = field(default_factory=list)
 
 
 def climb(node: Any, before: fx.Node) -> Scores | Refusal:
@@ -53,20 +59,25 @@ def climb(node: Any, before: fx.Node) -> Scores | Refusal:
         return Refusal("the scores are a constant", str(node))
     found = product(node, before)
     if found is not None:
-        scores = Scores(found, steps=[found.spelling])
+        scores = Scores(found, steps=[found.spelling], path=[node])
         if found.alpha != 1:
             _multiply(scores, found.alpha)
         if found.bias is not None:
-            _add(scores, found.bias, before)
+            scores.masks.append(Mask("add", found.bias))
         return scores
     rule = _RULES.get(op(node))
     if rule is None:
         hint = "kernels can't apply it between q·k and softmax"
         return Refusal(f"the scores pass through {op(node) or node.name}", str(node), hint)
-    return rule(node, before)
+    result = rule(node, before)
+    if result:
+        result.path.append(node)
+    return result
 
 
 def _through(node: fx.Node, before: fx.Node) -> Scores | Refusal:
+    if not keeps_numbers(node):
+        return Refusal(f"the scores are cast to {dtype(node)}", str(node))
     scores = climb(node.args[0], before)
     if scores and op(node) not in COPIES:
         scores.steps.append("to")
@@ -122,9 +133,10 @@ def _scaled(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     if factor is not None and scores.masks and not factor > 0:
         return Refusal("the scores are multiplied by a negative number after their mask", str(node))
     if factor is not None:
-        _multiply(scores, factor if name == "mul" else 1 / factor)
+        factor = factor if name == "mul" else 1 / factor
+        _multiply(scores, factor)
         _rescale_masks(scores, name, right, before)
-        return scores
+        return _rescaled_fill(scores, factor, node)
     if not _is_factor(right, node):
         return Refusal("the scores are multiplied by a tensor that differs from key to key", str(node))
     if scores.masks or scores.softcap is not None or scores.in_tanh:
@@ -158,6 +170,17 @@ def _rescale_masks(scores: Scores, name: str, factor: Any, before: fx.Node) -> N
             mask.node = call(before, overload, mask.node, factor)
 
 
+def _rescaled_fill(scores: Scores, factor: Any, node: fx.Node) -> Scores | Refusal:
+    """Scores that were filled before a scaling must still count as masked."""
+    if scores.fill == -math.inf:
+        return scores
+    if not isinstance(factor, int | float) or not scores.fill * factor <= MASKED:
+        hint = f"only fills of {MASKED:g} or less are masks"
+        return Refusal(f"scores are filled with {scores.fill:g} and then scaled", str(node), hint)
+    scores.fill *= factor
+    return scores
+
+
 def _tanh(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     scores = climb(node.args[0], before)
     if not scores:
@@ -182,26 +205,26 @@ def _added(node: fx.Node, before: fx.Node) -> Scores | Refusal:
     if scores.in_tanh:
         return Refusal("something is added to the tanh of the scores", str(node))
     scores.steps.append(op(node))
-    if op(node) == "sub" and _is_row_maximum(right, left):
+    if op(node) == "sub" and alpha == 1 and _is_row_maximum(right, left):
         return scores
     if not is_tensor(right):
         return scores  # the same number for every score: softmax does not see it
     factor = -alpha if op(node) == "sub" else alpha
     bias = right if factor == 1 else call(before, ATEN.mul.Scalar, right, factor)
-    _add(scores, bias, before)
+    scores.masks.append(Mask("add", bias))
     return scores
 
 
 def _is_row_maximum(node: Any, scores: Any) -> bool:
     """softmax(x - max(x)) is softmax(x)."""
-    while op(node) in (*COPIES, *CASTS, "getitem"):
+    while op(node) in (*COPIES, *CASTS) or (op(node) == "getitem" and node.args[1] == 0):
         node = node.args[0]
-    name = op(node)
-    return name in ("amax", "max") and node.args[0] is scores and argument(node, "keepdim") is True
-
-
-def _add(scores: Scores, bias: fx.Node, before: fx.Node) -> None:
-    scores.masks.append(Mask("add", bias))
+    if op(node) not in ("amax", "max") or node.args[0] is not scores:
+        return False
+    dims = argument(node, "dim", ())
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    over_keys = any(dim in (-1, len(shape(scores)) - 1) for dim in dims) and argument(node, "keepdim") is True
+    return over_keys or not dims  # without dimensions it is the maximum of everything
 
 
 def _masked_fill(node: fx.Node, before: fx.Node) -> Scores | Refusal:
@@ -230,6 +253,7 @@ def _masked(scores: Scores, keep: fx.Node, fill: Any, node: fx.Node) -> Scores |
         return Refusal(f"scores are filled with {shown}", str(node), f"only fills of {MASKED:g} or less are masks")
     if scores.in_tanh:
         return Refusal("the scores are masked between tanh and its multiplier", str(node))
+    scores.fill = max(scores.fill, float(number))
     scores.masks.append(Mask("bool", keep))
     scores.steps.append(op(node))
     return scores

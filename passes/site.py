@@ -29,6 +29,7 @@ class Site:
     anchor: the SDPA or softmax node. output: the node whose value is the attention's output (B, Hq, Nq, Dv).
     q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
     lifted: the graph has (B, N, D) and one head was added; merged: it has (B*H, N, D).
+    heads_known: dimension 1 of q is the heads, for all that can be seen; they may be in the batch, or come before it.
     output_order: a permutation of the op's result.
     scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
@@ -51,6 +52,7 @@ class Site:
     softcap: Any = None
     causal: bool = False
     lifted: bool = False
+    heads_known: bool = True
     merged: bool = False
     output_order: tuple[int, ...] | None = None
     masks: list[Mask] = field(default_factory=list)

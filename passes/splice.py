@@ -8,7 +8,7 @@ from torch import fx
 
 from sparsify.op import attention
 from sparsify.passes.choose_target import program_of
-from sparsify.passes.nodes import ATEN, call, dtype, op, same, shape, size
+from sparsify.passes.nodes import ATEN, call, dtype, op, same, same_sizes, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 
@@ -42,8 +42,16 @@ def _splice(site: Site) -> None:
         new = call(old, ATEN.reshape.default, new, [-1, size(old, new, 2), size(old, new, 3)])
     if site.output_order is not None:
         new = call(old, ATEN.permute.default, new, list(site.output_order))
+    if not _same_kind(new, old):
+        found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
+        site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
+        return
     old.replace_all_uses_with(new)
     _forget_strides(new)
+
+
+def _same_kind(new: fx.Node, old: fx.Node) -> bool:
+    return dtype(new) == dtype(old) and value(new).device == value(old).device and same_sizes(shape(new), shape(old))
 
 
 def _prepared(node: fx.Node, site: Site, made_of) -> fx.Node:  # type: ignore[no-untyped-def]

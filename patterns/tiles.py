@@ -38,7 +38,6 @@ from sparsify.expr import (
     Var,
     as_expr,
     conjunction,
-    constant,
     disjunction,
     eq,
     floordiv,
@@ -47,7 +46,6 @@ from sparsify.expr import (
     mod,
     negate,
     select,
-    substitute,
     variables,
 )  # fmt: skip
 
@@ -275,14 +273,5 @@ class TileRule:
     empty: Pred
     bands: tuple[Band, ...]
 
-    def specialise(self, values: dict[str, int]) -> TileRule:
-        """The rule with launch scalars filled in."""
-        return analyse(substitute(self.keep, values))
 
-
-def is_constant(expr: Expr) -> bool:
-    """Whether an expression has no variable left."""
-    return constant(expr) is not None
-
-
-__all__ = ["FALSE", "TRUE", "Band", "TileRule", "always", "analyse", "bands", "bounds", "is_constant", "never"]
+__all__ = ["FALSE", "TRUE", "Band", "TileRule", "always", "analyse", "bands", "bounds", "never"]

@@ -45,7 +45,7 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     root = Root.find()
     capture = Capture(gm, list(example_inputs), root.names, root.path)
     placed = options.spec is None or not root.partial or root.guard()
-    run(pipeline(options.spec, options.target, placed), capture)
+    run(pipeline(options.spec, options.target, placed, exact=options.strict), capture)
     if options.spec is not None:
         check_rules(options.spec, root.modules(), capture.sites)
     return capture

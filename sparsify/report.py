@@ -176,7 +176,7 @@ def _folded(sites: Iterable[SiteReport]) -> list[tuple[str, SiteReport]]:
 def _key(site: SiteReport) -> Any:
     where = re.sub(r"\d+", "#", site.address) if site.layer is not None else site.address
     refusal = None if site.refusal is None else (site.refusal.reason, site.refusal.hint)
-    return where, site.graph, site.form, site.mask, site.patterns, site.density, site.target, refusal, len(site.notes)
+    return where, site.graph, site.form, site.mask, site.patterns, site.density, site.target, refusal, site.notes
 
 
 def _address(group: list[SiteReport]) -> str:

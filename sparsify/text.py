@@ -254,7 +254,8 @@ class _Reader:
         raise self.fail(f"{node.value!r} is not allowed (only integers)")
 
     def _name(self, node: ast.Name) -> Expr:
-        if node.id not in POSITIONS and not node.id.startswith("_"):
+        scalar = node.id.startswith("_") and self.sources != ()  # a launch's own; a user's pattern has none
+        if node.id not in POSITIONS and not scalar:
             raise self.fail(f"unknown name '{node.id}'; {nearest(node.id, POSITIONS)}")
         return Var(node.id)
 

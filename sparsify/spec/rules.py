@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from sparsify.errors import SpecError
+from sparsify.expr import variables
 from sparsify.patterns import Pattern
 from sparsify.spec.document import RuleModel
 from sparsify.spec.forms import Builder
@@ -84,6 +85,10 @@ class Rule:
             what = f"{_plural(missing)} {'has' if _count(missing) == 1 else 'have'} no pattern, but {_described(site)}"
             raise self.fail(f"{what}; name them too, or add a group '{REST}'")
         return tuple(found)  # type: ignore[arg-type]
+
+    def tells_heads_apart(self) -> bool:
+        """Whether it matters which head is which: heads are named, or a pattern depends on the head's number."""
+        return any(group.heads is not None or "h" in variables(group.pattern.keep()) for group in self.groups)
 
     def fail(self, what: str, part: str = "heads") -> SpecError:
         """An error at one of the rule's fields."""

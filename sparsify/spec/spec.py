@@ -79,12 +79,16 @@ class Spec:
         """
         found = []
         for site in sites:
-            rule = next((rule for rule in self.rules if rule.accepts(site)), None)
+            rule = self.rule(site)
             found.append(None if rule is None else rule.patterns(site))
         unmatched = unmatched_rules(self, sites) if complete else []
         if unmatched:
             raise SpecError(unmatched[0])
         return found
+
+    def rule(self, site: SiteInfo) -> Rule | None:
+        """The first rule that matches the site."""
+        return next((rule for rule in self.rules if rule.accepts(site)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as a file holds it, `Spec.of(spec.to_dict()) == spec`; your own classes stay objects."""

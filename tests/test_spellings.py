@@ -1,0 +1,293 @@
+"""Spellings that look like a known one and are not quite it: each gives what eager gives, rewritten or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captures import compiled
+
+from sparsify.errors import PatternError
+from sparsify.patterns import expr
+
+B, H, N, D = 2, 4, 24, 8
+NEG = float("-inf")
+RANDOM = torch.Generator().manual_seed(0)
+Q, K, V = (torch.randn(B, H, N, D, generator=RANDOM) for _ in range(3))
+BIAS = torch.randn(3, H, N, N, generator=RANDOM)
+PADDING = torch.rand(3, N, generator=RANDOM) > 0.3
+PADDING[:, 0] = True
+INPUTS = (Q, K, V)
+GAP = torch.arange(N)[:, None] - torch.arange(N)[None, :]
+FUTURE = torch.ones(N, N, dtype=torch.bool).triu(1)
+
+
+def rewritten(name, function, *inputs):
+    return pytest.param(function, inputs or INPUTS, None, id=name)
+
+
+def refused(name, function, *inputs, because):
+    return pytest.param(function, inputs or INPUTS, because, id=name)
+
+
+def scores(change):
+    """Attention whose scores `change` gets to see; a change in place returns None."""
+
+    def attention(q, k, v):
+        found = q @ k.mT * 0.25
+        changed = change(found)
+        return torch.softmax(found if changed is None else changed, -1) @ v
+
+    return attention
+
+
+def weights(change):
+    def attention(q, k, v):
+        found = torch.softmax(q @ k.mT * 0.25, -1)
+        change(found)
+        return found @ v
+
+    return attention
+
+
+def masked(build):
+    return lambda q, k, v, *more: F.scaled_dot_product_attention(q, k, v, attn_mask=build(*more))
+
+
+def added(q, k, v, bias):
+    return torch.softmax(q @ k.mT + bias, -1) @ v
+
+
+def filled(q, k, v, keep):
+    return torch.softmax((q @ k.mT).masked_fill(~keep[:, None, None, :], NEG), -1) @ v
+
+
+def chosen(q, k, v, keep):
+    return torch.softmax(torch.where(keep[:, None, None, :], q @ k.mT, NEG), -1) @ v
+
+
+def set_columns(s):
+    s[..., 5:9] = NEG
+
+
+def add_to_column(s):
+    s[:, :, :, 0] += 3
+
+
+def fill_diagonal(s):
+    s.diagonal(dim1=-2, dim2=-1).fill_(NEG)
+
+
+def write_transposed(s):
+    t = s.mT
+    t += torch.arange(float(N))
+
+
+def write_through_view(s):
+    s.view(B * H, N, N)[:, :, 3:9] = NEG
+
+
+def zero_columns(w):
+    w[..., :4] = 0
+
+
+def zero_view(w):
+    w.view(B * H, N, N)[:, :, :4] = 0
+
+
+def zero_after(q, k, v):
+    out = F.scaled_dot_product_attention(q, k, v)
+    out[:, :, 0] = 0
+    return out
+
+
+def weights_after(q, k, v):
+    w = torch.softmax(q @ k.mT, -1)
+    out = w @ v
+    w.zero_()
+    return out
+
+
+def cached(q, k, v):
+    keys, values = torch.zeros(B, H, N, D), torch.zeros(B, H, N, D)
+    keys[:, :, :N], values[:, :, :N] = k, v
+    out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    keys.zero_()
+    return out
+
+
+def scaled_fill(q, k, v):
+    return torch.softmax((q @ k.mT).masked_fill(FUTURE, -1e4) * 1e-3, -1) @ v
+
+
+def scaled_infinite_fill(q, k, v):
+    return torch.softmax((q @ k.mT).masked_fill(FUTURE, NEG) * 1e-3, -1) @ v
+
+
+def numbered(m):
+    return (1.0 - m[:B, None, None, :].float()) * -1e9
+
+
+WIDER = [t[:1] for t in INPUTS]
+ONE_HEAD = [t[:, :1] for t in INPUTS]
+ROW = [Q[:, :, :1], K, V]
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "because"),
+    [
+        refused("padding of a larger batch", filled, *WIDER, PADDING, because="broadcast"),
+        refused("choice of a larger batch", chosen, *WIDER, PADDING, because="broadcast"),
+        refused("bias of a larger batch", added, *WIDER, BIAS, because="broadcast"),
+        refused("bias of more heads", added, *ONE_HEAD, BIAS[:2], because="broadcast"),
+        refused("bias of more queries", added, *ROW, BIAS[:2], because="broadcast"),
+        refused("columns set", scores(set_columns), because="in place"),
+        refused("column added to", scores(add_to_column), because="in place"),
+        refused("diagonal filled", scores(fill_diagonal), because="in place"),
+        refused("written transposed", scores(write_transposed), because="in place"),
+        refused("written through a view", scores(write_through_view), because="in place"),
+        rewritten("filled in place", scores(lambda s: s.masked_fill_(FUTURE, NEG))),
+        refused("weights set", weights(zero_columns), because="weights are also used"),
+        refused("weights set through a view", weights(zero_view), because="weights are also used"),
+        rewritten("weights cleared after", weights_after),
+        rewritten("output set after", zero_after),
+        rewritten("buffers cleared after", cached),
+        refused("maximum over queries", scores(lambda s: s - s.amax(-2, keepdim=True)), because="max"),
+        rewritten("maximum over keys", scores(lambda s: s - s.amax(-1, keepdim=True))),
+        rewritten("maximum and its index", scores(lambda s: s - s.max(-1, keepdim=True)[0])),
+        rewritten("maximum of everything", scores(lambda s: s - s.max())),
+        refused("maximum of heads", scores(lambda s: s - s.amax((1, -1), keepdim=True) * 1), because=""),
+        refused("index of the maximum", scores(lambda s: s - s.max(-1, keepdim=True)[1]), because=""),
+        refused("scores as integers", scores(lambda s: (s * 8).to(torch.int64).to(s.dtype)), because="cast"),
+        refused("scores clamped", scores(lambda s: s.clamp(max=1)), because="clamp"),
+        rewritten("factor as an integer", scores(lambda s: s * torch.tensor(2.7).to(torch.int64))),
+        refused("small fill scaled down", scaled_fill, because="-10"),
+        rewritten("infinite fill scaled down", scaled_infinite_fill),
+        rewritten("a mask by fmod", masked(lambda: torch.fmod(torch.where(GAP < 0, -1e9, 0.0), 2e9))),
+        rewritten("integers as a mask", masked(numbered), *INPUTS, PADDING.long()),
+        rewritten("tril with a diagonal", masked(lambda: torch.ones(N, N, dtype=torch.bool).tril(3))),
+        rewritten("both sides", masked(lambda: (torch.arange(N)[:, None] - torch.arange(N)).abs() <= 6)),
+    ],
+)  # fmt: skip
+def test_gives_what_eager_gives(function, inputs, because):
+    with torch.no_grad():
+        wanted = function(*(t.clone() for t in inputs))
+        run, recorded = compiled(function)
+        found = run(*(t.clone() for t in inputs))
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    (site,) = recorded.sites
+    assert (site.refusal is None) == (because is None), site.refusal
+    assert because is None or because in str(site.refusal)
+
+
+def test_integers_are_no_mask_under_strict():
+    """(1 - mask) * min with numbers other than 0 and 1: the tensor stays, and the result is that of eager."""
+    function, numbers = masked(numbered), PADDING.long() * 2 - 1  # -1 counts as dropped in eager, as "not 0" in a mask
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(function, backend="sparsify", options={"inner": "eager", "target": "null", "strict": True})
+        torch.testing.assert_close(run(*INPUTS, numbers), function(*INPUTS, numbers), atol=2e-5, rtol=2e-5)
+
+
+def test_a_mask_that_breaks_the_reader_stays_a_tensor(monkeypatch, caplog):
+    def broken(*_):
+        raise ValueError("not enough values")
+
+    monkeypatch.setattr("sparsify.passes.recover_masks.raise_mask", broken)
+    function = masked(lambda: GAP >= 0)
+    with torch.no_grad():
+        run, recorded = compiled(function)
+        torch.testing.assert_close(run(*INPUTS), function(*INPUTS), atol=2e-5, rtol=2e-5)
+    (site,) = recorded.sites
+    assert (site.refusal, site.mask_text) == (None, "a tensor mask")
+    assert "mask: ValueError: not enough values" in site.notes[0]
+    assert "could not be read" in caplog.text
+
+
+def bmm(q, k, v):
+    return torch.bmm(torch.softmax(torch.bmm(q, k.mT) * D**-0.5, -1), v)
+
+
+def head_major(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    found = torch.softmax(torch.einsum("bqhd,bkhd->hbqk", q, k) * D**-0.5, -1)
+    return torch.einsum("hbqk,bkhd->bhqd", found, v)
+
+
+def plain(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+MERGED = [t.flatten(0, 1) for t in INPUTS]
+CROSS = [Q, K[:, :, :9], V[:, :, :9]]
+WINDOW = {"window": 5}
+BOTH = {"window": {"size": 5, "ahead": 5}}
+SOME = {"0": "dense", "rest": WINDOW}
+EARLIER, NEAR = (GAP >= 0) & (GAP < 5), (GAP > -6) & (GAP < 5)
+
+
+def ahead(q, k, v):
+    i = torch.arange(N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=i[None] <= i[:, None] + 3)
+
+
+def around(q, k, v):
+    i = torch.arange(N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] - i[None]).abs() <= 6)
+
+
+def around_fewer(q, k, v):
+    i, j = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] - j[None]).abs() <= 6)
+
+
+def last_rows(q, k, v):
+    i, j = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=j[None] <= i[:, None])
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "rule", "wanted"),
+    [
+        (ahead, INPUTS, {"heads": WINDOW}, EARLIER),
+        (around, INPUTS, {"heads": BOTH}, NEAR),
+        (last_rows, [Q[:, :, 20:], K, V], {"heads": WINDOW, "kind": "cross"}, EARLIER[20:]),
+        (around_fewer, [Q[:, :, :9], K, V], {"heads": WINDOW, "kind": "cross"}, "absolute positions"),
+        (bmm, MERGED, {"heads": WINDOW}, EARLIER),
+        (bmm, MERGED, {"heads": SOME}, "tells heads apart"),
+        (bmm, MERGED, {"heads": {"column_stride": {"every": 4, "offset": "head"}}}, "tells heads apart"),
+        (head_major, INPUTS, {"heads": WINDOW}, EARLIER),
+        (head_major, INPUTS, {"heads": SOME}, "tells heads apart"),
+        (plain, CROSS, {"heads": WINDOW}, "cross attention"),
+        (plain, CROSS, {"heads": {"sinks": 3}}, (torch.arange(9) < 3).expand(N, 9)),
+        (plain, CROSS, {"heads": {"window": 20}, "kind": "cross"}, None),
+    ],
+)
+def test_a_spec_means_positions_and_heads_or_is_refused(function, inputs, rule, wanted):
+    """`wanted`: what the spec and the model's mask keep, or why the site is refused; None: not compared."""
+    with torch.no_grad():
+        run, recorded = compiled(function, spec={"version": 1, "sites": [{"match": "*", **rule}]})
+        found = run(*inputs)
+    (site,) = recorded.sites
+    if isinstance(wanted, str):
+        assert wanted in str(site.refusal)
+        torch.testing.assert_close(found, function(*inputs), atol=2e-5, rtol=2e-5)
+        return
+    assert site.refusal is None
+    if wanted is not None:
+        torch.testing.assert_close(
+            found, F.scaled_dot_product_attention(*inputs, attn_mask=wanted), atol=2e-5, rtol=2e-5
+        )
+
+
+def test_a_look_ahead_is_not_called_causal():
+    with torch.no_grad():
+        run, recorded = compiled(ahead)
+        run(*INPUTS)
+    assert (recorded.sites[0].mask_text, recorded.sites[0].q_offset) == ("k <= q + 3", 0)
+
+
+def test_a_pattern_can_not_name_a_launchs_scalar():
+    with pytest.raises(PatternError, match="unknown name '_x'"):
+        expr("k <= q - _x")
