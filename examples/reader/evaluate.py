@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+
 from examples.reader.corpus import ANSWER, Text, distant_document, held_out_files
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # bytes (1, N) int64 -> logits (1, N, 256)
