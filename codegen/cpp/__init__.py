@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify import runtime
+from sparsify import env, runtime
 from sparsify.codegen.cpp.launch import Kernel, build, built
 from sparsify.codegen.cpp.source import DTYPES, Shape, render
 from sparsify.codegen.target import Launch
@@ -24,9 +26,9 @@ class CppTarget:
     name = "cpp"
 
     def unavailable(self) -> Refusal | None:
-        """The Refusal of a machine without a compiler, or None."""
+        """The Refusal of a machine without a compiler, or where built kernels can't be kept, or None."""
         found = runtime.find_compiler()
-        return found if isinstance(found, Refusal) else None
+        return found if isinstance(found, Refusal) else _unwritable(env.cache_dir())
 
     def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
         """Why the program can't run here: a dtype or a head size that no kernel is printed for, or None."""
@@ -58,3 +60,13 @@ class CppTarget:
                 raise InputError(str(refusal))
             found = build(program, dtype, head_dim, value_dim)
         return found
+
+
+def _unwritable(folder: Path) -> Refusal | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return Refusal(f"the cache folder {folder} can't be made: {error.strerror}", hint="set SPARSIFY_CACHE_DIR")
+    if os.access(folder, os.W_OK):
+        return None
+    return Refusal(f"the cache folder {folder} can't be written", hint="set SPARSIFY_CACHE_DIR")
