@@ -6,6 +6,10 @@ A run is cut in stages of growing context (`STAGES`), so that most of its bytes 
 last ones are as long as what the demo reads.  The learning rate stays flat and is brought to zero
 over the last third of the run, or as soon as a file called `stop` appears in the output folder.
 Everything is measured in progress, the larger of the share of `--steps` and of `--minutes` gone.
+A run that is ended by SIGTERM saves first; `--resume` takes it up again.
+
+With glibc, these three settings keep freed memory in the process and save a third of the time:
+`MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456`.
 """
 
 from __future__ import annotations
@@ -32,10 +36,13 @@ STAGES = (
     (0.3, {1024: 8}, 0.03),
     (0.4, {4096: 1, 512: 8}, 0.03),
 )
+#: The share of the run, at its end, over which the learning rate falls to zero.
 COOLDOWN = 0.35
 WARMUP_STEPS = 100
 #: How much more an answer weighs in the loss than a byte of text.
 ANSWER_WEIGHT = 2.0
+#: What a resumed run must know of the one it takes up.
+RESUMED = ("step", "read", "seconds", "cooling_since", "recent")
 #: Bytes that one thread takes at a time.
 PART = 2048
 
@@ -81,7 +88,7 @@ class Run:
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
         if self.cooling_since is None:
             return warm
-        span = self.cooling_since * COOLDOWN / (1 - COOLDOWN)
+        span = max(1e-9, min(1 - self.cooling_since, self.cooling_since * COOLDOWN / (1 - COOLDOWN)))
         return max(0.0, 1 - (self.progress() - self.cooling_since) / span)
 
     def stage(self) -> tuple[dict[int, int], float]:
@@ -158,9 +165,8 @@ def train_step(run: Run, mix: TrainingMix, workers: ThreadPoolExecutor, peak: fl
 def save(run: Run, out: Path) -> None:
     """Write the model as Hugging Face reads it, and what `--resume` needs beside it."""
     run.model.save_pretrained(out)
-    state = {"optimizers": [o.state_dict() for o in run.optimizers], "step": run.step,
-             "read": run.read, "seconds": run.seconds, "cooling_since": run.cooling_since,
-             "recent": run.recent}  # fmt: skip
+    state = {name: getattr(run, name) for name in RESUMED}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     torch.save(state, out / "resume.pt.new")
     (out / "resume.pt.new").rename(out / "resume.pt")
 
@@ -182,6 +188,19 @@ def start(arguments: argparse.Namespace) -> Run:
     return run
 
 
+def report(run: Run) -> None:
+    """Print how far the run has come, as a line of JSON."""
+    line = {
+        "step": run.step,
+        "read": run.read,
+        "minutes": round(run.seconds / 60, 2),
+        "rate": round(run.rate(), 3),
+        "context": max(run.stage()[0]),
+    }
+    line |= {name: round(value, 3) for name, value in run.recent.items()}
+    print(json.dumps(line), flush=True)
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train until the cooldown is over."""
     out = arguments.out
@@ -198,10 +217,7 @@ def train(arguments: argparse.Namespace) -> None:
             run.cooling_since = run.progress()
         train_step(run, mix, workers, arguments.rate)
         if run.step % 25 == 0:
-            line = {"step": run.step, "read": run.read, "minutes": round(run.seconds / 60, 2),
-                    "rate": round(run.rate(), 3), "context": max(run.stage()[0]),
-                    **{name: round(value, 3) for name, value in run.recent.items()}}  # fmt: skip
-            print(json.dumps(line), flush=True)
+            report(run)
         if run.step % 250 == 0:
             save(run, out)
     save(run, out)
