@@ -100,7 +100,7 @@ def _compiler() -> Finding:
         return Finding("compiler", False, str(error))
     if isinstance(found, Refusal):
         return Finding("compiler", False, found.reason, found.hint)
-    return Finding("compiler", True, f"{found.path}: {found.version}")
+    return Finding("compiler", True, f"{' '.join(found.command)}: {found.version}")
 
 
 def _cache() -> Finding:
