@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsify.codegen.target import Launch
-from sparsify.expr import evaluate
 from sparsify.patterns.tiles import Band, TileRule, analyse
 from sparsify.text import to_text
+from sparsify.walk import evaluate
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparsify.codegen.target import Launch
-from sparsify.expr import evaluate
 from sparsify.patterns.dense_mask import position_env
+from sparsify.walk import evaluate
 
 if TYPE_CHECKING:
     import torch

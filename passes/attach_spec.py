@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify.expr import conjunction, substitute, variables
+from sparsify.expr import conjunction
 from sparsify.passes.nodes import shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
+from sparsify.walk import substitute, variables
 
 
 @dataclass(frozen=True)

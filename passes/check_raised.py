@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.expr import evaluate
 from sparsify.passes.raise_mask import DROPPED, RaisedMask, raise_mask
+from sparsify.walk import evaluate
 
 
 def check_raised(

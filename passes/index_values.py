@@ -31,9 +31,9 @@ from sparsify.expr import (
     eq,
     negate,
     select,
-    substitute,
-)  # fmt: skip
+)
 from sparsify.passes.box import Box
+from sparsify.walk import substitute
 
 DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype
 MAX_PIECES = 8

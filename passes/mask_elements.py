@@ -10,22 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from sparsify.expr import (
-    FALSE,
-    TRUE,
-    Eq,
-    Expr,
-    Ge,
-    Load,
-    Not,
-    Test,
-    Var,
-    as_expr,
-    loads,
-    maximum,
-    minimum,
-    variables,
-)  # fmt: skip
+from sparsify.expr import FALSE, TRUE, Eq, Expr, Ge, Load, Not, Test, Var, as_expr, maximum, minimum
 from sparsify.passes.aliasing import Writes
 from sparsify.passes.box import Box
 from sparsify.passes.index_values import (
@@ -41,6 +26,7 @@ from sparsify.passes.index_values import (
 from sparsify.passes.mask_arithmetic import ARITHMETIC_RULES
 from sparsify.passes.mask_indices import INDEX_RULES, Index
 from sparsify.passes.scalars import Scalars
+from sparsify.walk import loads, variables
 
 RULES = INDEX_RULES | ARITHMETIC_RULES
 ZERO = as_expr(0)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from sparsify.expr import Expr, as_expr, conjunction, constant, eq, loads, select, variables
+from sparsify.expr import Expr, as_expr, conjunction, constant, eq, select
 from sparsify.passes.index_values import Element, Opaque, as_int, pick
+from sparsify.walk import loads, variables
 
 if TYPE_CHECKING:
     from sparsify.passes.mask_elements import Elements

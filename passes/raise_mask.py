@@ -26,27 +26,11 @@ import torch
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.expr import (
-    FALSE,
-    TRUE,
-    And,
-    Expr,
-    Load,
-    Or,
-    Pred,
-    Var,
-    as_expr,
-    conjunction,
-    disjunction,
-    loads,
-    negate,
-    rewrite,
-    substitute,
-    variables,
-)  # fmt: skip
+from sparsify.expr import FALSE, TRUE, And, Expr, Load, Or, Pred, Var, as_expr, conjunction, disjunction, negate
 from sparsify.passes.index_values import DROPPED, Element, Opaque, Pieces, as_bool
 from sparsify.passes.mask_elements import Elements, is_one
 from sparsify.text import POSITIONS
+from sparsify.walk import loads, rewrite, substitute, variables
 
 HINT = "the site passes the tensor as it is"
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsify.expr import Pred, evaluate, variables
+from sparsify.expr import Pred
 from sparsify.patterns.tiles import analyse
 from sparsify.sizes import size_values
+from sparsify.walk import evaluate, variables
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 TILE = 64

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparsify.expr import Pred, evaluate, variables
+from sparsify.expr import Pred
 from sparsify.sizes import size_values
+from sparsify.walk import evaluate, variables
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,11 @@ import ast
 from dataclasses import dataclass
 
 from sparsify.errors import PatternError
-from sparsify.expr import Pred, constant, variables
+from sparsify.expr import Pred, constant
 from sparsify.patterns.pattern import Pattern
 from sparsify.sizes import LIMIT
 from sparsify.text import parse_expr, parse_pred
+from sparsify.walk import variables
 
 MAX_LENGTH, MAX_DEPTH, MAX_COPIES = 4000, 40, 6
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.expr import FALSE, TRUE, And, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum, variables
+from sparsify.expr import FALSE, TRUE, And, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum
 from sparsify.patterns.tiles import MAX_BANDS, _limits, _unwrap, always, bounds, never
+from sparsify.walk import variables
 
 Interval = tuple[Expr | None, Expr | None]
 

@@ -46,8 +46,8 @@ from sparsify.expr import (
     mod,
     negate,
     select,
-    variables,
-)  # fmt: skip
+)
+from sparsify.walk import variables
 
 Q0, Q1, K0, K1 = Var("q0"), Var("q1"), Var("k0"), Var("k1")
 MAX_BANDS = 16

@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsify.backend import captured, errors_as_they_are
 from sparsify.errors import SpecError
-from sparsify.expr import TRUE, And, Or, Pred, conjunction, disjunction, loads, substitute, variables
+from sparsify.expr import TRUE, And, Or, Pred, conjunction, disjunction
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
 from sparsify.passes.attach_spec import info
@@ -19,6 +19,7 @@ from sparsify.passes.nodes import value
 from sparsify.patterns import dense
 from sparsify.patterns.count import kept_pairs
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
+from sparsify.walk import loads, substitute, variables
 
 __all__ = ["Report", "explain"]
 

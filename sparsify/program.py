@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsify.errors import InputError
-from sparsify.expr import Pred, loads, variables
+from sparsify.expr import Pred
 from sparsify.sizes import size_values
 from sparsify.text import parse_pred, to_text
+from sparsify.walk import loads, variables
 
 VERSION = 1
 MASK_KINDS = (None, "bool", "add")

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import PatternError
-from sparsify.expr import Load, Test, Var, evaluate, loads, substitute, variables
+from sparsify.expr import Load, Test, Var
 from sparsify.sizes import Size
 from sparsify.text import parse_expr, parse_pred, to_text
+from sparsify.walk import evaluate, loads, substitute, variables
 
 NAMES = ("q", "k", "h", "N")
 small = st.integers(-9, 9)

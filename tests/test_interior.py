@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from strategies import composed, shapes
 
 from sparsify import patterns as p
-from sparsify.expr import evaluate, variables
 from sparsify.patterns.interior import has_gaps, interiors
 from sparsify.patterns.tiles import analyse
 from sparsify.sizes import size_values
+from sparsify.walk import evaluate, variables
 
 HEAD = 1
 

@@ -10,10 +10,10 @@ from strategies import composed, shapes
 
 from sparsify import patterns as p
 from sparsify.codegen.null import key_tiles
-from sparsify.expr import variables
 from sparsify.patterns.count import EMPTY, FULL, PARTIAL, tile_classes
 from sparsify.patterns.tiles import analyse
 from sparsify.sizes import size_values
+from sparsify.walk import variables
 
 tiles = st.tuples(st.sampled_from([1, 3, 8, 16]), st.sampled_from([1, 4, 7, 16]))
 

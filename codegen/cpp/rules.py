@@ -36,11 +36,11 @@ from sparsify.expr import (
     mod,
     negate,
     select,
-    variables,
-)  # fmt: skip
+)
 from sparsify.patterns.tiles import MAX_BANDS, Band, TileRule, analyse
 from sparsify.program import Program
 from sparsify.text import PYTHON, to_text
+from sparsify.walk import variables
 
 CPP: Mapping[str, str] = {
     **PYTHON,

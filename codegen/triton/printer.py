@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from sparsify.expr import TRUE, Expr, Load, Pred, Sum, Test, Var, variables
+from sparsify.expr import TRUE, Expr, Load, Pred, Sum, Test, Var
 from sparsify.patterns.interior import has_gaps, interiors
 from sparsify.patterns.tiles import analyse
 from sparsify.program import Program
 from sparsify.text import _Printer, to_text
+from sparsify.walk import variables
 
 # Division and remainder truncate in Triton: `floor_div` and `floor_mod` are helpers in the skeleton.
 OPS: Mapping[str, str] = {

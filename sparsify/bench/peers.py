@@ -13,11 +13,12 @@ from sparsify import codegen
 from sparsify.bench.cases import Case
 from sparsify.codegen.oracle import kept, oracle
 from sparsify.codegen.target import Launch
-from sparsify.expr import Pred, evaluate, substitute, variables
+from sparsify.expr import Pred
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.sizes import size_values
+from sparsify.walk import evaluate, substitute, variables
 
 Run = Callable[[], torch.Tensor]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsify.expr import Pred, evaluate, variables
+from sparsify.expr import Pred
 from sparsify.patterns.count import FULL, PARTIAL, tile_classes
 from sparsify.sizes import size_values
+from sparsify.walk import evaluate, variables
 
 CELLS = 256  # at most, along each side
 BUDGET = 2**24  # pairs evaluated for one head, about

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparsify.errors import InputError
-from sparsify.expr import TRUE, Pred, variables
+from sparsify.expr import TRUE, Pred
 from sparsify.patterns import Pattern, causal
 from sparsify.pictures.raster import Raster, raster
 from sparsify.spec.ranges import of_numbers, text_of
+from sparsify.walk import variables
 
 MANY = 8  # in rows of more heads than this, neighbours that keep the same share one panel
 

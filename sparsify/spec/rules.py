@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from sparsify.errors import SpecError
-from sparsify.expr import variables
 from sparsify.patterns import Pattern
 from sparsify.spec.document import RuleModel
 from sparsify.spec.forms import Builder
 from sparsify.spec.ranges import Ranges, contains, of_numbers, read_ranges, text_of
 from sparsify.spec.source import Path, Source
+from sparsify.walk import variables
 
 REST = "rest"
 

@@ -1,0 +1,163 @@
+"""Walking expressions and predicates: rebuild, substitute, list what is in them, evaluate.
+
+`evaluate` is the definition that tile analysis and kernels are tested against; it shares no code with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sparsify.expr import (
+    And,
+    Eq,
+    Expr,
+    FloorDiv,
+    Ge,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Not,
+    Or,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    conjunction,
+    disjunction,
+    eq,
+    floordiv,
+    maximum,
+    minimum,
+    mod,
+    negate,
+    select,
+)  # fmt: skip
+
+
+def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
+    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable or load for which it isn't None."""
+    go = lambda part: rewrite(part, leaf)  # noqa: E731
+    match node:
+        case Var():
+            return leaf(node) or node
+        case Load(source, index):
+            return leaf(node) or Load(source, tuple(map(go, index)))
+        case Sum(const, terms):
+            return sum((go(atom) * c for c, atom in terms), start=as_expr(const))
+        case Mul(left, right):
+            return go(left) * go(right)
+        case FloorDiv(left, right):
+            return floordiv(go(left), go(right))
+        case Mod(left, right):
+            return mod(go(left), go(right))
+        case Min(left, right):
+            return minimum(go(left), go(right))
+        case Max(left, right):
+            return maximum(go(left), go(right))
+        case Select(condition, then, other):
+            return select(go(condition), go(then), go(other))
+        case And(parts):
+            return conjunction(map(go, parts))
+        case Or(parts):
+            return disjunction(map(go, parts))
+        case Ge(expr):
+            return go(expr) >= 0
+        case Eq(expr):
+            return eq(go(expr), 0)
+        case Not(part):
+            return negate(go(part))
+        case Test(load):
+            return Test(go(load))
+    raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def substitute(node: Any, values: Mapping[str, Expr | int]) -> Any:
+    """The node with variables replaced by name."""
+    found = {name: as_expr(value) for name, value in values.items()}
+    return rewrite(node, lambda leaf: found.get(leaf.name) if isinstance(leaf, Var) else None)
+
+
+def _leaves(node: Any) -> list[Expr]:
+    found: dict[Expr, None] = {}
+
+    def note(leaf: Expr) -> None:
+        found[leaf] = None
+
+    rewrite(node, note)
+    return list(found)
+
+
+def variables(node: Any) -> frozenset[str]:
+    """The names of the variables in a node."""
+    return frozenset(leaf.name for leaf in _leaves(node) if isinstance(leaf, Var))
+
+
+def loads(node: Any) -> list[Load]:
+    """The distinct loads in a node, in order of appearance."""
+    return [leaf for leaf in _leaves(node) if isinstance(leaf, Load)]
+
+
+def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
+    """The node's value by elementwise evaluation: the definition that everything else is tested against.
+
+    `env` gives an int or a broadcastable integer tensor (torch or numpy) for each variable and, for each load, a
+    tensor under its source name. Python ints give a Python int or bool.
+    """
+    go = lambda part: evaluate(part, env)  # noqa: E731
+    match node:
+        case Var(name):
+            return env[name]
+        case Load(source, index):
+            return env[source][tuple(map(go, index))]
+        case Sum(const, terms):
+            return sum((c * go(atom) for c, atom in terms), start=const)
+        case Mul(left, right):
+            return go(left) * go(right)
+        case FloorDiv(left, right):
+            return go(left) // go(right)
+        case Mod(left, right):
+            return go(left) % go(right)
+        case Min(left, right):
+            return _where(go(left) <= go(right), go(left), go(right))
+        case Max(left, right):
+            return _where(go(left) >= go(right), go(left), go(right))
+        case Select(condition, then, other):
+            return _where(go(condition), go(then), go(other))
+        case And(parts):
+            return _fold(map(go, parts), True, lambda a, b: a & b)
+        case Or(parts):
+            return _fold(map(go, parts), False, lambda a, b: a | b)
+        case Ge(expr):
+            return go(expr) >= 0
+        case Eq(expr):
+            return go(expr) == 0
+        case Not(part):
+            value = go(part)
+            return not value if isinstance(value, bool) else ~value
+        case Test(load):
+            value = go(load)
+            return value if isinstance(value, bool) else value != 0
+    raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def _fold(values: Iterable[Any], start: bool, join: Callable[[Any, Any], Any]) -> Any:
+    result: Any = start
+    for value in values:
+        result = value if isinstance(result, bool) and result == start else join(result, value)
+    return result
+
+
+def _where(condition: Any, then: Any, other: Any) -> Any:
+    if isinstance(condition, bool):
+        return then if condition else other
+    if hasattr(condition, "numpy"):
+        import torch
+
+        return torch.where(condition, then, other)
+    import numpy
+
+    return numpy.where(condition, then, other)
