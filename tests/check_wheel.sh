@@ -14,8 +14,13 @@ import pathlib, sys
 import torch
 
 import sparsify
+import sparsify.bench.command
+import sparsify.cli
+import sparsify.pictures.page
+import sparsify.spec
 from sparsify.codegen import target
 from sparsify.patterns import causal, window
+from sparsify.program import Program
 
 site = pathlib.Path(sparsify.__file__).parent.parent
 assert site.name == "site", f"imported {sparsify.__file__}, not the wheel"
@@ -28,5 +33,7 @@ dense = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=wind
 assert torch.allclose(out, dense, atol=1e-5)
 compiled = torch.compile(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True), backend="sparsify")
 assert torch.allclose(compiled(q), sparsify.attention(q, q, q, causal()), atol=1e-5)
+for name in ("cpp", "null", "triton"):  # each prints from templates that the wheel must hold
+    assert target(name).source(Program.of([causal().keep()], target=name), torch.float32, 16, 16)
 print("wheel: imports, compiles and runs from", site.name)
 PY
