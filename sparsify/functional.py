@@ -37,8 +37,8 @@ def attention(
     the absolute position of the first query, by default Nk - Nq.
 
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
-    `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~`,
-    which Dynamo can't follow. Raises InputError for what does not fit.
+    `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
+    `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
     """
     _check_tensors(q, k, v)
     _check_mask(mask, q, k)
