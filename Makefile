@@ -35,6 +35,7 @@ lint: $(STAMP) ## style only
 	$(BIN)/ruff check .
 
 gpu: ## the GPU tests and benchmark with the machine's own python; results go to examples/results/
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m sparsify bench --json examples/results
 
