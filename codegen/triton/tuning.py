@@ -17,7 +17,7 @@ class Shape:
 
 INTERPRETED = Shape(32, 32, 4, 1)
 # The largest padded head size of a row -> its shape: the largest of those tried with which no kernel of the catalogue
-# spills (`sparsify doctor --kernels` shows it). Not yet tuned by time on any of these chips.
+# spills, or fewest do (`sparsify doctor --kernels` shows it). Not yet tuned by time on any of these chips.
 _HALF = {
     "ampere": {64: Shape(128, 64, 8, 3), 128: Shape(64, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
     "hopper": {64: Shape(128, 64, 8, 3), 128: Shape(128, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
