@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from sparsify.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from sparsify.bench.cases import Case
+    from sparsify.bench.measure import Result
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,19 +47,37 @@ def bench(
         return _preparation()
     import torch
 
-    from sparsify.bench import report
+    cases = _cases(pattern, length, head_dim, dtype, heads, kv_heads)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    results = _measured(cases, place, repeats, seconds)
+    _print(results, place, json)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _cases(
+    pattern: list[str] | None,
+    length: list[int] | None,
+    head_dim: list[int] | None,
+    dtype: list[str] | None,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Case, ...]:
+    """The grid that the options ask for, or the two windows; the head counts hold for both."""
     from sparsify.bench.cases import WINDOWS, grid
-    from sparsify.bench.measure import measure
 
     for name in dtype or ():
         if name not in DTYPES:
             raise InputError(f"bench: unknown dtype '{name}'; {nearest(name, DTYPES)}")
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    asked = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or DTYPES[:2], heads, kv_heads)
     if any(option is not None for option in (pattern, length, head_dim, dtype)):
-        cases = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or DTYPES[:2], heads, kv_heads)
-    else:
-        cases = WINDOWS
-    console = Console()
+        return asked
+    return tuple(replace(case, heads=heads, kv_heads=kv_heads) for case in WINDOWS)
+
+
+def _measured(cases: Sequence[Case], device: str, repeats: int, seconds: float) -> list[Result]:
+    from sparsify.bench.measure import measure
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.completed}/{task.total}"),
@@ -63,18 +88,28 @@ def bench(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            results.append(measure(case, place, repeats, seconds, lambda what: progress.update(task, description=what)))
+            tell = partial(_describe, progress, task)
+            results.append(measure(case, device, repeats, seconds, tell))
             progress.advance(task)
+    return results
+
+
+def _describe(progress: Progress, task: TaskID, what: str) -> None:
+    progress.update(task, description=what)
+
+
+def _print(results: Sequence[Result], device: str, json: Path | None) -> None:
+    from sparsify.bench import report
+
+    console = Console()
     console.print(report.table(results))
-    about = report.machine(place)
+    about = report.machine(device)
     console.print(f"{about['machine']}, {about['threads']} threads, torch {about['torch']}", highlight=False)
     for result in results:
         for peer, why in result.failures.items():
             console.print(f"{result.case.name}: {peer} failed: {why}", highlight=False)
     if json is not None:
-        console.print(f"written to {report.write_json(results, place, json)}", highlight=False)
-    if not all(result.right for result in results):
-        raise typer.Exit(1)
+        console.print(f"written to {report.write_json(results, device, json)}", highlight=False)
 
 
 def _preparation() -> None:
