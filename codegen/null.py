@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparsify import bias
 from sparsify.codegen.target import Launch
+from sparsify.expr import TRUE, constant
 from sparsify.patterns.tiles import Band, TileRule, analyse
 from sparsify.text import to_text
 from sparsify.walk import evaluate
@@ -43,6 +45,8 @@ class NullTarget:
             lines.append(f"mask tensor: {program.mask}, on every tile")
         if program.softcap is not None:
             lines.append(f"softcap: {program.softcap}")
+        for name, terms in (("bias", program.bias), ("sink", program.sink or ())):
+            lines += [f"{name}: {_term(term)}" for term in terms]
         return "\n".join(lines) + "\n"
 
     def run(self, launch: Launch) -> torch.Tensor:
@@ -62,6 +66,13 @@ def _nest(rule: TileRule) -> list[str]:
     lines += [f"      {_interval(band)}" for band in rule.bands]
     lines += [f"    skip if  {to_text(rule.empty)}", f"    no mask if  {to_text(rule.full)}"]
     return [*lines, f"    else keep  {to_text(rule.keep)}"]
+
+
+def _term(term: bias.Term) -> str:
+    factors = [str(term.factor)] * (term.factor != 1) + [to_text(load) for load in term.loads]
+    factors += [f"({to_text(term.integer)})"] * (constant(term.integer) != 1)
+    where = "" if term.where == TRUE else f" where {to_text(term.where)}"
+    return " * ".join(factors or ["1"]) + where
 
 
 def _interval(band: Band) -> str:
@@ -102,19 +113,21 @@ def _query_tile(launch: Launch, b: int, h: int, start: int, stop: int) -> torch.
     rule = analyse(program.rule_of(h))
     kv = h // (launch.q.shape[1] // launch.k.shape[1])
     q, k, v = (t.double() for t in (launch.q[b, h, start:stop], launch.k[b, kv], launch.v[b, kv]))
-    top = torch.full((stop - start, 1), -torch.inf, dtype=torch.float64)
-    norm, total = torch.zeros_like(top), torch.zeros(stop - start, v.shape[-1], dtype=torch.float64)
     env: dict[str, Any] = {"b": b, "h": h, "N": k_len, "Nq": launch.q.shape[2]}
     env |= {"q0": start + launch.q_offset, "q1": stop - 1 + launch.q_offset}
     env |= dict(zip(program.sizes(), program.size_values(k_len), strict=True))
     env |= {f"_{i}": load for i, load in enumerate(launch.loads)}
+    rows = {"q": torch.arange(start, stop)[:, None] + launch.q_offset}
+    top, norm = _first(program.sink, env | rows, stop - start)
+    total = torch.zeros(stop - start, v.shape[-1], dtype=torch.float64)
     for low, high in key_tiles(rule, env, k_len, BLOCK_N):
         tile = env | {"k0": low, "k1": high - 1}
         if evaluate(rule.empty, tile):
             continue
         scores = _scores(launch, q @ k[low:high].T, b, h, slice(start, stop), slice(low, high))
+        positions = rows | {"k": torch.arange(low, high)[None]}
+        scores = scores + bias.evaluate(program.bias, env | positions)
         if not evaluate(rule.full, tile):
-            positions = {"q": torch.arange(start, stop)[:, None] + launch.q_offset, "k": torch.arange(low, high)[None]}
             scores = scores.masked_fill(~torch.as_tensor(evaluate(rule.keep, env | positions)), -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         shift = new_top.clamp(min=torch.finfo(torch.float64).min)
@@ -122,6 +135,16 @@ def _query_tile(launch: Launch, b: int, h: int, start: int, stop: int) -> torch.
         top, norm = new_top, norm * decay + weights.sum(-1, keepdim=True)
         total = total * decay + weights @ v[low:high]
     return total / norm.masked_fill(norm == 0, 1)
+
+
+def _first(sink: bias.Bias | None, env: dict[str, Any], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum and the sum of weights that each row starts with: nothing, or the sink's."""
+    import torch
+
+    if sink is None:
+        return torch.full((rows, 1), -torch.inf, dtype=torch.float64), torch.zeros(rows, 1, dtype=torch.float64)
+    top = bias.evaluate(sink, env).expand(rows, 1)
+    return top, (top > -torch.inf).double()
 
 
 def _scores(launch: Launch, dots: torch.Tensor, b: int, h: int, rows: slice, columns: slice) -> torch.Tensor:

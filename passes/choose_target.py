@@ -39,5 +39,7 @@ def program_of(site: Site) -> Program:
         mask=None if site.rest is None else site.rest.kind,
         loads=len(site.loads),
         softcap=None if site.softcap is None else float(site.softcap),
+        bias=site.bias,
+        sink=site.sink_bias,
         target=site.target,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import fx
 
+from sparsify.bias import Bias
 from sparsify.errors import Refusal
 from sparsify.expr import TRUE, Expr, Pred, Var
 
@@ -35,6 +36,8 @@ class Site:
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
     q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
     q and loads, where that is not q itself (static caches).
+    sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
+    bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
     rest: the tensor mask that stays (a node) with its kind.
     programs: the final predicate of every query head. notes: what a reader should know of a site that is rewritten.
     """
@@ -58,6 +61,9 @@ class Site:
     masks: list[Mask] = field(default_factory=list)
     keep: Pred = TRUE
     loads: tuple[fx.Node, ...] = ()
+    sink: fx.Node | None = None
+    bias: Bias = ()
+    sink_bias: Bias | None = None
     rest: Mask | None = None
     q_offset: Any = 0
     position: Expr = Var("q")

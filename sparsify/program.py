@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsify.bias import Bias, from_data, to_data
+from sparsify.bias import parts as bias_parts
 from sparsify.errors import InputError
-from sparsify.expr import Pred
+from sparsify.expr import Expr, Pred
 from sparsify.sizes import size_values
 from sparsify.text import parse_pred, to_text
 from sparsify.walk import loads, variables
 
-VERSION = 1
+VERSION = 2
 MASK_KINDS = (None, "bool", "add")
 TARGETS = ("cpp", "triton", "null")
 
@@ -32,6 +34,9 @@ class Program:
     mask: the kind of tensor mask given beside: None, "bool" (True keeps) or "add" (added to the scaled scores).
     loads: how many tensors the loads `_0`, `_1`, ... name.
     softcap: scores become softcap * tanh(score / softcap) after scaling and before the mask (Gemma 2).
+    bias: what is added to the scaled and capped scores, over the same names as `keep`.
+    sink: None, or a logit over b, h and q that joins each row's softmax without a value: the sum of the row's weights
+    gains exp(sink), so they come to less than 1 (gpt-oss). A row that keeps no key gives 0 all the same.
     target: which target runs it.
     """
 
@@ -40,6 +45,8 @@ class Program:
     mask: str | None = None
     loads: int = 0
     softcap: float | None = None
+    bias: Bias = ()
+    sink: Bias | None = None
     target: str = "cpp"
 
     def __post_init__(self) -> None:
@@ -62,6 +69,8 @@ class Program:
                 "mask": self.mask,
                 "loads": self.loads,
                 "softcap": self.softcap,
+                "bias": to_data(self.bias),
+                "sink": None if self.sink is None else to_data(self.sink),
                 "target": self.target,
             },
             separators=(",", ":"),
@@ -77,12 +86,12 @@ class Program:
         return self.keep[self.heads[head]]
 
     def uses(self, *names: str) -> bool:
-        """Whether any predicate mentions one of these variables."""
-        return any(variables(keep) & set(names) for keep in self.keep)
+        """Whether any predicate or bias mentions one of these variables."""
+        return any(variables(part) & set(names) for part in self._parts())
 
     def sizes(self) -> list[str]:
         """The size variables of all predicates, in a fixed order: the scalars that a kernel takes."""
-        names = frozenset().union(*(variables(keep) for keep in self.keep))
+        names = frozenset().union(*(variables(part) for part in self._parts()))
         return sorted(name for name in names if name.startswith("size("))
 
     def size_values(self, n: int) -> list[int]:
@@ -92,12 +101,10 @@ class Program:
 
     def load_ranks(self) -> dict[str, int]:
         """How many indices each load takes, by source name."""
-        found = _all_loads(self.keep)
-        return {name: len(index) for name, index in found}
+        return {load.source: len(load.index) for part in self._parts() for load in loads(part)}
 
-
-def _all_loads(keeps: Iterable[Pred]) -> list[tuple[str, tuple]]:
-    return [(load.source, load.index) for keep in keeps for load in loads(keep)]
+    def _parts(self) -> list[Expr | Pred]:
+        return [*self.keep, *bias_parts(self.bias), *bias_parts(self.sink or ())]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,4 +115,6 @@ def _parse(text: str) -> Program:
         raise InputError(f"program version {version} can't be read by this sparsify (it reads {VERSION})")
     fields["keep"] = tuple(parse_pred(keep) for keep in fields["keep"])
     fields["heads"] = tuple(fields["heads"])
+    fields["bias"] = from_data(fields["bias"])
+    fields["sink"] = None if fields["sink"] is None else from_data(fields["sink"])
     return Program(**fields)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from sparsify import patterns as p
+from sparsify.bias import Bias, Term
 from sparsify.patterns import Pattern
+from sparsify.text import parse_expr, parse_pred
 
 # keep(h, q, k, n) in plain Python integers: what the constructors' docstrings promise, written a second time.
 Rule = Callable[[int, int, int, int], bool]
@@ -79,3 +81,28 @@ shapes = st.one_of(
     st.tuples(st.integers(1, 8), st.integers(8, 80)).map(lambda t: (*t, None)),
     st.tuples(st.integers(1, 50), st.integers(1, 50), st.integers(-30, 60)),
 )
+
+
+def term(factor: float = 1.0, loads: str = "", integer: str = "1", where: str = "True") -> Term:
+    """A term by its texts; loads are apart by spaces."""
+    read = tuple(parse_expr(load) for load in loads.split())
+    return Term(factor, read, parse_expr(integer), parse_pred(where))  # type: ignore[arg-type]
+
+
+# Biases over loads `_0` (H,), `_1` (H, Nq + Nk - 1), `_2` (B, Nk) and `_3` (B, H, Nq, Nk), with q from row 0.
+BIASES: dict[str, Bias] = {
+    "alibi": (term(loads="_0[h]", integer="k - q"),),
+    "alibi both ways": (term(-1.0, "_0[h]", "max(k - q, q - k)"),),
+    "relative": (term(loads="_1[h,k-q+Nq-1]"),),
+    "key": (term(0.5, "_2[b,k]"),),
+    "key in part": (term(2.0, "_2[b,k]", where="k <= q"), term(-1.5, where="k % 3 == 0")),
+    "tensor": (term(loads="_3[b,h,q,k]"),),
+    "sum": (term(loads="_1[h,k-q+Nq-1]"), term(loads="_3[b,0,q,k]"), term(0.1, integer="q // 4 - k // 4")),
+    "product": (term(loads="_0[h] _2[b,k]", integer="k % 5"),),
+}
+SINKS: dict[str, Bias | None] = {
+    "none": None,
+    "by head": (term(loads="_0[h]"),),
+    "by row": (term(loads="_1[h,q]"),),
+    "constant": (term(0.0),),
+}

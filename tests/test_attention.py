@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import composed, shapes
+from strategies import BIASES, SINKS, composed, shapes, term
 
 import sparsify
 from sparsify.codegen.oracle import oracle
@@ -37,6 +37,32 @@ def test_the_null_target_is_the_oracle(one, other, shape, kind, head_dim):
     offset = k_len - q_len if q_offset is None else q_offset
     truth = oracle(Launch(program, q, k, v, mask, (), offset, head_dim**-0.5))
     torch.testing.assert_close(found.double(), truth, atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=40)
+@given(composed(), st.integers(1, 50), st.integers(1, 70), st.sampled_from([*BIASES]), st.sampled_from([*SINKS]))
+def test_the_null_target_adds_biases_and_sinks(rule, q_len, k_len, bias, sink):
+    q, k, v = draw(2, 4, q_len, 8), draw(2, 2, k_len, 8), draw(2, 2, k_len, 8)
+    loads = (draw(4), draw(4, q_len + k_len), draw(2, k_len), draw(2, 4, q_len, k_len))
+    loads[3][:, :, :, ::3] = -torch.inf
+    program = Program.of([rule[0].keep()] * 4, loads=4, bias=BIASES[bias], sink=SINKS[sink], target="null")
+    assert Program.parse(program.text()) == program
+    launch = Launch(program, q, k, v, None, loads, 0, 0.3)
+    found = torch.ops.sparsify.attention(q, k, v, None, list(loads), 0, 0.3, program.text())
+    torch.testing.assert_close(found.double(), oracle(launch), atol=1e-6, rtol=1e-6)
+
+
+def test_biases_and_sinks_by_hand():
+    q, k, v, slopes, sinks_ = draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(2), draw(3)[:2]
+    program = Program.of([causal().keep()] * 2, loads=2, bias=BIASES["alibi"], sink=(term(loads="_1[h]"),))
+    launch = Launch(program, q, k, v, None, (slopes, sinks_), 0, 0.5)
+    at = torch.arange(9)
+    scores = q @ k.mT * 0.5 + slopes[:, None, None] * (at - at[:, None])
+    scores = torch.cat(
+        [scores.masked_fill(at > at[:, None], -torch.inf), sinks_.view(1, 2, 1, 1).expand(1, 2, 9, 1)], -1
+    )
+    expected = torch.softmax(scores, -1)[..., :9] @ v
+    torch.testing.assert_close(oracle(launch).float(), expected)
 
 
 def test_it_is_scaled_dot_product_attention_where_nothing_is_sparse():

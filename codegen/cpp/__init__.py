@@ -39,6 +39,8 @@ class CppTarget:
                 return Refusal(f"{what} size {size} is outside the C++ target's 1 to {MAX_SIZE}")
         if any(rank > 4 for rank in program.load_ranks().values()):
             return Refusal("a mask is indexed by more than 4 dimensions", hint="drop the dimensions of size 1")
+        if program.bias or program.sink is not None:
+            return Refusal("the C++ target adds no biases and no sinks to scores")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:

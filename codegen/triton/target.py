@@ -49,6 +49,8 @@ class TritonTarget:
                 f"head size {max(head_dim, value_dim)} is above the {MAX_HEAD_DIM} that the triton target can hold",
                 hint="use the cpp target",
             )
+        if program.bias or program.sink is not None:
+            return Refusal("the triton target adds no biases and no sinks to scores")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
