@@ -10,7 +10,10 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.aliasing import Writes
-from sparsify.passes.heads import merged_from, split_heads, unrepeat
+from sparsify.passes.forms.heads import merged_from, split_heads, unrepeat
+from sparsify.passes.forms.products import Weighted, weighted
+from sparsify.passes.forms.scores import Scores, climb, reaches_product, regroups
+from sparsify.passes.forms.sources import kind_of
 from sparsify.passes.nodes import (
     ATEN,
     CASTS,
@@ -26,11 +29,8 @@ from sparsify.passes.nodes import (
     same_sizes,
     shape,
 )
-from sparsify.passes.products import Weighted, weighted
 from sparsify.passes.runner import Capture
-from sparsify.passes.scores import Scores, climb, reaches_product, regroups
 from sparsify.passes.site import Mask, Site
-from sparsify.passes.sources import kind_of
 
 WHOLE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "flex_attention")  # hide an attention
 

@@ -13,9 +13,9 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.expr import TRUE, And, Expr, Ge, Load, Pred, Var, conjunction
-from sparsify.passes.describe import describe, load_names
+from sparsify.passes.masks.describe import describe, load_names
+from sparsify.passes.masks.raise_mask import HINT, RaisedMask, load_tensors, raise_mask
 from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
-from sparsify.passes.raise_mask import HINT, RaisedMask, load_tensors, raise_mask
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
 from sparsify.walk import loads, rewrite, substitute, variables

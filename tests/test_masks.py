@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from retrace import Traced, compile_and_trace, trace
 
 from sparsify.errors import Refusal
-from sparsify.passes.check_raised import check_raised
-from sparsify.passes.describe import describe, load_names
-from sparsify.passes.raise_mask import RaisedMask, load_tensors, raise_mask
+from sparsify.passes.masks.check_raised import check_raised
+from sparsify.passes.masks.describe import describe, load_names
+from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask
 from sparsify.text import parse_expr, parse_pred
 
 MIN, INF = torch.finfo(torch.float32).min, float("inf")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.errors import Refusal
+from sparsify.passes.forms.products import Product, product
 from sparsify.passes.nodes import (
     ATEN,
     CASTS,
@@ -26,7 +27,6 @@ from sparsify.passes.nodes import (
     shape,
     size,
 )
-from sparsify.passes.products import Product, product
 from sparsify.passes.site import Mask
 
 PROJECTIONS = ("linear", "addmm", "mm", "conv1d", "embedding")

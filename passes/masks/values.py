@@ -32,7 +32,7 @@ from sparsify.expr import (
     negate,
     select,
 )
-from sparsify.passes.box import Box
+from sparsify.passes.masks.box import Box
 from sparsify.walk import substitute
 
 DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsify.expr import Expr, Load, Var, as_expr, constant, floordiv, maximum, minimum, mod
-from sparsify.passes.index_values import Opaque
+from sparsify.passes.masks.values import Opaque
 
 
 class Scalars:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.raise_mask import DROPPED, RaisedMask, raise_mask
+from sparsify.passes.masks.raise_mask import DROPPED, RaisedMask, raise_mask
 from sparsify.walk import evaluate
 
 

@@ -27,8 +27,8 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.expr import FALSE, TRUE, And, Expr, Load, Or, Pred, Var, as_expr, conjunction, disjunction, negate
-from sparsify.passes.index_values import DROPPED, Element, Opaque, Pieces, as_bool
-from sparsify.passes.mask_elements import Elements, is_one
+from sparsify.passes.masks.elements import Elements, is_one
+from sparsify.passes.masks.values import DROPPED, Element, Opaque, Pieces, as_bool
 from sparsify.text import POSITIONS
 from sparsify.walk import loads, rewrite, substitute, variables
 

@@ -13,11 +13,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sparsify.expr import Expr, as_expr, conjunction, constant, eq, select
-from sparsify.passes.index_values import Element, Opaque, as_int, pick
+from sparsify.passes.masks.values import Element, Opaque, as_int, pick
 from sparsify.walk import loads, variables
 
 if TYPE_CHECKING:
-    from sparsify.passes.mask_elements import Elements
+    from sparsify.passes.masks.elements import Elements
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Elements", fx.Node, Index], Element]

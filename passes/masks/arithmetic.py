@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from sparsify.expr import Expr, Pred, Select, as_expr, constant, maximum, minimum, negate, select
-from sparsify.passes.index_values import Element, Opaque, Pieces, as_bool, as_int, combine, compare, pick
-from sparsify.passes.mask_indices import Index, Rule, argument
+from sparsify.passes.masks.indices import Index, Rule, argument
+from sparsify.passes.masks.values import Element, Opaque, Pieces, as_bool, as_int, combine, compare, pick
 
 if TYPE_CHECKING:
-    from sparsify.passes.mask_elements import Elements
+    from sparsify.passes.masks.elements import Elements
 
 
 def _operands(el: Elements, node: fx.Node, index: Index, count: int) -> list[Element]:

@@ -12,8 +12,11 @@ from torch._ops import OpOverload
 
 from sparsify.expr import FALSE, TRUE, Eq, Expr, Ge, Load, Not, Test, Var, as_expr, maximum, minimum
 from sparsify.passes.aliasing import Writes
-from sparsify.passes.box import Box
-from sparsify.passes.index_values import (
+from sparsify.passes.masks.arithmetic import ARITHMETIC_RULES
+from sparsify.passes.masks.box import Box
+from sparsify.passes.masks.indices import INDEX_RULES, Index
+from sparsify.passes.masks.scalars import Scalars
+from sparsify.passes.masks.values import (
     Element,
     Opaque,
     Pieces,
@@ -23,9 +26,6 @@ from sparsify.passes.index_values import (
     assumes_binary,
     combine,
 )  # fmt: skip
-from sparsify.passes.mask_arithmetic import ARITHMETIC_RULES
-from sparsify.passes.mask_indices import INDEX_RULES, Index
-from sparsify.passes.scalars import Scalars
 from sparsify.walk import loads, variables
 
 RULES = INDEX_RULES | ARITHMETIC_RULES
