@@ -16,6 +16,7 @@ from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.runner import Capture, Pass, PassRecord, run
+from sparsify.passes.settle import Settle
 from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
@@ -34,6 +35,7 @@ def pipeline(spec: Any = None, target: str = "auto", placed: bool = True, exact:
         AttachSpec(spec, placed),
         ChooseTarget(target),
         Splice(),
+        Settle(),
     )
 
 
