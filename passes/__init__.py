@@ -37,7 +37,7 @@ def pipeline(
         RecoverMasks(exact),
         AttachSpec(spec, placed),
         ChooseTarget(target),
-        *([Crossover()] if crossover else []),
+        Crossover(crossover),
         Splice(),
     )
 

@@ -53,10 +53,14 @@ class Crossover:
 
     Before: sites with their targets.
     After:  `site.dense` says why, where dense attention wins; such a site is no longer open.
+
+    enabled: whether to do so.
     """
 
+    enabled: bool = True
+
     def __call__(self, capture: Capture) -> None:
-        for site in capture.open_sites():
+        for site in capture.open_sites() if self.enabled else ():
             if site.target == "cpp" and set(site.programs) == {site.keep}:
                 site.dense = why_dense(site)
 
