@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 ENTER = torch._functorch.predispatch._vmap_increment_nesting
 LEAVE = torch._functorch.predispatch._vmap_decrement_nesting
 PREPARE = torch._functorch.predispatch.lazy_load_decompositions
+PLACE = ("nn_module_stack", "stack_trace")
 TRANSFORMS = "torch._functorch.predispatch"
 
 
@@ -30,12 +31,13 @@ def without_vmap(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule
     regions = list(_regions(module.graph))
     if not regions:
         return module
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
     inside = {node: region for region in regions for node in region}
     for node in module.graph.nodes:
         region = inside.get(node)
         if region is None:
-            nodes[node] = graph.node_copy(node, lambda old: nodes[old])
+            nodes[node] = graph.node_copy(node, nodes.__getitem__)
             if hasattr(node, "_dynamo_source"):
                 nodes[node]._dynamo_source = node._dynamo_source
         elif node is region[-1]:
