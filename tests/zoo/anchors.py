@@ -7,6 +7,7 @@ operators that hold a whole layer. So the real model runs eagerly under a dispat
 from __future__ import annotations
 
 from collections import Counter
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ ANCHORS = ("_softmax", "_safe_softmax", "_transformer_encoder_layer_fwd", "_nati
 SDPA = "_scaled_dot_product_"
 
 
-class _Count(TorchDispatchMode):
+class Softmaxes(TorchDispatchMode):
+    """Counts the softmaxes that run inside it, by the module that `stack` ends with."""
+
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
@@ -38,7 +41,7 @@ class _Count(TorchDispatchMode):
 def softmaxes(model: nn.Module, call: Call) -> Counter[str]:
     """How many softmaxes each module of `model(**call)` runs itself, by the module's path."""
     names = {module: name for name, module in model.named_modules()}
-    mode = _Count()
+    mode = Softmaxes()
 
     def enter(module: nn.Module, _args: Any) -> None:
         mode.stack.append(names.get(module, mode.stack[-1] if mode.stack else ""))
@@ -56,13 +59,12 @@ def softmaxes(model: nn.Module, call: Call) -> Counter[str]:
     return mode.found
 
 
-def expected(entry: Entry, model: nn.Module, call: Call) -> Counter[str]:
-    """The attention sites of one forward by module: its softmaxes without those that the entry says are others."""
-    from fnmatch import fnmatchcase
-
+def expected(entry: Entry, model: nn.Module, call: Call) -> tuple[Counter[str], int]:
+    """The attention sites of one forward by module, and how many softmaxes are others, as the entry says."""
     found = softmaxes(model, call)
+    total = found.total()
     for path in list(found):
         for glob, number in entry.others.items():
             if fnmatchcase(path, glob):
                 found[path] -= found[path] if number < 0 else number
-    return +found
+    return +found, total - (+found).total()

@@ -137,10 +137,11 @@ class TimmWindowAttention(nn.Module):
 
 
 class Packed(nn.Module):
-    """flex_attention itself, with causal masking inside documents and a score mod."""
+    """flex_attention with causal masking inside documents and a score mod, or the same by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, flex: bool) -> None:
         super().__init__()
+        self.flex = flex
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x: Tensor, documents: Tensor) -> Tensor:
@@ -155,6 +156,12 @@ class Packed(nn.Module):
         def near(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return score - (q_idx - kv_idx) * 0.125
 
+        if not self.flex:
+            at = torch.arange(T)
+            kept = (at[:, None] >= at) & (documents[:, :, None] == documents[:, None])
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 - (at[:, None] - at) * 0.125
+            weights = torch.where(kept[:, None], scores, -torch.inf).softmax(dim=-1)
+            return (weights @ v).transpose(1, 2).reshape(B, T, C)
         block_mask = create_block_mask(keep, B, None, T, T, device="cpu")
         y = flex_attention(q, k, v, score_mod=near, block_mask=block_mask)
         return y.transpose(1, 2).reshape(B, T, C)

@@ -77,7 +77,8 @@ def _windows(implementation: str) -> nn.Module:
 
 _half = torch.arange(LENGTH) // 9
 ROWS = [
-    plain("flex_attention(direct)", lambda _: Packed(), {"padded": given(x=X, documents=_half.expand(BATCH, -1))}),
+    plain("flex_attention(direct)", lambda how: Packed(how == "flex_attention"),
+          {"documents": given(x=X, documents=_half.expand(BATCH, -1))}, ("eager", "flex_attention")),
     plain("gpt-fast-style", lambda how: FastAttention(how == "gqa"),
           {"plain": given(x=X, input_pos=torch.arange(LENGTH)),
            "decode static": given(x=X[:, :1], input_pos=torch.tensor([11]))}, ("repeated", "gqa")),
