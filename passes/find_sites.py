@@ -20,11 +20,10 @@ from sparsify.passes.forms.sdpa import from_sdpa
 from sparsify.passes.forms.softmaxes import Softmax, softmax
 from sparsify.passes.forms.sources import kind_of, projected, weights_of
 from sparsify.passes.forms.weights import Descent, descend
+from sparsify.passes.forms.whole import bodies, is_whole, whole_site
 from sparsify.passes.nodes import is_tensor, module_path, op
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
-
-WHOLE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "flex_attention")  # hide an attention
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,31 @@ class FindSites:
     """
 
     def __call__(self, capture: Capture) -> None:
-        finder = Finder(capture)
+        finder = Finder(capture.graph, weights_of(capture.graph, capture.example_inputs))
         for node in list(capture.graph.nodes):
-            site = finder.site(node)
-            if site is None:
-                continue
-            site.address = module_path(node, capture.names) or capture.home
-            site.layer = _layer(site.address, len(capture.sites))
-            if site.refusal is None:
-                site.kind = kind_of(site.q, site.k)
-            capture.sites.append(site)
+            for site in [finder.site(node), *_inside(node)]:
+                if site is not None:
+                    _add(site, node, capture)
+
+
+def _add(site: Site, node: fx.Node, capture: Capture) -> None:
+    site.address = module_path(node, capture.names) or capture.home
+    site.layer = _layer(site.address, len(capture.sites))
+    if site.refusal is None:
+        site.kind = kind_of(site.q, site.k)
+    capture.sites.append(site)
+
+
+def _inside(node: fx.Node) -> list[Site]:
+    """The sites of graphs that a node decides to call, all refused: what is known of them ends at that node."""
+    sites = []
+    for body in bodies(node):
+        finder = Finder(body, weights_of(body, ()), reads_only=True)
+        sites += [Site(node, node, site.form) for inner in body.nodes if (site := finder.site(inner)) is not None]
+    for site in sites:
+        reason = f"the attention is inside a graph that {getattr(node.target, '_name', node.name)} calls"
+        site.refuse(reason, "call the module without it, or under torch.no_grad() if it is a checkpoint")
+    return sites
 
 
 def _layer(address: str, ordinal: int) -> int:
@@ -57,28 +71,22 @@ def _layer(address: str, ordinal: int) -> int:
 
 
 class Finder:
-    """Reads the sites of one graph."""
+    """Reads the sites of one graph; with `reads_only` it adds no nodes for them."""
 
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
+    def __init__(self, graph: fx.Graph, weights: set[fx.Node], reads_only: bool = False) -> None:
+        self.graph, self.weights, self.reads_only = graph, weights, reads_only
         self.failed: dict[fx.Node, Refusal] = {}
 
     @cached_property
-    def weights(self) -> set[fx.Node]:
-        return weights_of(self.capture)
-
-    @cached_property
     def writes(self) -> Writes:
-        return Writes(self.capture.graph)
+        return Writes(self.graph)
 
     def site(self, node: fx.Node) -> Site | None:
         name = op(node)
         if name == "scaled_dot_product_attention":
             return self._arranged(Site(node, node, "sdpa"), from_sdpa)
-        if name in WHOLE or getattr(node.target, "_name", None) in WHOLE:
-            site = Site(node, node, name or str(node.target))
-            site.refuse("an attention inside one operator that hides it", "turn off the fused fast path of this layer")
-            return site
+        if is_whole(node):
+            return whole_site(node)
         found = softmax(node)
         return None if found is None or not is_tensor(found.scores) else self._from_softmax(found)
 
@@ -114,7 +122,7 @@ class Finder:
     def _arranged(self, site: Site, read: Any) -> Site:
         try:
             parts = read(site)
-            if site.refusal is None:
+            if site.refusal is None and not self.reads_only:
                 assemble(site, parts)
         except Unplaced as why:
             site.refuse(str(why))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from sparsify.expr import TRUE, Expr, Load, Pred, Sum, Test, Var
+from sparsify.expr import FALSE, TRUE, Expr, Load, Pred, Sum, Test, Var
 from sparsify.patterns.interior import has_gaps, interiors
 from sparsify.patterns.tiles import analyse
 from sparsify.program import Program
@@ -133,16 +133,17 @@ def holes(program: Program, name: str, dtype: str, head_dim: int, value_dim: int
 
 def _rule(program: Program, number: int, printer: _TritonPrinter) -> dict[str, Any]:
     pred, text = program.keep[number], printer.text
-    rule = analyse(pred)
+    rule = analyse(pred).without_data()
+    inside = [one for one in interiors(pred) if not one.data_bounds()]
     return {
         "heads": _ranges(program, number),
         "text": to_text(pred),
         "keep": "" if pred == TRUE else f" & {text(pred)}",
         "empty": text(rule.empty),
         "full": text(rule.full),
-        "gaps": has_gaps(pred),
+        "gaps": rule.empty != FALSE and has_gaps(pred),
         "bands": [_interval(band.low, band.high, text) | {"unless": text(band.unless)} for band in rule.bands],
-        "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in interiors(pred)],
+        "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in inside],
     }
 
 

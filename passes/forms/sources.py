@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from sparsify.passes.nodes import is_tensor, op, same, shape
-from sparsify.passes.runner import Capture
 
 PROJECTIONS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0, "conv1d": 0}
 PRODUCTS = (*PROJECTIONS, "bmm", "baddbmm", "einsum", "tensordot", "conv2d", "conv3d", "embedding")
@@ -47,11 +47,11 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-def weights_of(capture: Capture) -> set[fx.Node]:
+def weights_of(graph: fx.Graph, example_inputs: Sequence[Any]) -> set[fx.Node]:
     """The parameters and the tensors that are made of parameters alone without a projection: codebooks, queries."""
     found: set[fx.Node] = set()
-    inputs = iter(capture.example_inputs)
-    for node in capture.graph.nodes:
+    inputs = iter(example_inputs)
+    for node in graph.nodes:
         if node.op == "placeholder":
             weight = isinstance(next(inputs, None), torch.nn.Parameter)
         elif node.op == "get_attr":
