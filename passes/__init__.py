@@ -12,6 +12,7 @@ from sparsify.passes.attach_spec import AttachSpec
 from sparsify.passes.canonicalise import Canonicalise
 from sparsify.passes.check_sites import CheckSites
 from sparsify.passes.choose_target import ChooseTarget
+from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
 from sparsify.passes.recover_masks import RecoverMasks
@@ -20,10 +21,13 @@ from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
 
-def pipeline(spec: Any = None, target: str = "auto", placed: bool = True, exact: bool = False) -> tuple[Pass, ...]:
+def pipeline(
+    spec: Any = None, target: str = "auto", placed: bool = True, exact: bool = False, crossover: bool = True
+) -> tuple[Pass, ...]:
     """The passes in their order.
 
-    placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven.
+    placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven;
+    crossover: leave sites to Inductor where dense attention is faster.
     """
     return (
         Canonicalise(),
@@ -33,6 +37,7 @@ def pipeline(spec: Any = None, target: str = "auto", placed: bool = True, exact:
         RecoverMasks(exact),
         AttachSpec(spec, placed),
         ChooseTarget(target),
+        Crossover(crossover),
         Splice(),
     )
 

@@ -37,8 +37,8 @@ class Capture:
         return self.module.graph
 
     def open_sites(self) -> list[Site]:
-        """The sites that no pass has refused so far."""
-        return [site for site in self.sites if site.refusal is None]
+        """The sites that no pass has refused or left to Inductor so far."""
+        return [site for site in self.sites if site.open]
 
 
 class Pass(Protocol):

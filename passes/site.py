@@ -39,7 +39,8 @@ class Site:
     sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
     rest: the tensor mask that stays (a node) with its kind.
-    programs: the final predicate of every query head. notes: what a reader should know of a site that is rewritten.
+    programs: the final predicate of every query head. dense: why the attention is left to Inductor as it stands, for
+    it is faster there; "" if it isn't. notes: what a reader should know of a site that is rewritten.
     """
 
     anchor: fx.Node
@@ -72,8 +73,14 @@ class Site:
     patterns: tuple[Any, ...] | None = None
     programs: tuple[Pred, ...] = ()
     target: str = ""
+    dense: str = ""
     refusal: Refusal | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def open(self) -> bool:
+        """Whether the site is to be rewritten, as far as is known."""
+        return self.refusal is None and not self.dense
 
     def refuse(self, reason: str, hint: str = "", node: fx.Node | None = None) -> None:
         """Marks the site as refused; the first reason stays."""

@@ -36,7 +36,7 @@ def sparsify_backend(
         chosen = Options.read(options)
         capture = captured(gm, example_inputs, chosen)
         report_refusals(capture.sites, chosen.strict)
-    rewritten = any(site.refusal is None for site in capture.sites)
+    rewritten = any(site.open for site in capture.sites)
     return compile_rest(capture.module if rewritten else gm, example_inputs, chosen.inner, mode)
 
 
@@ -45,7 +45,7 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     root = Root.find()
     capture = Capture(gm, list(example_inputs), root.names, root.path)
     placed = options.spec is None or not root.partial or root.guard()
-    run(pipeline(options.spec, options.target, placed, exact=options.strict), capture)
+    run(pipeline(options.spec, options.target, placed, options.strict, options.crossover), capture)
     if options.spec is not None:
         check_rules(options.spec, root.modules(), capture.sites)
     return capture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparsify.errors import InputError, nearest
 
+SWITCH = ("1", "0")
 ISAS = ("avx512", "avx2", "portable")
 TARGETS = ("auto", "cpp", "triton", "null")
 
@@ -24,6 +25,11 @@ def cache_dir() -> Path:
 def target() -> str:
     """SPARSIFY_TARGET: auto (default), cpp, triton or null."""
     return _one_of("SPARSIFY_TARGET", "auto", TARGETS)
+
+
+def crossover() -> bool:
+    """SPARSIFY_CROSSOVER: 1 (default) leaves sites where dense attention wins to Inductor, 0 rewrites them, too."""
+    return _one_of("SPARSIFY_CROSSOVER", "1", SWITCH) != "0"
 
 
 def isa() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -11,15 +11,14 @@ from torch import fx
 
 from sparsify.backend import captured, errors_as_they_are
 from sparsify.errors import SpecError
-from sparsify.expr import TRUE, And, Or, Pred, conjunction, disjunction
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
 from sparsify.passes.attach_spec import info
+from sparsify.passes.density import density_of
 from sparsify.passes.nodes import value
 from sparsify.patterns import dense
-from sparsify.patterns.count import kept_pairs
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
-from sparsify.walk import loads, substitute, variables
+from sparsify.walk import loads
 
 __all__ = ["Report", "explain"]
 
@@ -95,31 +94,11 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         patterns=patterns,
         density=density,
         at_most=density is not None and unknown,
-        target=site.target if site.refusal is None else "",
+        target=site.target if site.open else "",
+        dense=site.dense,
         refusal=site.refusal,
         notes=tuple(site.notes),
     )
-
-
-def density_of(rules: Sequence[Pred], q_len: int, k_len: int, q_offset: int) -> float:
-    """The share of all triples that the rules of a site's heads keep, with every load taken as true."""
-    known = [without_loads(rule) for rule in rules]
-    counts: dict[tuple[Pred, int], int] = {}
-    for head, rule in enumerate(known):
-        where = (rule, head if "h" in variables(rule) else 0)
-        if where not in counts:
-            at = substitute(rule, {"h": where[1]})
-            counts[where] = kept_pairs(at, 1, q_len, k_len, q_offset)
-    kept = sum(counts[rule, head if "h" in variables(rule) else 0] for head, rule in enumerate(known))
-    return kept / (len(known) * q_len * k_len)
-
-
-def without_loads(rule: Pred) -> Pred:
-    """The most that a rule can keep, whatever the tensors hold that it reads."""
-    if isinstance(rule, And | Or):
-        join = conjunction if isinstance(rule, And) else disjunction
-        return join(map(without_loads, rule.parts))
-    return TRUE if loads(rule) else rule
 
 
 def _sizes(node: fx.Node | None, *dims: int) -> list[int | None]:

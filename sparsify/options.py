@@ -19,12 +19,15 @@ class Options:
 
     spec: a path, a dict or a `sparsify.Spec`; without one the model's own masks run.
     strict: a site that is refused raises RefusedError instead of staying dense.
+    crossover: whether a site to which the spec gives nothing stays with Inductor where dense attention is faster; by
+    default what SPARSIFY_CROSSOVER says, which is yes.
     target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
     inner: who compiles the rest of the graph: "inductor" or "eager".
     """
 
     spec: Any = None
     strict: bool = False
+    crossover: bool = True
     target: str = "auto"
     inner: str = "inductor"
 
@@ -38,11 +41,12 @@ class Options:
         for name in given:
             if name not in names:
                 raise InputError(f"unknown option {name!r}; {nearest(str(name), names)}")
-        values = {"target": env.target(), **given}
+        values = {"target": env.target(), "crossover": env.crossover(), **given}
         _one_of("target", values["target"], env.TARGETS)
         _one_of("inner", values.get("inner", "inductor"), INNERS)
-        if not isinstance(values.get("strict", False), bool):
-            raise InputError(f"option 'strict': expected True or False, found {values['strict']!r}")
+        for name in ("strict", "crossover"):
+            if not isinstance(values.get(name, False), bool):
+                raise InputError(f"option '{name}': expected True or False, found {values[name]!r}")
         return cls(**{**values, "spec": read_spec(values.get("spec"))})
 
 

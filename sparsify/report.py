@@ -23,7 +23,8 @@ class SiteReport:
     head, `dense()` where the spec says nothing (the model's mask applies as well).
     density: the share of all (head, query, key) triples that is kept, None where it was not computed; `at_most` if
     tensors that are known at run time only, such as padding, may drop more.
-    target: what runs it, "" for a refused site; refusal: why it stays as it was, or None; notes: what else to know.
+    target: what runs it, "" for a site that stays as it is; dense: why dense attention wins there, so that it is left
+    to Inductor, or ""; refusal: why it can't be rewritten, or None; notes: what else to know.
     """
 
     address: str
@@ -42,6 +43,17 @@ class SiteReport:
     target: str
     refusal: Refusal | None
     notes: tuple[str, ...] = ()
+    dense: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        return self.refusal is None and not self.dense
+
+    def outcome(self) -> str:
+        """What runs the site, in a word or two."""
+        if self.rewritten:
+            return self.target
+        return "dense (Inductor)" if self.refusal is None else "refused"
 
     def pattern_text(self) -> str:
         """The patterns with the heads that have them: `0-3: dense; 4-7: window(64)`."""
@@ -87,7 +99,7 @@ class Report:
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
-        return tuple(site for site in self.sites if site.refusal is None)
+        return tuple(site for site in self.sites if site.rewritten)
 
     @property
     def refused(self) -> tuple[SiteReport, ...]:
@@ -119,8 +131,7 @@ class Report:
         table.add_column("density", justify="right")
         table.add_column("target")
         for address, site in _folded(self.sites):
-            outcome = site.target if site.refusal is None else "refused"
-            cells = (address, _short(site.form), site.mask, site.pattern_text(), site.density_text(), outcome)
+            cells = (address, _short(site.form), site.mask, site.pattern_text(), site.density_text(), site.outcome())
             table.add_row(*map(_escaped, cells))
         return Group(table, *self._lines())
 
@@ -130,10 +141,11 @@ class Report:
 
     def _lines(self) -> list[str]:
         refused = [f"refused: {address}: {site.refusal}" for address, site in _folded(self.refused)]
+        dense = [f"dense: {address}: {site.dense}" for address, site in _folded(self.sites) if site.dense]
         notes = [f"note: {address}: {note}" for address, site in _folded(self.sites) for note in site.notes]
         graphs = [f"note: graph {i}: {note}" for i, graph in enumerate(self.graphs) for note in graph.notes]
         seconds = f"passes: {sum(step.seconds for step in self.passes):.2f} s" if self.passes else ""
-        return [_escaped(line) for line in (*refused, *notes, *graphs, seconds) if line]
+        return [_escaped(line) for line in (*refused, *dense, *notes, *graphs, seconds) if line]
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -176,7 +188,18 @@ def _folded(sites: Iterable[SiteReport]) -> list[tuple[str, SiteReport]]:
 def _key(site: SiteReport) -> Any:
     where = re.sub(r"\d+", "#", site.address) if site.layer is not None else site.address
     refusal = None if site.refusal is None else (site.refusal.reason, site.refusal.hint)
-    return where, site.graph, site.form, site.mask, site.patterns, site.density, site.target, refusal, site.notes
+    return (
+        where,
+        site.graph,
+        site.form,
+        site.mask,
+        site.patterns,
+        site.density,
+        site.target,
+        refusal,
+        site.notes,
+        site.dense,
+    )
 
 
 def _address(group: list[SiteReport]) -> str:

@@ -9,6 +9,8 @@ import tempfile
 # shared by all runs on the machine, so that a second run of the tests builds nothing twice.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SPARSIFY_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sparsify-tests-{os.getuid()}"))
+# Tests are about what is rewritten; at their tiny sizes dense attention would win nearly everywhere.
+os.environ.setdefault("SPARSIFY_CROSSOVER", "0")
 
 import pytest
 from hypothesis import HealthCheck, settings

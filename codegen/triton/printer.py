@@ -12,7 +12,7 @@ from sparsify.bias import Term
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
 from sparsify.expr import FALSE, TRUE, And, Expr, Pred, conjunction
 from sparsify.patterns.interior import has_gaps, interiors
-from sparsify.patterns.tiles import always, analyse
+from sparsify.patterns.tiles import analyse
 from sparsify.program import Program
 from sparsify.text import to_text
 from sparsify.walk import variables
@@ -113,24 +113,25 @@ def holes(
 def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, Any]:
     pred, text = program.keep[number], printer.text
     closed, beside = _split(pred)
-    rule = analyse(pred)
+    rule = analyse(pred).without_data()
+    inside = [one for one in interiors(closed) if not one.data_bounds()]
     return {
         "heads": _ranges(program, number),
         "text": to_text(pred),
         "keep": "" if pred == TRUE else f" & {text(pred)}",
         "beside": "" if beside == TRUE else f" & {text(beside)}",
         "empty": text(rule.empty),
-        "full": text(analyse(closed).full),
-        "gaps": has_gaps(pred),
+        "full": text(analyse(closed).without_data().full),
+        "gaps": rule.empty != FALSE and has_gaps(pred),
         "bands": [_interval(band.low, band.high, text) | {"unless": text(band.unless)} for band in rule.bands],
-        "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in interiors(closed)],
+        "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in inside],
     }
 
 
 def _split(pred: Pred) -> tuple[Pred, Pred]:
     """The conditions that can be known to hold on a whole tile, and those that are tested on every tile."""
     parts = pred.parts if isinstance(pred, And) else (pred,)
-    tested = [part for part in parts if always(part) == FALSE]
+    tested = [part for part in parts if analyse(part).without_data().full == FALSE]
     return conjunction(part for part in parts if part not in tested), conjunction(tested)
 
 
