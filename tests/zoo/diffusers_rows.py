@@ -32,7 +32,9 @@ def _build(kind: str, config: Mapping[str, Any]) -> Callable[[str], nn.Module]:
     return build
 
 
-def diffusion(name: str, kind: str, calls: Mapping[str, MakeCall], only: tuple[str, ...] = SDPA, **config: Any) -> Entry:
+def diffusion(
+    name: str, kind: str, calls: Mapping[str, MakeCall], only: tuple[str, ...] = SDPA, **config: Any
+) -> Entry:
     return Entry(f"diffusers {name}", "diffusion", _build(kind, config), calls, only, package="diffusers")
 
 

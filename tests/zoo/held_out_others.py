@@ -29,14 +29,15 @@ _DIFFUSERS = [
               attention_mask=torch.ones(2, 23))}, **HEADS, in_channels=4, num_single_layers=1, joint_attention_dim=32,
               axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1),
     diffusion("HunyuanDiT", "HunyuanDiT2DModel", {"padded": given(hidden_states=draw(2, 4, 8, 8), timestep=STEP / 10,
-              encoder_hidden_states=draw(2, 7, 16), text_embedding_mask=KEPT.long(), encoder_hidden_states_t5=draw(2, 7, 16),
+              encoder_hidden_states=draw(2, 7, 16), text_embedding_mask=KEPT.long(),
+              encoder_hidden_states_t5=draw(2, 7, 16),
               text_embedding_mask_t5=KEPT.long(), image_meta_size=torch.zeros(2, 6), style=torch.zeros(2).long(),
               image_rotary_emb=(draw(16, 16), draw(16, 16)))}, **HEADS, in_channels=4, patch_size=2, sample_size=8,
               hidden_size=32, mlp_ratio=2.0, cross_attention_dim=16, cross_attention_dim_t5=16,
               pooled_projection_dim=16, text_len=7, text_len_t5=7),
     diffusion("Kandinsky UNet", "UNet2DConditionModel", {"plain": given(sample=draw(2, 4, 8, 8), timestep=STEP,
-              encoder_hidden_states=None, added_cond_kwargs={"image_embeds": draw(2, 16)})}, block_out_channels=(16, 32),
-              layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8,
+              encoder_hidden_states=None, added_cond_kwargs={"image_embeds": draw(2, 16)})},
+              block_out_channels=(16, 32), layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8,
               down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
               up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
               mid_block_type="UNetMidBlock2DSimpleCrossAttn", encoder_hid_dim=16, encoder_hid_dim_type="image_proj",
@@ -45,8 +46,8 @@ _DIFFUSERS = [
               encoder_hidden_states=draw(2, 7, 16))}, **HEADS, in_channels=4, out_channels=4, cross_attention_dim=32,
               sample_size=8, patch_size=2, norm_type="ada_norm_single", caption_channels=16, video_length=2,
               activation_fn="gelu-approximate", num_embeds_ada_norm=10, norm_elementwise_affine=False),
-    diffusion("Lumina2", "Lumina2Transformer2DModel", {"padded": given(hidden_states=draw(2, 4, 8, 8), timestep=STEP / 10,
-              encoder_hidden_states=draw(2, 7, 16), encoder_attention_mask=KEPT.bool())}, sample_size=8, in_channels=4,
+    diffusion("Lumina2", "Lumina2Transformer2DModel", {"padded": given(hidden_states=draw(2, 4, 8, 8),
+              timestep=STEP / 10, encoder_hidden_states=draw(2, 7, 16), encoder_attention_mask=KEPT.bool())}, sample_size=8, in_channels=4,
               hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
               axes_dim_rope=(4, 4, 8), axes_lens=(16, 16, 16), cap_feat_dim=16, multiple_of=8),
     diffusion("Mochi", "MochiTransformer3DModel", {"padded": given(hidden_states=_video, timestep=STEP,
@@ -85,7 +86,9 @@ def _language(causal: bool, wrapper: dict[str, Any], layers: dict[str, Any]) -> 
     return build
 
 
-def xt(name: str, both: bool = True, causal: bool = True, wrapper: dict[str, Any] | None = None, **layers: Any) -> Entry:
+def xt(
+    name: str, both: bool = True, causal: bool = True, wrapper: dict[str, Any] | None = None, **layers: Any
+) -> Entry:
     """One row of x-transformers: causal ones plainly, and with padding on the right."""
     calls = {"plain": given(x=ids), "padded": given(x=ids, mask=padding(left=False).bool())}
     if layers.get("cross_attend"):

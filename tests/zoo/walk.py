@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify import bias, walk
 from sparsify.backend import captured
+from sparsify.expr import Load
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
 from sparsify.passes.nodes import op
@@ -67,7 +69,8 @@ class Result:
 
     expected: attention sites that ran, outside: those that Dynamo put into no graph (it left their code to Python, or
     nothing reads their result); found: those that the passes made a site of; false: sites that are none.
-    refused: by reason; masks: sites by how their mask is known. missed: what is known of the rest, for people.
+    refused: by reason; masks: sites by how their mask is known (`mask_kind`). missed: what is known of the rest, for
+    people. milliseconds: what all passes took.
     error: the walk of this variant failed; failed_in: "dynamo" where Dynamo alone fails, too.
     """
 
@@ -76,6 +79,7 @@ class Result:
     implementation: str
     call: str
     dynamic: bool
+    held_out: bool = False
     expected: int = 0
     outside: int = 0
     found: int = 0
@@ -90,17 +94,21 @@ class Result:
     error: str = ""
     failed_in: str = ""
 
+    @property
+    def name(self) -> str:
+        return f"{self.entry} {self.implementation} {self.call}{' dynamic' if self.dynamic else ''}"
 
-def walk(variant: Variant) -> Result:
+
+def walked(variant: Variant) -> Result:
     """Builds the variant, runs it once eagerly and once under Dynamo with the passes."""
     entry = variant.entry
-    result = Result(entry.name, entry.family, variant.implementation, variant.call, variant.dynamic)
+    result = Result(entry.name, entry.family, variant.implementation, variant.call, variant.dynamic, entry.held_out)
     model = entry.build(variant.implementation)
     wanted, others = _wanted(variant, model)
     result.expected = wanted.total()
     recorder = Recorder()
     try:
-        _run(model, entry.calls[variant.call](model), recorder, variant.dynamic)
+        run(model, entry.calls[variant.call](model), recorder, variant.dynamic)
     except Exception as error:
         result.error = _short(error)
         result.failed_in = "dynamo" if _dynamo_fails(variant, model) else "sparsify"
@@ -118,15 +126,16 @@ def _wanted(variant: Variant, model: nn.Module) -> tuple[Counter[str], int]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, call: Call, backend: Any, dynamic: bool) -> Any:
+def run(model: nn.Module, call: Call, backend: Any, dynamic: bool, options: dict[str, Any] | None = None) -> Any:
+    """`model(**call)` under torch.compile, with nothing left of what was compiled before."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
-        return torch.compile(model, backend=backend, dynamic=dynamic)(**call)
+        return torch.compile(model, backend=backend, dynamic=dynamic, options=options)(**call)
 
 
 def _dynamo_fails(variant: Variant, model: nn.Module) -> bool:
     try:
-        _run(model, variant.entry.calls[variant.call](model), "eager", variant.dynamic)
+        run(model, variant.entry.calls[variant.call](model), "eager", variant.dynamic)
     except Exception:
         return True
     return False
@@ -173,13 +182,20 @@ def _increase(counts: dict[str, int], name: str, times: int) -> None:
 
 
 def mask_kind(site: Site) -> str:
-    """"closed" (positions alone), "loads" (data over at most one of q and k, or a table), "tensor" (over q and k)."""
-    if site.rest is not None:
-        return "tensor"
-    from sparsify.walk import loads
+    """How a site's mask, bias and sink are known.
 
-    found = [load for rule in [site.keep] for load in loads(rule)]
-    return "loads" if found else "closed"
+    "closed": from positions alone; "data": from vectors and tables, too, such as padding or one value for each k - q;
+    "tensor": some of it is read from a tensor over queries and keys.
+    """
+    found = [*walk.loads(site.keep), *bias.loads(site.bias), *bias.loads(site.sink_bias or ())]
+    rest = getattr(site, "rest", None)
+    return "tensor" if rest is not None or any(map(_is_square, found)) else "data" if found else "closed"
+
+
+def _is_square(load: Load) -> bool:
+    """Whether a load reads a tensor that has queries in one dimension and keys in another."""
+    names = [walk.variables(index) & {"q", "k"} for index in load.index]
+    return {"q"} in names and {"k"} in names
 
 
 def chain(node: fx.Node, above: int = 6, below: int = 4) -> str:
