@@ -1,7 +1,8 @@
 """Count the softmaxes that a model runs, module by module, without any of our own code.
 
 Everything that normalises scores is one call of ATen below autograd: a softmax, one of SDPA's kernels, or one of the
-two operators that hold a whole layer. So the real model runs eagerly under a dispatch mode, which sees each of them once.
+two operators that hold a whole layer. So the real model runs eagerly under a dispatch mode, which sees each of them
+once.
 """
 
 from __future__ import annotations

@@ -46,11 +46,12 @@ def difference(variant: Variant, target: str = "cpp") -> Difference:
 
 
 def _in_double(model: nn.Module, make: Any) -> list[Tensor] | None:
-    """The outputs in float64, or None where the model's code mixes dtypes."""
+    """The outputs in float64, or None where the model's code mixes dtypes: it raises, or its mask overflows."""
     model.double()
     try:
         call = {name: _doubled(value) for name, value in make(model).items()}
-        return outputs(model(**call), call)
+        found = outputs(model(**call), call)
+        return found if all(part.isfinite().all() for part in found) else None
     except RuntimeError:
         return None
 

@@ -104,7 +104,8 @@ def markdown(results: list[Result], held_out: list[Result]) -> str:
     text = (
         f"{sums.models} further models that the rules were not written against (static shapes, {sums.runs} runs, "
         f"{sums.sites} sites): {percent(sums.found, sums.sites)} found, "
-        f"{percent(sums.rewritten, sums.sites)} rewritten, {sums.false} false. {outside} more sites ran that Dynamo put into no graph."
+        f"{percent(sums.rewritten, sums.sites)} rewritten, {sums.false} false. "
+        f"{outside} more sites ran that Dynamo put into no graph."
     )
     return "\n".join([BEGIN, *lines, "", *wrapped(text), END])
 

@@ -33,7 +33,11 @@ def plain(
     only: tuple[str, ...] = OWN,
     family: str = "plain torch",
 ) -> Entry:
-    return Entry(name, family, lambda implementation: randomised(build(implementation)), calls, only, package="torch")
+    def seeded(implementation: str) -> nn.Module:
+        torch.manual_seed(0)
+        return randomised(build(implementation))
+
+    return Entry(name, family, seeded, calls, only, package="torch")
 
 
 def _self(**call: Any) -> MakeCall:
