@@ -214,7 +214,7 @@ LOADS = [
     "not _0[b, k] or _1[0, q] < _1[0, k]",
     "_0[b, max(k - 3, 0)] and _1[b, q] >= _1[b, k]",
     "_3[b, k, q] and _3[0, q, N - 1 - k] and k <= _1[b, q] * 40",
-    "_1[b, _1[b, q]] == _1[b, k // 2] or h == 2 and _0[b, k]",
+    "_1[b, min(_1[b, q], N - 1)] == _1[b, k // 2] or h == 2 and _0[b, k]",
 ]
 
 
