@@ -23,6 +23,7 @@ _HOMES = {
     "PatternError": "sparsify.errors",
     "InputError": "sparsify.errors",
     "RefusedError": "sparsify.errors",
+    "VerifyError": "sparsify.errors",
     "Refusal": "sparsify.errors",
 }
 
