@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": "sparsify.functional",
     "explain": "sparsify.explanation",
+    "rewrite": "sparsify.rewriting",
     "Report": "sparsify.report",
     "Spec": "sparsify.spec",
     "load_spec": "sparsify.spec",

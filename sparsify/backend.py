@@ -48,16 +48,22 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     root = Root.find()
     capture = Capture(gm, list(example_inputs), root.names, root.path)
     placed = options.spec is None or not root.partial or root.guard()
+    run_passes(capture, options, placed)
+    if options.spec is not None:
+        check_rules(options.spec, root.modules(), capture.sites)
+    return capture
+
+
+def run_passes(capture: Capture, options: Options, placed: bool) -> None:
+    """All passes over a capture, whose graph stays as it was given where one of them fails."""
+    given = capture.module
     passes = pipeline(options.spec, options.target, placed, options.strict, options.crossover, options.verify)
     try:
         run(passes, capture)
     except PassError as error:
         if not env.net():
             raise
-        give_up(capture, gm, error, options.strict)
-    if options.spec is not None:
-        check_rules(options.spec, root.modules(), capture.sites)
-    return capture
+        give_up(capture, given, error, options.strict)
 
 
 def give_up(capture: Capture, gm: fx.GraphModule, error: PassError, strict: bool) -> None:
