@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sparsify.expr import conjunction
-from sparsify.passes.nodes import shape
+from sparsify.passes.nodes import same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
@@ -65,6 +65,11 @@ def _check_rule(site: Site, rule: Any) -> None:
             "the spec's pattern compares positions of queries and keys, and this is cross attention",
             "say `kind: cross` in the rule if that is meant, or `kind: self` if not",
         )
+
+
+def phase(site: Site) -> Literal["prefill", "decode"]:
+    """Decode is one query: a step of generation."""
+    return "decode" if site.q is not None and same(shape(site.q)[2], 1) else "prefill"
 
 
 def info(site: Site) -> Any:

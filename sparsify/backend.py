@@ -14,6 +14,7 @@ from sparsify.errors import RefusedError, SparsifyError, SpecError
 from sparsify.options import Options
 from sparsify.passes import Capture, Site, pipeline, run
 from sparsify.passes.attach_spec import info
+from sparsify.passes.code_lines import locate
 from sparsify.root import Root
 
 log = logging.getLogger("sparsify")
@@ -46,6 +47,7 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     capture = Capture(gm, list(example_inputs), root.names, root.path)
     placed = options.spec is None or not root.partial or root.guard()
     run(pipeline(options.spec, options.target, placed, options.strict, options.crossover), capture)
+    locate(capture)
     if options.spec is not None:
         check_rules(options.spec, root.modules(), capture.sites)
     return capture

@@ -85,7 +85,8 @@ def test_equal_layers_are_one_line_and_refusals_say_why():
     report = sparsify.explain(Layers(), torch.randn(1, 2, 16, 8))
     text = str(report)
     assert "layers.0-2" in text
-    assert "refused: layers.3: the scores pass through exp" in text
+    assert "refused   the scores pass through exp\n  node      exp\n  line      " in text
+    assert "test_explain.py:" in text and "\n            return (x @ x.mT).exp().softmax(-1) @ x\n" in text
     assert [site.address for site in report.refused] == ["layers.3"]
 
 
