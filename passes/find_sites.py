@@ -14,6 +14,7 @@ from sparsify.passes.forms.heads import merged_from, split_heads, unrepeat
 from sparsify.passes.forms.products import Weighted, weighted
 from sparsify.passes.forms.scores import Scores, climb, reaches_product, regroups
 from sparsify.passes.forms.sources import kind_of
+from sparsify.passes.forms.whole import bodies, is_whole, whole_site
 from sparsify.passes.nodes import (
     ATEN,
     CASTS,
@@ -32,8 +33,6 @@ from sparsify.passes.nodes import (
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
 
-WHOLE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "flex_attention")  # hide an attention
-
 
 @dataclass(frozen=True)
 class FindSites:
@@ -47,14 +46,27 @@ class FindSites:
 
     def __call__(self, capture: Capture) -> None:
         for node in list(capture.graph.nodes):
-            site = _site(node)
-            if site is None:
-                continue
-            site.address = module_path(node, capture.names) or capture.home
-            site.layer = _layer(site.address, len(capture.sites))
-            if site.refusal is None:
-                site.kind = kind_of(site.q, site.k)
-            capture.sites.append(site)
+            for site in [_site(node), *_inside(node)]:
+                if site is not None:
+                    _add(site, node, capture)
+
+
+def _add(site: Site, node: fx.Node, capture: Capture) -> None:
+    site.address = module_path(node, capture.names) or capture.home
+    site.layer = _layer(site.address, len(capture.sites))
+    if site.refusal is None:
+        site.kind = kind_of(site.q, site.k)
+    capture.sites.append(site)
+
+
+def _inside(node: fx.Node) -> list[Site]:
+    """The sites of graphs that a node decides to call, all refused: what is known of them ends at that node."""
+    found = [_site(inner) for body in bodies(node) for inner in list(body.nodes)]
+    sites = [Site(node, node, site.form) for site in found if site is not None]
+    for site in sites:
+        reason = f"the attention is inside a graph that {getattr(node.target, '_name', node.name)} calls"
+        site.refuse(reason, "call the module without it, or under torch.no_grad() if it is a checkpoint")
+    return sites
 
 
 def _layer(address: str, ordinal: int) -> int:
@@ -69,10 +81,8 @@ def _site(node: fx.Node) -> Site | None:
         return _from_sdpa(node)
     if name in ("softmax", "_softmax", "_safe_softmax", "special_softmax"):
         return _from_softmax(node)
-    if name in WHOLE or getattr(node.target, "_name", None) in WHOLE:
-        site = Site(node, node, name or str(node.target))
-        site.refuse("an attention inside one operator that hides it", "turn off the fused fast path of this layer")
-        return site
+    if is_whole(node):
+        return whole_site(node)
     return None
 
 

@@ -82,6 +82,18 @@ def same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """All nodes that the given ones are computed from."""
+    seen: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        for parent in queue.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
+    return seen
+
+
 def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Inserts a call before a node, with its fake value, and the metadata of that node."""
     graph = before.graph

@@ -47,7 +47,7 @@ def _splice(site: Site) -> None:
         site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
         return
     old.replace_all_uses_with(new)
-    _forget_strides(new)
+    forget_strides(new)
 
 
 def _same_kind(new: fx.Node, old: fx.Node) -> bool:
@@ -63,10 +63,10 @@ def _prepared(node: fx.Node, site: Site, made_of) -> fx.Node:  # type: ignore[no
     return node
 
 
-def _forget_strides(node: fx.Node) -> None:
+def forget_strides(node: fx.Node) -> None:
     """The new output may have other strides than the old: a view that relied on them becomes a reshape."""
     for user in list(node.users):
         if op(user) in VIEWS:
             if op(user) == "view" and user.target is ATEN.view.default:
                 user.target = ATEN.reshape.default
-            _forget_strides(user)
+            forget_strides(user)

@@ -186,12 +186,6 @@ def test_multi_head_attention_module():
     assert site.refusal is None
 
 
-def test_the_fused_encoder_is_refused_by_name():
-    layer = torch.nn.TransformerEncoderLayer(H * D, H, 16, batch_first=True).eval()
-    (site,) = traced(layer, torch.randn(B, N, H * D)).sites
-    assert site.refusal is None or "hides it" in site.refusal.reason
-
-
 def test_cross_attention_is_told_from_self_attention():
     project = [torch.nn.Linear(H * D, H * D, bias=False) for _ in range(3)]
 
