@@ -15,6 +15,7 @@ from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
+from sparsify.passes.number_sites import NumberSites
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.runner import Capture, Pass, PassRecord, run
 from sparsify.passes.settle import Settle
@@ -36,6 +37,7 @@ def pipeline(
         FindSites(),
         CheckSites(),
         RecoverMasks(exact),
+        NumberSites(),
         AttachSpec(spec, placed),
         ChooseTarget(target),
         Crossover(crossover),

@@ -27,7 +27,7 @@ class Mask:
 class Site:
     """What is known about one attention: filled in by `find_sites`, then by each pass after it.
 
-    address: the module's path; layer: its number; use: which attention of that module this is in the graph, from 0.
+    address: the module's path; layer: its number, of so many layers; use: which attention of that module in the graph.
     anchor: the SDPA or softmax node. output: the node whose value is the attention's output (B, Hq, Nq, Dv).
     q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
     lifted: the graph has (B, N, D) and one head was added; merged: it has (B*H, N, D).
@@ -50,6 +50,7 @@ class Site:
     form: str
     address: str = ""
     layer: int | None = None
+    layers: int | None = None
     use: int = 0
     kind: Literal["self", "cross"] = "self"
     q: fx.Node | None = None

@@ -44,12 +44,12 @@ def sparsify_backend(
 def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Capture:
     """The graph after all passes. `gm` itself stays as it is. Raises SpecError for a rule that no model can use."""
     root = Root.find()
-    capture = Capture(gm, list(example_inputs), root.names, root.path)
+    capture = Capture(gm, list(example_inputs), root.names, root.path, root.modules())
     placed = options.spec is None or not root.partial or root.guard()
     run(pipeline(options.spec, options.target, placed, options.strict, options.crossover), capture)
     locate(capture)
     if options.spec is not None:
-        check_rules(options.spec, root.modules(), capture.sites)
+        check_rules(options.spec, list(capture.classes), capture.sites)
     return capture
 
 

@@ -93,7 +93,9 @@ def test_equal_layers_are_one_line_and_refusals_say_why():
 @torch.no_grad()
 def test_a_rule_for_no_site_is_an_error():
     spec = {"version": 1, "sites": [{"match": "model.layer.*", "heads": "dense"}]}
-    with pytest.raises(SpecError, match=r"matches no site; the model has 4: layers\.0, layers\.1"):
+    with pytest.raises(
+        SpecError, match=r"matches no site; the model has 4: layers\.0-2 \(self, causal\), layers\.3 \("
+    ):
         sparsify.explain(Layers(), torch.randn(1, 2, 16, 8), spec=spec)
 
 
