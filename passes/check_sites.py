@@ -29,6 +29,8 @@ class CheckSites:
         needed = nodes_with_gradient(capture)
         for site in capture.open_sites():
             _check_gradient(site, needed)
+            if site.sink is not None:
+                site.refuse("a sink takes part in the softmax, and its form is not recovered")
             _check_tensors(site)
             _check_mutations(site, capture.graph)
             if capture.frozen:

@@ -140,6 +140,19 @@ def scalar(node: Any) -> Any:
     return _constant_tensor(node)
 
 
+def constant(node: Any) -> Any:
+    """The number that is in all elements of a tensor, whatever its size, or None."""
+    if op(node) in ("full_like", "new_full", "full"):
+        return _of_dtype(scalar(argument(node, "fill_value")), node)
+    if op(node) in ("zeros", "zeros_like", "new_zeros"):
+        return 0
+    if op(node) in ("ones", "ones_like", "new_ones"):
+        return 1
+    if op(node) in (*CASTS, *COPIES, *VIEWS, "expand", "expand_as", "unsqueeze"):
+        return constant(node.args[0]) if keeps_numbers(node) else None
+    return scalar(node)
+
+
 _FOLDED = {
     "sqrt": lambda x: x**0.5,
     "rsqrt": lambda x: x**-0.5,

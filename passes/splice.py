@@ -36,12 +36,8 @@ def _splice(site: Site) -> None:
     new = call(
         old, attention, q, k, v, mask, list(site.loads), site.q_offset, float(site.scale), program_of(site).text()
     )
-    if site.lifted:
-        new = call(old, ATEN.squeeze.dim, new, 1)
-    if site.merged:
-        new = call(old, ATEN.reshape.default, new, [-1, size(old, new, 2), size(old, new, 3)])
-    if site.output_order is not None:
-        new = call(old, ATEN.permute.default, new, list(site.output_order))
+    if site.restore is not None:
+        new = site.restore(new)
     if not _same_kind(new, old):
         found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
         site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")

@@ -26,7 +26,7 @@ def info(path: str, layer: int, **fields) -> SiteInfo:
 def test_layers_count_from_the_start_or_the_end(total, first, last, listed):
     """`a-b` is a to b, both included, with negative numbers as Python's."""
     text = str(first) if first == last else f"{first}-{last}"
-    if (first >= 0) == (last >= 0) and last < first or first < 0 <= last:
+    if ((first >= 0) == (last >= 0) and last < first) or first < 0 <= last:
         with pytest.raises(SpecError, match="runs backwards"):
             Spec(sites=[{"layers": text, "heads": "dense"}])
         return
@@ -56,8 +56,7 @@ def test_kind_phase_and_use_have_all_to_hold(words, phase, uses, kind, causal, n
     rule = {"kind": words or None, "phase": phase, "uses": uses, "heads": "dense"}
     spec = Spec(sites=[{name: value for name, value in rule.items() if value is not None}])
     site = info("a.b", 0, kind=kind, causal=causal, phase=now, use=use)
-    named = {None: range(4), "0": [0], "1-2": [1, 2]}.get(uses if isinstance(uses, str) else None, [0, 3])
-    named = range(4) if uses is None else named
+    named = {"None": range(4), "0": [0], "1-2": [1, 2]}.get(str(uses), uses)
     mine = {kind, "causal" if causal else "bidirectional"}
     assert (spec.rule(site) is not None) == (set(words) <= mine and phase in (None, now) and use in named)
     assert Spec.of(spec.to_dict()) == spec

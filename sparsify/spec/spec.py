@@ -169,7 +169,8 @@ def _listed(sites: Sequence[SiteInfo], match: str) -> str:
     shown = {}
     for (_, where), group in groups.items():
         address, uses = folded([site.address for site in group]), 1 + max(site.use for site in group)
-        shown[f"{address} {where}{f' used {uses} times' if uses > 1 else ''}"] = _likeness(match, address)
+        used = f" used {uses} times" if uses > 1 else ""
+        shown[f"{address} {where}{used}"] = max(_likeness(match, site.address) for site in group)
     names = sorted(shown, key=lambda name: -shown[name])
     more = f", and {len(names) - LISTED} more like these" if len(names) > LISTED else ""
     return f"the model has {len(sites)}: {', '.join(names[:LISTED])}{more}"
