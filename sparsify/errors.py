@@ -31,6 +31,10 @@ class RefusedError(SparsifyError, RuntimeError):
     """A site was refused and `strict` asked for that to be an error."""
 
 
+class VerifyError(SparsifyError, RuntimeError):
+    """A recovered mask is not the model's own, and `verify` asked to look."""
+
+
 @dataclass(frozen=True)
 class CodeLine:
     """A line of somebody's code."""
