@@ -28,7 +28,7 @@ class CheckSites:
     def __call__(self, capture: Capture) -> None:
         needed = nodes_with_gradient(capture)
         order = {node: position for position, node in enumerate(capture.graph.nodes)}
-        writes = list(_mutations(capture.graph))
+        writes = list(mutations(capture.graph))
         for site in capture.open_sites():
             _check_gradient(site, needed)
             if site.sink is not None:
@@ -120,11 +120,12 @@ def _check_mutations(site: Site, order: dict[fx.Node, int], writes: list[tuple[f
         if order[writer] > order[site.output]:
             break
         for node, start in since.items():
-            if start < order[writer] and writer not in since and _shares_storage(node, written):
+            if start < order[writer] and writer not in since and shares_storage(node, written):
                 site.refuse(f"{node.name} is changed in place by {writer.name} while the attention reads it")
 
 
-def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+def mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The operations that write in place, each with the node that it writes into."""
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
@@ -136,7 +137,8 @@ def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
                     yield node, written
 
 
-def _shares_storage(a: fx.Node, b: fx.Node) -> bool:
+def shares_storage(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold tensors over one memory."""
     if a is b:
         return True
     if not is_tensor(a) or not is_tensor(b) or (not shape(a) and not shape(b)):
