@@ -17,6 +17,7 @@ from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.runner import Capture, Pass, PassRecord, run
+from sparsify.passes.settle import Settle
 from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
@@ -39,6 +40,7 @@ def pipeline(
         ChooseTarget(target),
         Crossover(crossover),
         Splice(),
+        Settle(),
     )
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.passes.canonical.interpreter import Interpreter
+from sparsify.passes.canonical.vmap import is_transform, without_vmap
 from sparsify.passes.nodes import ATEN
 from sparsify.passes.runner import Capture
 
 log = logging.getLogger("sparsify")
-
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,10 @@ class Canonicalise:
     After:  aten.matmul, aten.bmm, aten.softmax.int, aten.to.dtype, aten.unsqueeze, ... and still whole:
             aten.scaled_dot_product_attention, aten.linear, aten.einsum.
 
+    vmap regions are written out; graphs that a higher-order operator only calls (checkpoints, compiled regions) run in
+    its place; operators that hide an attention (flex_attention, torch's fused layers) get the same in plain operators
+    beside them, `either` of which is taken once it is known whether the attention was rewritten (`Settle`).
+
     Sources of floats and sizes, guards and module paths are those of Dynamo: the trace runs on the fake tensors of
     its own tracing context. Where that refuses, Dynamo's graph stays, with SDPA under its ATen name.
     """
@@ -34,57 +37,43 @@ class Canonicalise:
     def __call__(self, capture: Capture) -> None:
         original = capture.module
         try:
-            capture.module = retrace(original, capture.example_inputs)
+            capture.module, followed = retrace(original, capture.example_inputs)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             capture.notes.append(f"the graph could not be re-traced ({reason}); only its SDPA calls are matched")
             log.debug("re-tracing failed", exc_info=True)
             capture.module = rename(original)
+        else:
+            capture.frozen = followed[0] if followed else ""
         capture.graph.eliminate_dead_code()
 
 
-def retrace(module: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """The same computation as pre-dispatch ATen: a new module with the inputs, metadata and module paths of the old."""
+def retrace(module: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, list[str]]:
+    """The same computation as pre-dispatch ATen: a new module with the inputs, metadata and module paths of the old.
+
+    Also the names of the operators that are gone from it though autograd should have met them.
+    """
     context = torch._guards.TracingContext.get()
     mode = context.fake_mode
     assert mode is not None
     fakes = [_fake(value, mode, context) for value in example_inputs]
+    plain = without_vmap(module, mode)
+    followed: list[str] = []
     with mode, torch.fx.traceback.preserve_node_meta():
-        traced = make_fx(_interpreted(module), pre_dispatch=True)(*fakes)
+        traced = make_fx(_interpreted(plain, followed), pre_dispatch=True)(*fakes)
     _adopt(traced, module)
-    return traced
+    return traced, followed
 
 
-def _interpreted(module: fx.GraphModule) -> Any:
+def _interpreted(module: fx.GraphModule, followed: list[str]) -> Any:
     def run(*args: Any) -> Any:
-        interpreter = _Interpreter(module)
+        interpreter = Interpreter(module, followed)
         try:
             return interpreter.run(*args)
         finally:
             interpreter.leave()
 
     return run
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs a graph, and enters the autocast regions that tracing only records: they decide the dtypes of values."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.entered: list[Any] = []
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = super().call_function(target, args, kwargs)
-        with torch._C.DisableTorchFunction():
-            if target is ENTER_AUTOCAST:
-                self.entered.append(target(*args, **kwargs))
-            elif target is EXIT_AUTOCAST:
-                target(self.entered.pop())
-        return result
-
-    def leave(self) -> None:
-        while self.entered:
-            EXIT_AUTOCAST(self.entered.pop())
 
 
 def _fake(value: Any, mode: Any, context: Any) -> Any:
@@ -124,7 +113,12 @@ def _adopt(traced: fx.GraphModule, module: fx.GraphModule) -> None:
 
 
 def rename(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph in which SDPA calls have their ATen name: what is matched when re-tracing refuses."""
+    """A copy of Dynamo's graph in which SDPA calls have their ATen name: what is matched when re-tracing refuses.
+
+    Raises NotImplementedError for function transforms: nodes that only open and close them look like dead code.
+    """
+    if any(is_transform(node) for node in module.graph.nodes):
+        raise NotImplementedError("a function transform that could not be written out")
     nodes: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     for node in module.graph.nodes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.passes.nodes import is_tensor, op, same, shape, value
+from sparsify.passes.nodes import ancestors, is_tensor, op, same, shape, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 
@@ -29,8 +29,12 @@ class CheckSites:
         needed = nodes_with_gradient(capture)
         for site in capture.open_sites():
             _check_gradient(site, needed)
+            if site.sink is not None:
+                site.refuse("a sink takes part in the softmax, and its form is not recovered")
             _check_tensors(site)
             _check_mutations(site, capture.graph)
+            if capture.frozen:
+                site.refuse(f"{capture.frozen} is in a graph that is trained", "call the model under torch.no_grad()")
 
 
 def nodes_with_gradient(capture: Capture) -> set[fx.Node]:
@@ -101,8 +105,8 @@ def _check_mutations(site: Site, graph: fx.Graph) -> None:
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     reads = [site.q, site.k, site.v, *(mask.node for mask in site.masks)]
-    before = _ancestors(*reads).union(reads)
-    inside = [node for node in _ancestors(site.output) if node not in before]
+    before = ancestors(*reads).union(reads)
+    inside = [node for node in ancestors(site.output) if node not in before]
     since = {node: order[node] for node in inside}
     for node in reads:
         uses = [order[user] for user in node.users if user in since or user is site.output]
@@ -114,17 +118,6 @@ def _check_mutations(site: Site, graph: fx.Graph) -> None:
         for node, start in since.items():
             if start < order[writer] and writer not in since and _shares_storage(node, written):
                 site.refuse(f"{node.name} is changed in place by {writer.name} while the attention reads it")
-
-
-def _ancestors(*nodes: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        for parent in queue.pop().all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                queue.append(parent)
-    return seen
 
 
 def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:

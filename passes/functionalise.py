@@ -60,7 +60,9 @@ def functional(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _storage(node: fx.Node) -> int | None:
-    return value(node).untyped_storage()._cdata if is_tensor(node) else None
+    found = value(node)
+    hidden = not isinstance(found, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(found)
+    return None if hidden else found.untyped_storage()._cdata
 
 
 def _by_storage(nodes: list[fx.Node]) -> dict[int | None, list[fx.Node]]:

@@ -82,6 +82,18 @@ def same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """All nodes that the given ones are computed from."""
+    seen: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        for parent in queue.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
+    return seen
+
+
 def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Inserts a call before a node, with its fake value, and the metadata of that node."""
     graph = before.graph
@@ -126,6 +138,19 @@ def scalar(node: Any) -> Any:
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         return None
     return _constant_tensor(node)
+
+
+def constant(node: Any) -> Any:
+    """The number that is in all elements of a tensor, whatever its size, or None."""
+    if op(node) in ("full_like", "new_full", "full"):
+        return _of_dtype(scalar(argument(node, "fill_value")), node)
+    if op(node) in ("zeros", "zeros_like", "new_zeros"):
+        return 0
+    if op(node) in ("ones", "ones_like", "new_ones"):
+        return 1
+    if op(node) in (*CASTS, *COPIES, *VIEWS, "expand", "expand_as", "unsqueeze"):
+        return constant(node.args[0]) if keeps_numbers(node) else None
+    return scalar(node)
 
 
 _FOLDED = {

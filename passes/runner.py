@@ -21,6 +21,7 @@ class Capture:
     module: the graph; example_inputs: what the compiler was given with it.
     names: the path of each module by its key in `nn_module_stack`, as far as the model is known; home: the path of the
     module whose code the graph is.
+    frozen: an operator that the graph has lost and must keep in training: nothing of it may be rewritten then.
     sites: in graph order. notes: what a reader of the report should know.
     """
 
@@ -28,6 +29,7 @@ class Capture:
     example_inputs: list[Any]
     names: Mapping[str, str] = field(default_factory=dict)
     home: str = ""
+    frozen: str = ""
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,11 +28,10 @@ class Mask:
 class Site:
     """What is known about one attention: filled in by `find_sites`, then by each pass after it.
 
-    anchor: the SDPA or softmax node. output: the node whose value is the attention's output (B, Hq, Nq, Dv).
+    anchor: the SDPA or softmax node. output: the node whose value is the attention's output, in any layout.
     q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
-    lifted: the graph has (B, N, D) and one head was added; merged: it has (B*H, N, D).
-    heads_known: dimension 1 of q is the heads, for all that can be seen; they may be in the batch, or come before it.
-    output_order: a permutation of the op's result.
+    heads_known: dimension 1 of q is the heads, for all that can be seen; they may be in the batch.
+    restore: makes the output of the op's result (B, Hq, Nq, Dv), with new nodes in front of the output.
     scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
     q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
@@ -55,10 +55,8 @@ class Site:
     scale: Any = None
     softcap: Any = None
     causal: bool = False
-    lifted: bool = False
     heads_known: bool = True
-    merged: bool = False
-    output_order: tuple[int, ...] | None = None
+    restore: Callable[[fx.Node], fx.Node] | None = None
     masks: list[Mask] = field(default_factory=list)
     keep: Pred = TRUE
     loads: tuple[fx.Node, ...] = ()

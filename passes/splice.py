@@ -36,18 +36,14 @@ def _splice(site: Site) -> None:
     new = call(
         old, attention, q, k, v, mask, list(site.loads), site.q_offset, float(site.scale), program_of(site).text()
     )
-    if site.lifted:
-        new = call(old, ATEN.squeeze.dim, new, 1)
-    if site.merged:
-        new = call(old, ATEN.reshape.default, new, [-1, size(old, new, 2), size(old, new, 3)])
-    if site.output_order is not None:
-        new = call(old, ATEN.permute.default, new, list(site.output_order))
+    if site.restore is not None:
+        new = site.restore(new)
     if not _same_kind(new, old):
         found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
         site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
         return
     old.replace_all_uses_with(new)
-    _forget_strides(new)
+    forget_strides(new)
 
 
 def _same_kind(new: fx.Node, old: fx.Node) -> bool:
@@ -63,10 +59,10 @@ def _prepared(node: fx.Node, site: Site, made_of) -> fx.Node:  # type: ignore[no
     return node
 
 
-def _forget_strides(node: fx.Node) -> None:
+def forget_strides(node: fx.Node) -> None:
     """The new output may have other strides than the old: a view that relied on them becomes a reshape."""
     for user in list(node.users):
         if op(user) in VIEWS:
             if op(user) == "view" and user.target is ATEN.view.default:
                 user.target = ATEN.reshape.default
-            _forget_strides(user)
+            forget_strides(user)

@@ -36,7 +36,7 @@ def tile_classes(
         "Nq": q_len,
     }
     env |= size_values(variables(keep), k_len)
-    rule = analyse(keep)
+    rule = analyse(keep).without_data()
     classes = np.full((q0.size, k0.size), PARTIAL, dtype=np.int8)
     classes[np.broadcast_to(evaluate(rule.full, env), classes.shape)] = FULL
     classes[np.broadcast_to(evaluate(rule.empty, env), classes.shape)] = EMPTY

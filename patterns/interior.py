@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.expr import FALSE, TRUE, And, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum
+from sparsify.expr import FALSE, TRUE, And, Bound, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum
 from sparsify.patterns.tiles import MAX_BANDS, _limits, _unwrap, always, bounds, never
-from sparsify.walk import variables
+from sparsify.walk import data_bounds, variables
 
 Interval = tuple[Expr | None, Expr | None]
 
@@ -23,6 +23,10 @@ class Interior:
     low: Expr | None
     high: Expr | None
     when: Pred = TRUE
+
+    def data_bounds(self) -> list[Bound]:
+        """The bounds of loads that it takes to know this interval."""
+        return [bound for part in (self.low, self.high, self.when) if part is not None for bound in data_bounds(part)]
 
 
 def interiors(pred: Pred) -> tuple[Interior, ...]:

@@ -3,7 +3,8 @@
 A tile is the box q0 <= q <= q1, k0 <= k <= k1 (ends included) at one batch `b` and head `h`. Everything here is sound
 interval arithmetic on the predicate, done once at compile time; what comes out are scalar expressions over
 `b, h, q0, q1, k0, k1` and launch scalars, which the reference interpreter evaluates and each target prints. So no
-table is built at run time, nothing depends on N, and all targets agree.
+table is built at run time, nothing depends on N, and all targets agree. What depends on data is asked of a load's
+least and greatest element in the range of its index (`Bound`), which kernels read from summaries of O(N) size.
 
 - `always(p)`: true only if p holds for every pair of the tile (a FULL tile needs no mask);
 - `never(p)`: true only if p holds for no pair (an EMPTY tile is skipped);
@@ -13,13 +14,14 @@ table is built at run time, nothing depends on N, and all targets agree.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sparsify.expr import (
     FALSE,
     TRUE,
     And,
+    Bound,
     Eq,
     Expr,
     FloorDiv,
@@ -47,10 +49,11 @@ from sparsify.expr import (
     negate,
     select,
 )
-from sparsify.walk import variables
+from sparsify.walk import data_bounds, variables
 
 Q0, Q1, K0, K1 = Var("q0"), Var("q1"), Var("k0"), Var("k1")
 MAX_BANDS = 16
+BLOCK = 64  # elements of a load, along the axis of a bound, that share one least and one greatest in a summary
 
 Bounds = tuple[Expr, Expr]
 
@@ -71,7 +74,7 @@ def always(pred: Pred) -> Pred:
         case Not(part):
             return never(part)
         case Test(load):
-            return pred if _is_scalar(load) else FALSE
+            return _tested(load, lambda least, greatest: least >= 1)
     raise TypeError(f"not a predicate: {pred!r}")
 
 
@@ -87,9 +90,15 @@ def never(pred: Pred) -> Pred:
             return FALSE if found is None else (found[0] > 0) | (found[1] < 0)
         case Not(part):
             return always(part)
-        case Test():
-            return negate(pred) if _is_scalar(pred.load) else FALSE
+        case Test(load):
+            return _tested(load, lambda least, greatest: eq(least, 0) & eq(greatest, 0))
     return always(negate(pred))
+
+
+def _tested(load: Load, rule: Callable[[Expr, Expr], Pred]) -> Pred:
+    """A rule on the bounds of a load that is tested, where it has bounds: they are 0 or 1."""
+    found = bounds(load)
+    return FALSE if found is None else rule(*found)
 
 
 def _is_scalar(node: Expr) -> bool:
@@ -106,7 +115,7 @@ def bounds(expr: Expr) -> Bounds | None:
         case Var():
             return expr, expr
         case Load():
-            return (expr, expr) if _is_scalar(expr) else None
+            return _load_bounds(expr)
         case Sum(const, terms):
             return _sum_bounds(const, terms)
         case Mul(left, right):
@@ -122,6 +131,19 @@ def bounds(expr: Expr) -> Bounds | None:
         case Select(condition, then, other):
             return _combine(then, other, lambda a, b: _choice_bounds(condition, a, b))
     raise TypeError(f"not an expression: {expr!r}")
+
+
+def _load_bounds(load: Load) -> Bounds | None:
+    """Those of the run of elements that the one index which varies on the tile passes over; with two there are none."""
+    moving = [axis for axis, part in enumerate(load.index) if not _is_scalar(part)]
+    if not moving:
+        return load, load
+    found = bounds(load.index[moving[0]]) if len(moving) == 1 else None
+    if found is None:
+        return None
+    axis, (first, last) = moving[0], found
+    run = Load(load.source, (*load.index[:axis], first, *load.index[axis + 1 :]))
+    return Bound(run, axis, last, False), Bound(run, axis, last, True)
 
 
 def _combine(left: Expr, right: Expr, rule) -> Bounds | None:
@@ -273,5 +295,34 @@ class TileRule:
     empty: Pred
     bands: tuple[Band, ...]
 
+    def without_data(self) -> TileRule:
+        """The rule for a reader that knows no bounds of loads: sound, but tiles that depend on data are PARTIAL."""
+        bands = tuple(
+            Band(_unbounded(band.low, Max), _unbounded(band.high, Min), _surely(band.unless)) for band in self.bands
+        )
+        return TileRule(self.keep, _surely(self.full), _surely(self.empty), tuple(dict.fromkeys(bands)))
 
-__all__ = ["FALSE", "TRUE", "Band", "TileRule", "always", "analyse", "bands", "bounds", "never"]
+
+def _surely(pred: Pred) -> Pred:
+    """A predicate that implies this one and has no bounds of loads in it."""
+    match pred:
+        case And(parts):
+            return conjunction(map(_surely, parts))
+        case Or(parts):
+            return disjunction(map(_surely, parts))
+    return FALSE if data_bounds(pred) else pred
+
+
+def _unbounded(limit: Expr | None, kind: type[Min] | type[Max]) -> Expr | None:
+    """A limit that is the tightest (by `kind`) of several, without those that have bounds of loads in them."""
+    if limit is None or not data_bounds(limit):
+        return limit
+    if not isinstance(limit, kind):
+        return None
+    left, right = _unbounded(limit.left, kind), _unbounded(limit.right, kind)
+    if left is None or right is None:
+        return right if left is None else left
+    return (minimum if kind is Min else maximum)(left, right)
+
+
+__all__ = ["BLOCK", "FALSE", "TRUE", "Band", "TileRule", "always", "analyse", "bands", "bounds", "never"]

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = [
-    "FALSE", "TRUE", "And", "Eq", "Expr", "FloorDiv", "Ge", "Load", "Max", "Min", "Mod", "Mul", "Not", "Or", "Pred",
-    "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq", "floordiv",
+    "FALSE", "TRUE", "And", "Bound", "Eq", "Expr", "FloorDiv", "Ge", "Load", "Max", "Min", "Mod", "Mul", "Not", "Or",
+    "Pred", "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq", "floordiv",
     "maximum", "minimum", "mod", "negate", "select",
 ]  # fmt: skip
 
@@ -139,6 +139,21 @@ class Load(Expr):
 
     source: str
     index: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Bound(Expr):
+    """The least or the greatest element of a load while its index at `axis` runs on to `last` (included).
+
+    Only tile analysis makes these, so the other indices are scalars. A run that starts below 0 stands for the whole
+    axis (a negative index counts from the end), and one that ends beyond the axis stops at its end. A kernel may
+    answer with anything beyond the bound: by whole blocks of `sparsify.patterns.tiles.BLOCK` elements, say.
+    """
+
+    load: Load
+    axis: int
+    last: Expr
+    greatest: bool
 
 
 class Pred:

@@ -28,3 +28,20 @@ def _fake(q, k, v, mask, loads, q_offset, scale, program):  # type: ignore[no-un
 
 
 attention = torch.ops.sparsify.attention.default
+
+
+LIBRARY.define("either(Tensor plain, Tensor whole) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(LIBRARY, "either", "CompositeExplicitAutograd")
+def _either(plain, whole):  # type: ignore[no-untyped-def]
+    return whole.clone()
+
+
+@torch.library.register_fake("sparsify::either", lib=LIBRARY)
+def _fake_either(plain, whole):  # type: ignore[no-untyped-def]
+    return torch.empty_like(whole)
+
+
+# One value computed twice, by plain operators and by one that hides them: a graph holds it only between passes.
+either = torch.ops.sparsify.either.default

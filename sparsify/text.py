@@ -16,6 +16,7 @@ from sparsify.expr import (
     FALSE,
     TRUE,
     And,
+    Bound,
     Eq,
     Expr,
     FloorDiv,
@@ -59,6 +60,7 @@ PYTHON: Mapping[str, str] = {
     "max": "max({0}, {1})",
     "select": "({1} if {0} else {2})",
     "load": "{0}[{1}]",
+    "run": "{0}:{1}",
     "ge": "{0} >= {1}",
     "le": "{0} <= {1}",
     "eq": "{0} == {1}",
@@ -92,6 +94,8 @@ class _Printer:
                 return self.leaf(node) or self.op("var", name)
             case Load(source, index):
                 return self.leaf(node) or self.op("load", source, ", ".join(map(self.text, index)))
+            case Bound():
+                return self.leaf(node) or self._bound(node)
             case Sum():
                 return self._sum(node.terms, node.const)
             case Mul(left, right):
@@ -121,6 +125,12 @@ class _Printer:
             case Test(load):
                 return self.text(load)
         raise TypeError(f"not an expression or a predicate: {node!r}")
+
+    def _bound(self, bound: Bound) -> str:
+        """As the least or the greatest element of a slice."""
+        index = [self.text(part) for part in bound.load.index]
+        index[bound.axis] = self.op("run", index[bound.axis], self.text(bound.last + 1))
+        return f"{'max' if bound.greatest else 'min'}({self.op('load', bound.load.source, ', '.join(index))})"
 
     def _sum(self, terms: tuple[tuple[int, Expr], ...], const: int) -> str:
         if not terms:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsify.expr import (
     And,
+    Bound,
     Eq,
     Expr,
     FloorDiv,
@@ -39,13 +40,15 @@ from sparsify.expr import (
 
 
 def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
-    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable or load for which it isn't None."""
+    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable, load and bound where it isn't None."""
     go = lambda part: rewrite(part, leaf)  # noqa: E731
     match node:
         case Var():
             return leaf(node) or node
         case Load(source, index):
             return leaf(node) or Load(source, tuple(map(go, index)))
+        case Bound(load, axis, last, greatest):
+            return leaf(node) or Bound(go(load), axis, go(last), greatest)
         case Sum(const, terms):
             return sum((go(atom) * c for c, atom in terms), start=as_expr(const))
         case Mul(left, right):
@@ -101,6 +104,11 @@ def loads(node: Any) -> list[Load]:
     return [leaf for leaf in _leaves(node) if isinstance(leaf, Load)]
 
 
+def data_bounds(node: Any) -> list[Bound]:
+    """The distinct bounds on ranges of loads in a node, in order of appearance."""
+    return [leaf for leaf in _leaves(node) if isinstance(leaf, Bound)]
+
+
 def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
     """The node's value by elementwise evaluation: the definition that everything else is tested against.
 
@@ -113,6 +121,8 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
             return env[name]
         case Load(source, index):
             return env[source][tuple(map(go, index))]
+        case Bound(load, axis, last, greatest):
+            return _bound(env[load.source], [go(part) for part in load.index], axis, go(last), greatest)
         case Sum(const, terms):
             return sum((c * go(atom) for c, atom in terms), start=const)
         case Mul(left, right):
@@ -142,6 +152,13 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
             value = go(load)
             return value if isinstance(value, bool) else value != 0
     raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def _bound(source: Any, index: list[int], axis: int, last: int, greatest: bool) -> int:
+    size, first = source.shape[axis], index[axis]
+    run = slice(0, size) if first < 0 else slice(min(first, size - 1), min(last, size - 1) + 1)
+    found = source[(*index[:axis], run, *index[axis + 1 :])]
+    return int(found.max() if greatest else found.min())
 
 
 def _fold(values: Iterable[Any], start: bool, join: Callable[[Any, Any], Any]) -> Any:

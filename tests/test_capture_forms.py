@@ -111,7 +111,7 @@ def test_before_and_after_a_causal_sdpa():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=i <= i[:, None])
 
     capture = traced(function, Q, *FEW)
-    assert {op(node) for node in capture.graph.nodes} - {"", "slice"} == {"unsqueeze", "squeeze", "sparsify::attention"}
+    assert {op(node) for node in capture.graph.nodes} - {""} == {"sparsify::attention"}
     (node,) = (n for n in capture.graph.nodes if op(n) == "sparsify::attention")
     assert node.args[3:7] == (None, [], 0, D**-0.5)
     assert '"keep":["(q - k >= 0)"]' in node.args[7]
@@ -184,12 +184,6 @@ def test_multi_head_attention_module():
     x = torch.randn(B, N, H * D)
     (site,) = traced(lambda x: layer(x, x, x, need_weights=False, attn_mask=~TRIL, is_causal=True)[0], x).sites
     assert site.refusal is None
-
-
-def test_the_fused_encoder_is_refused_by_name():
-    layer = torch.nn.TransformerEncoderLayer(H * D, H, 16, batch_first=True).eval()
-    (site,) = traced(layer, torch.randn(B, N, H * D)).sites
-    assert site.refusal is None or "hides it" in site.refusal.reason
 
 
 def test_cross_attention_is_told_from_self_attention():
@@ -299,4 +293,4 @@ def test_sinks_beside_the_scores_are_refused():
         return scores.softmax(-1)[..., :-1] @ v
 
     (site,) = traced(function, Q, K, V, torch.randn(H, 1, 1)).sites
-    assert "the weights pass through slice" in site.refusal.reason
+    assert "a sink takes part in the softmax" in site.refusal.reason

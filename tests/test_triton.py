@@ -22,7 +22,7 @@ from triton_cases import CASES, FLOOR, Case, errors
 
 from sparsify import patterns as p
 from sparsify.codegen.target import Launch
-from sparsify.codegen.triton import TritonTarget, printer, tuning
+from sparsify.codegen.triton import TritonTarget, printer, ranges, tuning
 from sparsify.codegen.triton.catalogue import ARCHS, entries, programs
 from sparsify.codegen.triton.module import write_once
 from sparsify.codegen.triton.resources import kernel_resources
@@ -123,8 +123,8 @@ def test_names_follow_from_all_that_is_compiled_in():
 
 def test_positions_widen_only_where_a_product_can_pass_32_bits():
     limits = dict.fromkeys(("q", "k", "N", "Nq", "h", "b"), 2**20)
-    assert printer.magnitude(p.expr("q * k % 5 == 1").keep(), limits) >= 2**40
-    assert printer.magnitude(((p.sinks(4) | p.window(512)) & p.causal()).keep(), limits) < 2**23
+    assert ranges.magnitude(p.expr("q * k % 5 == 1").keep(), limits) >= 2**40
+    assert ranges.magnitude(((p.sinks(4) | p.window(512)) & p.causal()).keep(), limits) < 2**23
 
 
 def test_query_tiles_go_longest_first_under_a_causal_rule():

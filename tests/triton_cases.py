@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from strategies import BIASES, SINKS
 
+from sparsify import bias as biases
 from sparsify import patterns as p
-from sparsify.codegen.oracle import kept, oracle
+from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import TritonTarget
 from sparsify.program import Program
 from sparsify.text import parse_pred
 
+FLOATS = {"float32": torch.float32, "half": torch.bfloat16}
+MINIMA = (("float32", (2,)), ("float32", (2, 139)), ("float32", (1, 70)), ("minima", (1, 2, 70, 70)))
 C = p.causal()
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,6 +38,8 @@ class Case:
     mask: tuple[str, tuple[int, ...]] | None = None
     loads: tuple[tuple[str, tuple[int, ...]], ...] = ()
     softcap: float | None = None
+    bias: str = ""  # a name in BIASES
+    sink: str = "none"  # a name in SINKS
     scale: float | None = None
     layout: str = "model"  # (B, N, H, D) seen as (B, H, N, D); or "plain", "strided", "transposed"
     seed: int = 0
@@ -47,13 +53,23 @@ class Case:
             for h, n, size in ((hq, nq, d), (hkv, nk, d), (hkv, nk, dv))
         )
         mask = None if self.mask is None else _beside(g, *self.mask, dtype).to(device)
-        loads = tuple(_load(g, kind, shape).to(device) for kind, shape in self.loads)
+        loads = tuple(_load(g, kind, shape).to(device) for kind, shape in self._loads())
         kind = None if self.mask is None else "bool" if self.mask[0] == "bool" else "add"
         rules = self.pattern if isinstance(self.pattern, tuple) else (self.pattern,) * hq
         keeps = [parse_pred(rule) if isinstance(rule, str) else rule.keep() for rule in rules]
-        program = Program.of(keeps, mask=kind, loads=len(loads), softcap=self.softcap, target="triton")
+        fields = {"softcap": self.softcap, "bias": BIASES.get(self.bias, ()), "sink": SINKS[self.sink]}
+        program = Program.of(keeps, mask=kind, loads=len(loads), target="triton", **fields)
         offset = nk - nq if self.q_offset is None else self.q_offset
         return Launch(program, q, k, v, mask, loads, offset, d**-0.5 if self.scale is None else self.scale)
+
+    def _loads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Its own, or those that the drawn biases and sinks name."""
+        if self.loads or (not self.bias and self.sink == "none"):
+            return self.loads
+        heads, (nq, nk) = self.heads[0], self.lengths
+        kind = "float32" if self.dtype == "float32" else "half"
+        shapes = (heads,), (heads, nq + nk - 1), (self.batch, nk), (self.batch, heads, nq, nk)
+        return tuple((kind, shape) for shape in shapes)
 
 
 def _tensor(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> torch.Tensor:
@@ -82,6 +98,13 @@ def _beside(g: torch.Generator, kind: str, shape: tuple[int, ...], dtype: torch.
 def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     if kind == "bool":
         return torch.rand(shape, generator=g) > 0.3
+    if kind == "minima":  # rows of nothing else, too
+        values = torch.randn(shape, generator=g)
+        lowest = torch.finfo(torch.float32).min
+        return values.masked_fill(values > 0.5, lowest).index_fill(-2, torch.arange(0, shape[-2], 5), lowest)
+    if kind in FLOATS:
+        values = torch.randn(shape, generator=g)
+        return values.masked_fill(values < -1.5, -torch.inf if len(shape) > 2 else -2.0).to(FLOATS[kind])
     values = torch.randint(0, 4, shape, generator=g).sort(dim=-1).values
     return values.to(getattr(torch, kind)) + (shape[-1] // 2 if len(shape) == 1 else 0)
 
@@ -111,11 +134,17 @@ def _torch(launch: Launch) -> torch.Tensor:
     bias = torch.zeros(keep.shape, dtype=launch.q.dtype, device=keep.device).masked_fill(~keep, -torch.inf)
     if launch.program.mask == "add":
         bias = bias + launch.mask.to(bias.dtype)
-    cap = launch.program.softcap
-    if cap is None:
+    env = environment(launch)
+    bias = bias + biases.evaluate(launch.program.bias, env).to(bias.dtype)
+    cap, sink = launch.program.softcap, launch.program.sink
+    scores = launch.q @ k.transpose(-1, -2) * launch.scale
+    scores = (scores if cap is None else cap * torch.tanh(scores / cap)) + bias  # as model code spells it
+    if sink is not None:
+        logit = biases.evaluate(sink, env).to(scores.dtype).expand(*scores.shape[:3], 1)
+        out = torch.softmax(torch.cat([scores, logit], -1), dim=-1)[..., :-1] @ v
+    elif cap is None:
         out = F.scaled_dot_product_attention(launch.q, k, v, attn_mask=bias, scale=launch.scale)
-    else:  # as model code spells it
-        scores = cap * torch.tanh(launch.q @ k.transpose(-1, -2) * launch.scale / cap) + bias
+    else:
         out = torch.softmax(scores, dim=-1) @ v
     return out.nan_to_num(nan=0.0).masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
 
@@ -174,6 +203,13 @@ def _mixed() -> list[Case]:
         Case("add_rows", p.dense(), lengths=(35, 70), mask=("float32", (35, 1))),
         Case("softcap", C, softcap=5.0),
         Case("softcap_mask", p.window(20), softcap=0.5, mask=("float32", (70, 70))),
+        *(Case(f"bias_{name}", p.window(40), heads=(4, 2), batch=2, bias=name, q_offset=0) for name in BIASES),
+        *(Case(f"sink_{name}", p.window(9), heads=(2, 1), sink=name, q_offset=0) for name in SINKS if name != "none"),
+        Case("minima", C, bias="tensor", loads=MINIMA, q_offset=0),
+        Case("bias_softcap", mixture, heads=(6, 2), bias="alibi", softcap=5.0, q_offset=0),
+        Case("bias_flipped", (p.sinks(4) | p.window(20)) & C, bias="sum", sink="by head", scale=-0.3, q_offset=0),
+        Case("bias_decode", C, lengths=(3, 70), heads=(4, 2), bias="alibi both ways", sink="by head"),
+        Case("bias_data", "k <= q and _1[b, k]", bias="alibi", loads=(("float32", (2,)), ("bool", (1, 70)))),
         Case("scale", C, scale=0.7),
         Case("scale_negative", C, scale=-0.3),
         Case("scale_zero", (p.sinks(4) | p.window(20)) & C, scale=0.0),
@@ -184,7 +220,7 @@ def _halves() -> list[Case]:
     """Both 16-bit dtypes over the kinds that differ in them."""
     found = {case.name: case for case in _static() + _mixed()}
     names = ("dense", "streaming", "same_block", "column_stride", "mixture", "gqa", "odd_heads", "decode1", "documents")
-    names += ("bool_mask", "add_mask", "softcap", "before")
+    names += ("bool_mask", "add_mask", "softcap", "before", "bias_alibi", "bias_sum", "sink_by head")
     return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
 
 

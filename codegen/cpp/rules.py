@@ -71,7 +71,7 @@ def print_rules(program: Program) -> str:
     text = lambda node: to_text(node, CPP, lambda leaf: names.get(leaf.name) if isinstance(leaf, Var) else None)  # noqa: E731
     parts = [_load(source, rank) for source, rank in sorted(program.load_ranks().items())]
     for number, keep in enumerate(program.keep):
-        parts.append(_rule(number, analyse(keep), text))
+        parts.append(_rule(number, analyse(keep).without_data(), text))
     numbers = range(len(program.keep))
     tile = f"{PARAMETERS}, I k0, I k1"
     parts += [

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsify import patterns as p
-from sparsify.expr import Pred
+from sparsify.bias import Bias, Term
+from sparsify.expr import Load, Pred
 from sparsify.program import Program
-from sparsify.text import parse_pred
+from sparsify.text import parse_expr, parse_pred
 
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
@@ -42,6 +43,16 @@ PATTERNS: dict[str, p.Pattern] = {
     "global_tokens": (p.global_tokens([0, 1, 511, 2048]) | p.window(256, ahead=255)),
     "expr": p.expr("k <= q and (q - k) % 7 < 2"),
 }
+# What the loads of a program are: the dtype ("": that of the queries) and the axes; "d" is distances of q and k.
+LOADS: dict[str, tuple[tuple[str, str], ...]] = {
+    "padding": (("bool", "bk"),),
+    "documents": (("int64", "bk"),),
+    "bool_tensor": (("bool", "b1qk"),),
+    "float_tensor": (("", "b1qk"),),
+    "alibi": (("float32", "h"),),
+    "relative": (("", "hd"),),
+    "sink": (("", "h"),),
+}
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,22 @@ class Entry:
         if self.program.mask:
             kind = torch.bool if self.program.mask == "bool" else dtype
             mask = torch.empty(BATCH, 1, self.q_len, LENGTH, dtype=kind, **meta)
-        loads = tuple(torch.empty(BATCH, LENGTH, dtype=torch.bool, **meta) for _ in range(self.program.loads))
+        sizes = {"b": BATCH, "h": HEADS, "q": self.q_len, "k": LENGTH, "1": 1, "d": self.q_len + LENGTH - 1}
+        loads = tuple(
+            torch.empty([sizes[axis] for axis in axes], dtype=getattr(torch, kind or self.dtype), **meta)
+            for kind, axes in LOADS.get(self.name, ())
+        )
         return Launch(self.program, q, k, v, mask, loads, LENGTH - self.q_len, self.head_dim**-0.5)
 
 
 def _program(keeps: Pred | tuple[Pred, ...], **fields: Any) -> Program:
     return Program.of(keeps if isinstance(keeps, tuple) else (keeps,) * HEADS, target="triton", **fields)
+
+
+def _bias(load: str, integer: str = "1") -> Bias:
+    read = parse_expr(load)
+    assert isinstance(read, Load)
+    return (Term(loads=(read,), integer=parse_expr(integer)),)
 
 
 def programs() -> dict[str, Program]:
@@ -84,6 +105,12 @@ def programs() -> dict[str, Program]:
     return {name: _program(pattern.keep()) for name, pattern in PATTERNS.items()} | {
         "mixture": _program(_mixture()),
         "padding": _program(parse_pred("k <= q and _0[b, k]"), loads=1),
+        "documents": _program(parse_pred("k <= q and _0[b, q] == _0[b, k]"), loads=1),
+        "bool_tensor": _program(parse_pred("k <= q and _0[b, 0, q, k]"), loads=1),
+        "float_tensor": _program(causal, loads=1, bias=_bias("_0[b, 0, q, k]")),
+        "alibi": _program(causal, loads=1, bias=_bias("_0[h]", "k - q")),
+        "relative": _program(p.dense().keep(), loads=1, bias=_bias("_0[h, k - q + Nq - 1]")),
+        "sink": _program(p.window(128).keep(), loads=1, sink=_bias("_0[h]")),
         "softcap": _program(causal, softcap=50.0),
         "bool_mask": _program(causal, mask="bool"),
         "add_mask": _program(causal, mask="add"),
@@ -96,7 +123,7 @@ def entries() -> Iterator[Entry]:
     for name, program in found.items():
         for head_dim in (64, 128):
             yield Entry(name, program, "bfloat16", head_dim)
-    for name in ("causal", "streaming", "mixture", "softcap", "bool_mask"):
+    for name in ("causal", "streaming", "mixture", "softcap", "bool_mask", *LOADS):
         for head_dim in (64, 128):
             yield Entry(name, found[name], "float16", head_dim)
             yield Entry(name, found[name], "float32", head_dim)

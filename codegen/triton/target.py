@@ -13,8 +13,10 @@ from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import printer
 from sparsify.codegen.triton.arguments import arguments
 from sparsify.codegen.triton.module import import_source
+from sparsify.codegen.triton.ranges import wrapped
 from sparsify.codegen.triton.tuning import launch_shape
 from sparsify.errors import InputError, Refusal
+from sparsify.expr import Expr
 from sparsify.program import Program
 
 if TYPE_CHECKING:
@@ -49,8 +51,6 @@ class TritonTarget:
                 f"head size {max(head_dim, value_dim)} is above the {MAX_HEAD_DIM} that the triton target can hold",
                 hint="use the cpp target",
             )
-        if program.bias or program.sink is not None:
-            return Refusal("the triton target adds no biases and no sinks to scores")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
@@ -86,13 +86,14 @@ class TritonTarget:
 
 def kernel(launch: Launch) -> Any:
     """The jitted kernel of a launch, from the cache or newly written."""
-    return _kernel(launch.program, _dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3])
+    sizes = launch.q.shape[3], launch.v.shape[3]
+    return _kernel(launch.program, _dtype_name(launch.q.dtype), *sizes, wrapped(launch))
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int) -> Any:
-    name = printer.kernel_name(program, dtype, head_dim, value_dim)
-    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim))
+def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr]) -> Any:
+    name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped)
+    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped))
     return getattr(module, name)
 
 

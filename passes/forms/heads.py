@@ -1,105 +1,149 @@
-"""Taking back repeated KV heads, so that a kernel reads each key and value once."""
+"""Which axes are the heads: those that share a dimension with the head's features where these are made."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from sparsify.passes.nodes import (
-    ATEN,
-    CASTS,
-    COPIES,
-    VIEWS,
-    argument,
-    call,
-    dtype,
-    is_tensor,
-    op,
-    same,
-    same_sizes,
-    shape,
-    size,
-)
+from sparsify.passes.forms.axes import Axis, Dim, Layout, backward, bind, flat, fresh, leaves, resolved
+from sparsify.passes.forms.products import Factor, product
+from sparsify.passes.nodes import argument, is_tensor, op, same, same_sizes, shape
+
+PROJECTIONS = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "convolution": 1}
+PIECES = ("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk")
 
 
-def unrepeat(node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
-    """The tensor that `node` (4 dimensions) repeats along its head dimension, each head several times in a row.
+@dataclass
+class Origin:
+    """A walk from queries or keys back to where their features are made.
 
-    Looks through copies and swaps of dimensions; new nodes go in front of `before`. Gives `node` itself where nothing
-    is repeated.
+    batch: the axes that may be heads. features: what the elements of one head run over, on the way.
     """
-    found = _source(node, dim, before)
-    return node if found is None else found
+
+    node: fx.Node
+    layout: Layout
+    batch: Collection[Axis]
+    features: set[Axis] = field(default_factory=set)
+    projections: int = 0
+
+    def heads(self, limit: int = 80) -> Dim | None:
+        """The axes that are heads, in their order; none for a single head, None where it can't be told."""
+        for _ in range(limit):
+            self.layout = resolved(self.layout)
+            self.features = set(leaves(self.features))
+            found = self._beside_features()
+            if found:
+                return found
+            if not self._step():
+                break
+        unsure = self.node.op == "placeholder" and len(self.layout) > 3
+        return () if self.projections and not unsure else None
+
+    def _beside_features(self) -> Dim:
+        """Axes in one dimension with features: a projection made them together."""
+        batch = set(leaves(self.batch))
+        return tuple(axis for dim in self.layout if self.features & set(dim) for axis in dim if axis in batch)
+
+    def _step(self) -> bool:
+        """One operation further back; False where the walk ends."""
+        node = self.node
+        inner = backward(node, self.layout)
+        if inner is not None:
+            return self._to(node.args[0], inner)
+        name = op(node)
+        if name == "getitem":
+            return self._out_of_pieces(node)
+        if name == "select":
+            return self._to(node.args[0], self._with(argument(node, "dim"), shape(node.args[0])))
+        if name in PROJECTIONS:
+            return self._projected(node, PROJECTIONS[name])
+        made = product(node)
+        if made is not None:
+            return self._through_product(made.factors, made.layout)
+        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
+        if name == "stack" and tensors:
+            at = argument(node, "dim", 0) % len(self.layout)
+            return self._to(tensors[0], self.layout[:at] + self.layout[at + 1 :])
+        if name == "view_as_real":
+            return self._to(tensors[0], self.layout[:-1])
+        if name == "view_as_complex":
+            return self._to(tensors[0], self._with(-1, shape(tensors[0])))
+        if name in ("slice", "narrow", "cat"):
+            return self._of_other_sizes(tensors[0])
+        alike = [n for n in tensors if same_sizes(shape(n), shape(node))] if is_tensor(node) else []
+        return bool(alike) and self._to(alike[0], self.layout)
+
+    def _to(self, node: fx.Node, layout: Layout) -> bool:
+        self.node, self.layout = node, layout
+        return True
+
+    def _with(self, dim: int, sizes: tuple[Any, ...]) -> Layout:
+        at = dim % len(sizes)
+        return (*self.layout[:at], *fresh(sizes[at : at + 1]), *self.layout[at:])
+
+    def _out_of_pieces(self, node: fx.Node) -> bool:
+        whole = node.args[0]
+        if not isinstance(whole, fx.Node) or not whole.args or not is_tensor(whole.args[0]):
+            return False
+        if op(whole) == "unbind":
+            return self._to(whole.args[0], self._with(argument(whole, "dim", 0), shape(whole.args[0])))
+        if op(whole) in PIECES or len(shape(whole.args[0])) == len(self.layout):
+            return self._of_other_sizes(whole.args[0])
+        return False
+
+    def _of_other_sizes(self, node: fx.Node) -> bool:
+        """To a tensor of as many dimensions, of which some may have other sizes."""
+        if len(shape(node)) != len(self.layout):
+            return False
+        pairs = zip(self.layout, shape(self.node), shape(node), strict=True)
+        return self._to(node, tuple(dim if same(a, b) else self._instead(dim, b) for dim, a, b in pairs))
+
+    def _instead(self, dim: Dim, size: Any) -> Dim:
+        """A fresh axis in place of others: of features, if those were."""
+        made = fresh((size,))[0]
+        if self.features & set(dim):
+            self.features |= set(made)
+        return made
+
+    def _projected(self, node: fx.Node, dim: int) -> bool:
+        inner = node.args[0]
+        if self.projections or not is_tensor(inner) or len(shape(inner)) != len(self.layout):
+            return False
+        self.projections += 1
+        at = dim % len(self.layout)
+        sizes = shape(inner)
+        layout = [self._instead(d, sizes[i]) if i == at else d for i, d in enumerate(self.layout)]
+        return self._to(inner, tuple(layout))
+
+    def _through_product(self, factors: tuple[Factor, Factor], made: Layout) -> bool:
+        """A projection by a weight: heads that only the weight has count as beside the features."""
+        if self.projections:
+            return False
+        actual = self.layout
+        bind(made, actual)
+        inner, weight = sorted(factors, key=lambda factor: len(set(flat(factor.layout)) - self.features), reverse=True)
+        mine, theirs = set(flat(inner.layout)), set(flat(weight.layout))
+        if not self.features & theirs - mine:
+            inner, weight, mine, theirs = weight, inner, theirs, mine
+        batch = set(leaves(self.batch))
+        alone = tuple(axis for axis in flat(made) if axis in theirs - mine and axis in batch)
+        if not self.features & theirs - mine:
+            return False
+        self.projections += 1
+        if alone:
+            feature = next(axis for axis in flat(made) if axis in self.features)
+            return self._to(inner.node, ((*alone, feature),))
+        self.features |= mine - set(flat(made))
+        return self._to(inner.node, inner.layout)
 
 
-def merged_from(node: fx.Node) -> fx.Node | None:
-    """The (B, H, N, D) that a (B*H, N, D) is a view of, if it is one."""
-    inner = node.args[0] if op(node) in VIEWS else None
-    if not is_tensor(inner) or len(shape(inner)) != 4 or len(shape(node)) != 3:
-        return None
-    return inner if same_sizes(shape(inner)[-2:], shape(node)[-2:]) else None
-
-
-def split_heads(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
-    """(B*H, N, D) as (B, H, N, D)."""
-    if len(shape(node)) == 4:
-        return node
-    inner = merged_from(node)
-    if inner is not None and same(shape(inner)[1], heads):
-        return inner
-    return call(before, ATEN.reshape.default, node, [-1, heads, size(before, node, 1), size(before, node, 2)])
-
-
-def _source(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
-    name = op(node)
-    if not name or not node.args or not is_tensor(node.args[0]):
-        return None
-    inner = node.args[0]
-    if _hands_on(node, inner):
-        return _source(inner, dim, before)
-    if name == "transpose":
-        return _transposed(node, inner, dim, before)
-    if name == "repeat_interleave" and argument(node, "dim") in (dim, dim - 4) and isinstance(node.args[1], int):
-        return inner
-    if name == "expand" and len(shape(inner)) == 4 and shape(inner)[dim] == 1 and _rest_same(inner, node, dim):
-        return inner
-    if name in VIEWS:
-        return _merged(node, inner, dim, before)
-    return None
-
-
-def _hands_on(node: fx.Node, inner: fx.Node) -> bool:
-    """Whether a node has the elements of its input in the same places."""
-    if op(node) in CASTS:
-        return dtype(inner) == dtype(node)
-    return op(node) in COPIES or (op(node) in (*VIEWS, "expand", "slice") and same_sizes(shape(inner), shape(node)))
-
-
-def _transposed(node: fx.Node, inner: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
-    first, second = argument(node, "dim0") % 4, argument(node, "dim1") % 4
-    swapped = {first: second, second: first}.get(dim, dim)
-    found = _source(inner, swapped, before)
-    return None if found is None else call(before, ATEN.transpose.int, found, first, second)
-
-
-def _rest_same(inner: fx.Node, node: fx.Node, dim: int) -> bool:
-    return all(same(a, b) for i, (a, b) in enumerate(zip(shape(inner), shape(node), strict=True)) if i != dim)
-
-
-def _merged(node: fx.Node, inner: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
-    """A view that merges (heads, repeats) into heads: from (.., Hkv, G, ..), which expands (.., Hkv, 1, ..)."""
-    sizes, wide = shape(node), shape(inner)
-    if len(wide) != len(sizes) + 1 or not same(wide[dim] * wide[dim + 1], sizes[dim]):
-        return None
-    if not same_sizes((*wide[:dim], *wide[dim + 2 :]), (*sizes[:dim], *sizes[dim + 1 :])):
-        return None
-    grown = inner
-    while op(grown) in (*COPIES, *CASTS) and same_sizes(shape(grown.args[0]), wide):
-        grown = grown.args[0]
-    if op(grown) != "expand" or len(shape(grown.args[0])) != len(wide) or shape(grown.args[0])[dim + 1] != 1:
-        return None
-    single: Any = grown.args[0]
-    if not _rest_same(single, inner, dim + 1):
-        return None
-    return call(before, ATEN.squeeze.dim, single, dim + 1)
+def conventional(candidates: list[Layout], batch: Collection[Axis]) -> tuple[Dim, bool]:
+    """The third dimension from the end, as in (B, H, N, D), where provenance says nothing; whether that is sure."""
+    found = [leaves(layout[-3]) for layout in map(resolved, candidates) if len(layout) >= 4]
+    if not found:
+        return (), False
+    sure = all(dim == found[0] for dim in found) and all(len(layout) <= 4 for layout in candidates)
+    return tuple(axis for axis in found[0] if axis in set(leaves(batch))), sure

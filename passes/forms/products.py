@@ -1,124 +1,167 @@
-"""Batched products of two tensors, whatever they are spelled as: matmul, bmm, baddbmm, einsum."""
+"""Products of two tensors, whatever they are spelled as: matmul, bmm, mm, baddbmm, einsum, tensordot, mul and sum."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import fx
 
-from sparsify.passes.nodes import ATEN, argument, call, is_tensor, op, shape
+from sparsify.passes.forms.axes import Axis, Layout
+from sparsify.passes.nodes import argument, is_tensor, op, same, shape
+
+MATMULS = ("matmul", "bmm", "mm", "__matmul__", "__rmatmul__")
+
+
+@dataclass
+class Factor:
+    """A tensor of a product and what its dimensions run over."""
+
+    node: fx.Node
+    layout: Layout
 
 
 @dataclass
 class Product:
-    """left (..., I, D) times right (..., J, D), transposed: (..., I, J). alpha and bias are baddbmm's.
+    """left times right, summed over the axes that both have and `layout`, the result's, has not.
 
-    reordered: the batch dimensions have another order than in the graph's own tensors.
+    alone: for each dimension of the result, which factor alone it comes from by its place or letter: 0, 1, or None
+    where it is of both. alpha and bias are baddbmm's; beta multiplies the bias.
     """
 
-    left: fx.Node
-    right: fx.Node
+    left: Factor
+    right: Factor
+    layout: Layout
+    alone: tuple[int | None, ...]
     spelling: str
     alpha: Any = 1
     bias: fx.Node | None = None
-    reordered: bool = False
+    beta: Any = 1
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        return self.left, self.right
 
 
-@dataclass
-class Weighted:
-    """weights (..., I, J) times values (..., J, D); `order` permutes (..., I, D) into the node's own layout."""
-
-    values: fx.Node
-    order: tuple[int, ...] | None = None
-
-
-def product(node: fx.Node, before: fx.Node) -> Product | None:
-    """Reads a node as queries times keys, or None if it is no product of two tensors."""
+def product(node: Any) -> Product | None:
+    """Reads a node as a product of two tensors with at least two dimensions each, or None."""
     name = op(node)
-    if name in ("matmul", "bmm", "__matmul__") and min(len(shape(n)) for n in node.args[:2]) >= 3:
-        left, right = node.args[:2]
-        return Product(left, swapped(right, before), name)
-    if name == "baddbmm":
-        bias, left, right = node.args[:3]
-        beta, alpha = argument(node, "beta", 1), argument(node, "alpha", 1)
-        if beta != 0 and beta != 1:
-            bias = call(before, ATEN.mul.Scalar, bias, beta)
-        return Product(left, swapped(right, before), name, alpha, bias if beta != 0 else None)
+    if name in MATMULS:
+        left, right = (node.args[1], node.args[0]) if name == "__rmatmul__" else node.args[:2]
+        return _matmul(left, right, node)
+    if name in ("baddbmm", "addmm"):
+        found = _matmul(node.args[1], node.args[2], node)
+        if found is not None:
+            found.alpha, found.beta = argument(node, "alpha", 1), argument(node, "beta", 1)
+            found.bias = node.args[0] if found.beta != 0 else None
+        return found
+    if name == "linear" and argument(node, "bias") is None and is_tensor(node.args[1]):
+        rank = len(shape(node.args[0]))
+        letters = tuple(range(rank))
+        return _lettered(node.args[0], node.args[1], letters, (rank, rank - 1), (*letters[:-1], rank), node)
     if name == "einsum":
-        return _einsum_product(node, before)
+        return _einsum(node)
+    if name == "tensordot":
+        return _tensordot(node)
+    if name == "sum":
+        return _summed(node)
     return None
 
 
-def swapped(node: fx.Node, before: fx.Node) -> fx.Node:
-    """The node with its last two dimensions swapped; a swap that is already there is taken back."""
-    if op(node) == "transpose":
-        rank = len(shape(node))
-        if {argument(node, "dim0") % rank, argument(node, "dim1") % rank} == {rank - 1, rank - 2}:
-            return node.args[0]
-    if op(node) in ("mT", "adjoint"):
-        return node.args[0]
-    return call(before, ATEN.transpose.int, node, -2, -1)
+def _matmul(left: Any, right: Any, node: fx.Node) -> Product | None:
+    if not is_tensor(left) or not is_tensor(right) or min(len(shape(left)), len(shape(right))) < 2:
+        return None
+    rank = max(len(shape(left)), len(shape(right)))
+    batch = tuple(range(rank - 2))
+    i, j, d = rank, rank + 1, rank + 2
+    ours, theirs = (batch[rank - len(shape(n)) :] for n in (left, right))
+    return _lettered(left, right, (*ours, i, d), (*theirs, d, j), (*batch, i, j), node)
 
 
-def equation(node: fx.Node) -> tuple[str, str, str] | None:
-    """(left, right, result) letters of an einsum of two tensors, or None where they are not explicit."""
-    text = node.args[0].replace(" ", "")
+def _lettered(
+    left: fx.Node, right: fx.Node, ours: Sequence[Any], theirs: Sequence[Any], result: Sequence[Any], node: fx.Node
+) -> Product | None:
+    """The product whose dimensions have these letters; a letter of size 1 broadcasts."""
+    sizes: dict[Any, Any] = {}
+    for tensor, letters in ((left, ours), (right, theirs)):
+        if len(set(letters)) != len(letters) or len(letters) != len(shape(tensor)):
+            return None
+        for letter, size in zip(letters, shape(tensor), strict=True):
+            if letter not in sizes or same(sizes[letter], 1):
+                sizes[letter] = size
+    if len(set(result)) != len(result) or not set(result) <= set(sizes):
+        return None
+    if any(not same(sizes[c], 1) for c in set(ours) ^ set(theirs) if c not in result):
+        return None  # summed over one of them alone
+    axes = {letter: Axis(size) for letter, size in sizes.items()}
+
+    def layout(tensor: fx.Node, letters: Sequence[Any]) -> Layout:
+        return tuple(() if same(n, 1) else (axes[c],) for c, n in zip(letters, shape(tensor), strict=True))
+
+    made = tuple(() if same(sizes[c], 1) else (axes[c],) for c in result)
+    alone = tuple(None if c in ours and c in theirs else int(c not in ours) for c in result)
+    return Product(Factor(left, layout(left, ours)), Factor(right, layout(right, theirs)), made, alone, op(node))
+
+
+def _einsum(node: fx.Node) -> Product | None:
     operands = node.args[1]
-    if "->" not in text or "." in text or len(operands) != 2:
+    text = node.args[0].replace(" ", "")
+    if len(operands) != 2 or text.count(",") != 1:
         return None
-    inputs, result = text.split("->")
-    left, right = inputs.split(",")
-    if any(len(set(part)) != len(part) for part in (left, right, result)):
-        return None
-    return left, right, result
+    inputs, arrow, result = text.partition("->")
+    given = inputs.split(",")
+    letters = [_spelled(part, len(shape(n))) for part, n in zip(given, operands, strict=True)]
+    dots = max((c for part in letters for c in part if isinstance(c, int)), default=0)
+    if not arrow:
+        seen = inputs.replace(",", "").replace(".", "")
+        result = ("..." if "..." in inputs else "") + "".join(sorted(c for c in set(seen) if seen.count(c) == 1))
+    made = _spelled(result, len(result.replace("...", "")) + dots)
+    return _lettered(*operands, *letters, made, node)
 
 
-def _einsum_product(node: fx.Node, before: fx.Node) -> Product | None:
-    parts = equation(node)
-    if parts is None:
-        return None
-    left, right, result = parts
-    a, b = node.args[1]
-    if len(result) < 3:
-        return None
-    i, j = result[-2], result[-1]
-    if i in right:
-        left, right, a, b = right, left, b, a
-    batch = result[:-2]
-    summed = [c for c in left if c not in result]
-    if len(summed) != 1 or set(left) != {*batch, i, *summed} or set(right) != {*batch, j, *summed}:
-        return None
-    d = summed[0]
-    queries, keys = arranged(a, left, batch + i + d, before), arranged(b, right, batch + j + d, before)
-    reordered = any([c for c in part if c in batch] != list(batch) for part in (left, right))
-    return Product(queries, keys, "einsum", reordered=reordered)
+def _spelled(part: str, rank: int) -> list[Any]:
+    """The letters of one tensor; dimensions of an ellipsis are numbers that count down to 1 for the last."""
+    before, dots, after = part.partition("...")
+    hidden = rank - len(before) - len(after) if dots else 0
+    return [*before, *range(hidden, 0, -1), *after]
 
 
-def arranged(node: fx.Node, letters: str, wanted: str, before: fx.Node) -> fx.Node:
-    """The tensor with its dimensions, named by letters, in another order."""
-    if letters == wanted:
-        return node
-    return call(before, ATEN.permute.default, node, [letters.index(letter) for letter in wanted])
+def _tensordot(node: fx.Node) -> Product | None:
+    left, right = node.args[:2]
+    ours: list[Any] = [("l", i) for i in range(len(shape(left)))]
+    theirs: list[Any] = [("r", i) for i in range(len(shape(right)))]
+    for i, a, b in zip(count(), argument(node, "dims_self"), argument(node, "dims_other"), strict=False):
+        ours[a], theirs[b] = i, i
+    result = [c for c in (*ours, *theirs) if isinstance(c, tuple)]
+    return _lettered(left, right, ours, theirs, result, node)
 
 
-def weighted(node: fx.Node, weights: fx.Node, before: fx.Node) -> Weighted | None:
-    """Reads a node as weights (..., I, J) times values (..., J, D), or None."""
-    name = op(node)
-    if name in ("matmul", "bmm", "__matmul__") and node.args[0] is weights and node.args[1] is not weights:
-        return Weighted(node.args[1]) if is_tensor(node.args[1]) and len(shape(node.args[1])) >= 3 else None
-    if name != "einsum":
+def _summed(node: fx.Node) -> Product | None:
+    """sum(mul(a, b), dims): dimensions in which one of them has size 1 are the other's."""
+    inner = node.args[0]
+    dims = argument(node, "dim")
+    if (
+        op(inner) != "mul"
+        or not dims
+        or argument(node, "keepdim")
+        or not all(map(is_tensor, inner.args[:2]))
+        or len(inner.users) != 1
+    ):
         return None
-    parts = equation(node)
-    operands = list(node.args[1])
-    if parts is None or operands.count(weights) != 1:
+    left, right = inner.args[:2]
+    rank = len(shape(inner))
+    sizes = [(1,) * (rank - len(shape(n))) + shape(n) for n in (left, right)]
+    dims = [dim % rank for dim in dims]
+    if not all(same(size[dim], shape(inner)[dim]) for size in sizes for dim in dims):
         return None
-    at = operands.index(weights)
-    mine, theirs, result = parts[at], parts[1 - at], parts[2]
-    batch, i, j = mine[:-2], mine[-2], mine[-1]
-    extra = [c for c in theirs if c not in mine]
-    if len(extra) != 1 or set(theirs) != {*batch, j, *extra} or set(result) != {*batch, i, *extra}:
+    kept = [i for i in range(rank) if i not in dims]
+    sides = [[i for i in range(rank) if not same(size[i], 1) or i in dims] for size in sizes]
+    letters = [list(range(rank))[rank - len(shape(n)) :] for n in (left, right)]
+    found = _lettered(left, right, *letters, kept, node)
+    if found is None:
         return None
-    made = batch + i + extra[0]
-    values = arranged(operands[1 - at], theirs, batch + j + extra[0], before)
-    return Weighted(values, None if made == result else tuple(made.index(letter) for letter in result))
+    alone = tuple(None if (i in sides[0]) == (i in sides[1]) else int(i not in sides[0]) for i in kept)
+    found.alone, found.spelling = alone, "mul > sum"
+    return found

@@ -3,154 +3,257 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.forms.products import Product, product
+from sparsify.passes.forms.axes import (
+    EXPANDS,
+    PERMUTES,
+    REGROUPS,
+    Axis,
+    Dim,
+    Layout,
+    aligned,
+    flat,
+    forward,
+    fresh,
+    leaves,
+)
+from sparsify.passes.forms.products import MATMULS, Factor, Product, product
 from sparsify.passes.nodes import (
-    ATEN,
     CASTS,
     COPIES,
-    VIEWS,
     argument,
-    call,
+    constant,
     dtype,
     is_tensor,
     keeps_numbers,
     op,
-    same,
     same_sizes,
     scalar,
     shape,
-    size,
 )
-from sparsify.passes.site import Mask
 
-PROJECTIONS = ("linear", "addmm", "mm", "conv1d", "embedding")
 MASKED = -1e4  # a fill or bias at or below this leaves nothing of exp(score)
+MIXERS = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1}  # and the dimension whose elements they mix
+HINT = "kernels can't apply it between q·k and softmax"
+
+
+@dataclass
+class Side(Factor):
+    """A tensor that takes part in the scores, and what it was multiplied with since then, numbers and tensors.
+
+    kind: "bool" (True keeps), "add", "mul" or "div". negated: a bool that drops where it is True.
+    """
+
+    kind: Literal["bool", "add", "mul", "div"] = "add"
+    negated: bool = False
+    factors: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Sink:
+    """Logits beside the scores: `side` has them in `columns`; the keys are those of the wide axis from `start`."""
+
+    side: Side
+    columns: Dim
+    wide: Axis
+    keys: Dim
+    start: int
 
 
 @dataclass
 class Scores:
     """softcap * tanh(scale * q·kᵀ / softcap) + masks: what stands in front of a softmax.
 
-    multipliers: tensors without a key dimension that multiply the scores, to be moved onto q.
+    layout: what the dimensions of the scores run over, at the node that was climbed.
+    multipliers: tensors that multiply the scores before their masks.
     fill: the highest number that masked scores were filled with, scaled as they are.
     path: the nodes from the product on that hold the scores.
+    maxima: what the maxima that were taken off run over: nothing to a softmax over that. shifted: there was one.
     """
 
     product: Product
+    layout: Layout
     scale: Any = 1.0
     softcap: Any = None
     in_tanh: bool = False
-    multipliers: list[tuple[str, fx.Node]] = field(default_factory=list)
-    masks: list[Mask] = field(default_factory=list)
+    multipliers: list[Side] = field(default_factory=list)
+    masks: list[Side] = field(default_factory=list)
+    sink: Sink | None = None
     steps: list[str] = field(default_factory=list)
     fill: Any = -math.inf
     path: list[fx.Node] = field(default_factory=list)
+    maxima: list[Dim] = field(default_factory=list)
+    shifted: bool = False
 
 
-def climb(node: Any, before: fx.Node) -> Scores | Refusal:
-    """What the scores in `node` are made of. New nodes go in front of `before`."""
-    if not isinstance(node, fx.Node):
-        return Refusal("the scores are a constant", str(node))
-    found = product(node, before)
-    if found is not None:
-        scores = Scores(found, steps=[found.spelling], path=[node])
+@dataclass(frozen=True)
+class Climb:
+    """Reads scores. `is_weight`: whether a tensor is a parameter of the model; `is_key`: whether one is of the keys'
+    and values' origin, which decides between several products."""
+
+    is_weight: Callable[[fx.Node], bool]
+    is_key: Callable[[fx.Node], bool]
+    failed: dict[fx.Node, Refusal] = field(default_factory=dict)
+
+    def __call__(self, node: Any) -> Scores | Refusal:
+        """What the scores in `node` are made of."""
+        if not isinstance(node, fx.Node) or not is_tensor(node):
+            return Refusal("the scores are a constant", str(node))
+        if node in self.failed:
+            return self.failed[node]
+        self.failed[node] = Refusal("the scores are too long a chain", str(node))  # until it is known better
+        result = self._read(node)
+        if result:
+            del self.failed[node]
+        else:
+            self.failed[node] = result
+        return result
+
+    def _read(self, node: fx.Node) -> Scores | Refusal:
+        found = self.pairwise(node)
+        if found is not None:
+            mixed = self._mixed(node, found.factors, found.layout)
+            return self._begin(found, node) if mixed is None else mixed
+        rule = _RULES.get(op(node))
+        if rule is None:
+            return self._unknown(node)
+        result = rule(self, node)
+        if result:
+            result.path.append(node)
+        return result
+
+    def pairwise(self, node: fx.Node) -> Product | None:
+        """A product of two tensors that were both computed."""
+        found = product(node)
+        return None if found is None or any(self.is_weight(factor.node) for factor in found.factors) else found
+
+    def _begin(self, found: Product, node: fx.Node) -> Scores | Refusal:
+        scores = Scores(found, found.layout, steps=[found.spelling], path=[node])
         if found.alpha != 1:
             _multiply(scores, found.alpha)
         if found.bias is not None:
-            scores.masks.append(Mask("add", found.bias))
+            bias = Side(found.bias, aligned(found.bias, found.layout))
+            scores.masks.append(bias)
+            if found.beta != 1:
+                bias.factors.append(("mul", found.beta))
         return scores
-    rule = _RULES.get(op(node))
-    if rule is None:
-        hint = "kernels can't apply it between q·k and softmax"
-        return Refusal(f"the scores pass through {op(node) or node.name}", str(node), hint)
-    result = rule(node, before)
-    if result:
-        result.path.append(node)
-    return result
+
+    def _mixed(self, node: fx.Node, factors: tuple[Factor, ...], made: Layout) -> Refusal | None:
+        """Talking heads: a product that sums scores over something else than their queries and keys."""
+        for factor in factors:
+            if op(factor.node) in (*MATMULS, "einsum", *_RULES):
+                inner = self(factor.node)
+                summed = [i for i, dim in enumerate(factor.layout) if dim and not set(dim) & set(flat(made))]
+                if inner and not any(_of_pairs(inner, inner.layout[i]) for i in summed):
+                    return mixed_heads(node)
+        return None
+
+    def _unknown(self, node: fx.Node) -> Refusal:
+        name = op(node)
+        if name in MIXERS:
+            inner = self(node.args[0])
+            if inner and not _of_pairs(inner, inner.layout[MIXERS[name]]):
+                return mixed_heads(node)
+        if name in MATMULS or name == "einsum":
+            found = product(node)
+            others = [f for f in found.factors if not self.is_weight(f.node)] if found is not None else []
+            mixed = self._mixed(node, tuple(others), found.layout) if found is not None else None
+            if mixed is not None:
+                return mixed
+        return Refusal(f"the scores pass through {name or node.name}", str(node), HINT)
 
 
-def _through(node: fx.Node, before: fx.Node) -> Scores | Refusal:
+class MixedHeads(Refusal):
+    """Talking heads: certainly an attention, though no kernel can run it."""
+
+
+def mixed_heads(node: fx.Node) -> Refusal:
+    hint = "talking heads need the scores of all heads at once; leave this site dense"
+    return MixedHeads(f"{op(node)} mixes the heads between q·k and the values (talking heads)", str(node), hint)
+
+
+def _of_pairs(scores: Scores, dim: Dim) -> bool:
+    """Whether a dimension of scores runs over queries or keys: axes that one factor of the product alone has."""
+    left, right = (set(flat(factor.layout)) for factor in scores.product.factors)
+    return bool(set(leaves(dim)) & (left ^ right))
+
+
+def _through(climb: Climb, node: fx.Node) -> Scores | Refusal:
     if not keeps_numbers(node):
         return Refusal(f"the scores are cast to {dtype(node)}", str(node))
-    scores = climb(node.args[0], before)
+    scores = climb(node.args[0])
     if scores and op(node) not in COPIES:
         scores.steps.append("to")
     return scores
 
 
-def _view(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    """A view that leaves the scores alone, or that splits (B*H, Nq, Nk) into (B, H, Nq, Nk)."""
-    inner = node.args[0]
-    if not regroups(inner, node):
-        return Refusal("the scores change shape", str(node), "views that keep queries and keys apart are followed")
-    scores = climb(inner, before)
-    if not scores or len(shape(inner)) == len(shape(node)):
+def _view(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """A view that regroups, permutes or broadcasts what the scores run over."""
+    scores = climb(node.args[0])
+    if not scores:
         return scores
-    tensors = [mask.node for mask in scores.masks] + [factor for _, factor in scores.multipliers]
-    if len(shape(node)) != 4 or not isinstance(shape(node)[1], int) or any(len(shape(t)) > 3 for t in tensors):
-        return Refusal("the scores are masked before their heads are merged", str(node))
-    heads = shape(node)[1]
-    for mask in scores.masks:
-        mask.node = _split(mask.node, heads, before)
-    scores.multipliers = [(name, _split(factor, heads, before)) for name, factor in scores.multipliers]
+    layout = forward(node, scores.layout)
+    if layout is None:
+        return Refusal("the scores change shape", str(node), "views that keep queries and keys apart are followed")
+    if not same_sizes(shape(node.args[0]), shape(node)):
+        scores.steps.append(op(node))
+    scores.layout = layout
     return scores
 
 
-def _split(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
-    """(B*H, ...) as (B, H, ...); what broadcasts over heads stays."""
-    if len(shape(node)) < 3 or shape(node)[0] == 1:
-        return node
-    return call(before, ATEN.reshape.default, node, [-1, heads, size(before, node, 1), size(before, node, 2)])
+def _side(scores: Scores, node: fx.Node, inner: Any, result: fx.Node, kind: Any) -> Side | Refusal:
+    """A tensor that meets the scores `inner` in `result`."""
+    if not same_sizes(shape(inner), shape(result)):
+        wider, narrow = shape(result), shape(inner)
+        return Refusal(f"the scores {narrow} are broadcast beyond those of q and k to {wider}", str(result))
+    return Side(node, aligned(node, scores.layout), kind)
 
 
-def regroups(inner: fx.Node, node: fx.Node) -> bool:
-    """Whether a view has its input's shape, or only merges or splits batch and heads."""
-    ours, theirs = shape(inner), shape(node)
-    if same_sizes(ours, theirs):
-        return True
-    return {len(ours), len(theirs)} == {3, 4} and same_sizes(ours[-2:], theirs[-2:]) and op(node) in VIEWS
-
-
-def _scaled(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    """mul or div by a number, or by a tensor without a key dimension."""
-    name = op(node)
+def _scaled(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """mul or div by a number, or by a tensor."""
+    name = "div" if "div" in op(node) else "mul"
     left, right = node.args[0], node.args[1]
     if argument(node, "rounding_mode") is not None:
         return Refusal("the scores are rounded", str(node))
-    if name == "mul" and (scalar(left) is not None or (_is_factor(left, node) and not _is_factor(right, node))):
+    if name == "mul" and scalar(left) is not None:
         left, right = right, left
-    scores = climb(left, before)
+    scores = climb(left)
+    if not scores and name == "mul" and is_tensor(right):
+        other = climb(right)
+        if other:
+            scores, left, right = other, right, left
     if not scores:
         return scores
-    factor = scalar(right)
     scores.steps.append(name)
-    if factor is not None and scores.masks and not factor > 0:
-        return Refusal("the scores are multiplied by a negative number after their mask", str(node))
+    factor = scalar(right)
     if factor is not None:
-        factor = factor if name == "mul" else 1 / factor
-        _multiply(scores, factor)
-        _rescale_masks(scores, name, right, before)
-        return _rescaled_fill(scores, factor, node)
-    if not _is_factor(right, node):
-        return Refusal("the scores are multiplied by a tensor that differs from key to key", str(node))
-    if scores.masks or scores.softcap is not None or scores.in_tanh:
+        return _scaled_by_number(scores, factor if name == "mul" else 1 / factor, node, (name, right))
+    side = _side(scores, right, left, node, name)
+    if not side:
+        return side
+    if any(mask.kind == "bool" for mask in scores.masks) or scores.softcap is not None or scores.in_tanh or scores.sink:
         return Refusal("the scores are multiplied by a tensor after their mask or softcap", str(node))
-    scores.multipliers.append((name, right))
+    for mask in scores.masks:
+        mask.factors.append((name, side))
+    scores.multipliers.append(side)
     return scores
 
 
-def _is_factor(node: Any, scores: fx.Node) -> bool:
-    """Whether a tensor that multiplies the scores is the same for all keys."""
-    if not is_tensor(node):
-        return False
-    sizes = shape(node)
-    return not sizes or (sizes[-1] == 1 and not same(shape(scores)[-1], 1))
+def _scaled_by_number(scores: Scores, factor: Any, node: fx.Node, step: tuple[str, Any]) -> Scores | Refusal:
+    """By `factor`, as `step` has it in the graph."""
+    if any(mask.kind == "bool" for mask in scores.masks) and not factor > 0:
+        return Refusal("the scores are multiplied by a negative number after their mask", str(node))
+    _multiply(scores, factor)
+    for side in [*scores.masks, *([scores.sink.side] if scores.sink else [])]:
+        if side.kind == "add":
+            side.factors.append(step)
+    return _rescaled_fill(scores, factor, node)
 
 
 def _multiply(scores: Scores, factor: Any) -> None:
@@ -159,15 +262,6 @@ def _multiply(scores: Scores, factor: Any) -> None:
         scores.softcap, scores.in_tanh = factor, False
     elif scores.softcap is not None:
         scores.softcap = scores.softcap * factor
-
-
-def _rescale_masks(scores: Scores, name: str, factor: Any, before: fx.Node) -> None:
-    """Masks that were added before a scaling are scaled with the scores."""
-    target = ATEN.mul if name == "mul" else ATEN.div
-    for mask in scores.masks:
-        if mask.kind == "add":
-            overload = target.Tensor if is_tensor(factor) else target.Scalar
-            mask.node = call(before, overload, mask.node, factor)
 
 
 def _rescaled_fill(scores: Scores, factor: Any, node: fx.Node) -> Scores | Refusal:
@@ -181,117 +275,197 @@ def _rescaled_fill(scores: Scores, factor: Any, node: fx.Node) -> Scores | Refus
     return scores
 
 
-def _tanh(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    scores = climb(node.args[0], before)
+def _negated(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    scores = climb(node.args[0])
+    return _scaled_by_number(scores, -1.0, node, ("mul", -1.0)) if scores else scores
+
+
+def _tanh(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    scores = climb(node.args[0])
     if not scores:
         return scores
-    if scores.masks or scores.softcap is not None or scores.in_tanh:
+    if scores.masks or scores.softcap is not None or scores.in_tanh or scores.sink:
         return Refusal("tanh comes after the mask or after another tanh", str(node))
     scores.in_tanh = True
     scores.steps.append("tanh")
     return scores
 
 
-def _added(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    """add or sub of a bias or an additive mask."""
-    left, right, alpha = node.args[0], node.args[1], argument(node, "alpha", 1)
-    scores = climb(left, before)
-    if not scores and op(node) == "add" and alpha == 1:
-        other = climb(right, before)
-        if other:
+def _added(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """add or sub of a bias or an additive mask; of two products, the one with the keys is the attention's."""
+    name, left, right, alpha = op(node).rstrip("_"), node.args[0], node.args[1], argument(node, "alpha", 1)
+    scores = climb(left)
+    if name == "add" and alpha == 1 and is_tensor(right) and not (scores and _has_keys(climb, scores)):
+        other = climb(right)
+        if other and (not scores or _has_keys(climb, other)):
             scores, left, right = other, right, left
     if not scores:
         return scores
     if scores.in_tanh:
         return Refusal("something is added to the tanh of the scores", str(node))
-    scores.steps.append(op(node))
-    if op(node) == "sub" and alpha == 1 and _is_row_maximum(right, left):
+    scores.steps.append(name)
+    if name == "sub" and alpha == 1 and (over := _maximum(right, left, scores)) is not None:
+        scores.maxima.append(over)
+        scores.shifted = True
         return scores
+    if scores.sink:
+        return Refusal("something is added to the scores after sinks were put beside them", str(node), HINT)
     if not is_tensor(right):
+        scores.shifted = True
         return scores  # the same number for every score: softmax does not see it
-    factor = -alpha if op(node) == "sub" else alpha
-    bias = right if factor == 1 else call(before, ATEN.mul.Scalar, right, factor)
-    scores.masks.append(Mask("add", bias))
+    side = _side(scores, right, left, node, "add")
+    if not side:
+        return side
+    factor = -alpha if name == "sub" else alpha
+    if factor != 1:
+        side.factors.append(("mul", factor))
+    scores.masks.append(side)
     return scores
 
 
-def _is_row_maximum(node: Any, scores: Any) -> bool:
-    """softmax(x - max(x)) is softmax(x)."""
-    while op(node) in (*COPIES, *CASTS) or (op(node) == "getitem" and node.args[1] == 0):
+def _has_keys(climb: Climb, scores: Scores) -> bool:
+    return any(climb.is_key(factor.node) for factor in scores.product.factors)
+
+
+def _maximum(node: Any, inner: Any, scores: Scores) -> Dim | None:
+    """What the maximum of the scores `inner` is taken over, if that is what a node is; everything is ()."""
+    through = (*COPIES, *CASTS, *EXPANDS)
+    while op(node) in through or (op(node) == "getitem" and node.args[1] == 0):
         node = node.args[0]
-    if op(node) not in ("amax", "max") or node.args[0] is not scores:
-        return False
+    at = None
+    if op(node) == "unsqueeze":
+        at, node = argument(node, "dim") % len(shape(node)), node.args[0]
+        while op(node) in through or (op(node) == "getitem" and node.args[1] == 0):
+            node = node.args[0]
+    if op(node) not in ("amax", "max") or _plain(node.args[0]) is not _plain(inner):
+        return None
     dims = argument(node, "dim", ())
     dims = [dims] if isinstance(dims, int) else list(dims)
-    over_keys = any(dim in (-1, len(shape(scores)) - 1) for dim in dims) and argument(node, "keepdim") is True
-    return over_keys or not dims  # without dimensions it is the maximum of everything
+    if not dims:
+        return ()
+    dim = dims[0] % len(scores.layout)
+    kept = bool(argument(node, "keepdim"))
+    return leaves(scores.layout[dim]) if len(dims) == 1 and (at is None if kept else at == dim) else None
 
 
-def _masked_fill(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    scores = climb(node.args[0], before)
+def _is_keys(scores: Scores, dim: Dim) -> bool:
+    """Whether a dimension runs over axes that one factor of the product alone has."""
+    left, right = (set(flat(factor.layout)) for factor in scores.product.factors)
+    return set(leaves(dim)) <= right - left or set(leaves(dim)) <= left - right
+
+
+def _plain(node: Any) -> Any:
+    while op(node) in COPIES:
+        node = node.args[0]
+    return node
+
+
+def _masked_fill(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    scores = climb(node.args[0])
+    return _masked(scores, node.args[1], True, node.args[2], node.args[0], node) if scores else scores
+
+
+def _index_put(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """scores[mask] = number, with a mask of as many dimensions."""
+    indices, given = node.args[1:3]
+    scores = climb(node.args[0])
     if not scores:
         return scores
-    keep = call(before, ATEN.logical_not.default, node.args[1])
-    return _masked(scores, keep, node.args[2], node)
+    whole = len(indices) == 1 and is_tensor(indices[0]) and str(dtype(indices[0])) == "torch.bool"
+    if not whole or argument(node, "accumulate") or len(shape(indices[0])) != len(scores.layout):
+        return Refusal("a part of the scores is set", str(node), HINT)
+    return _masked(scores, indices[0], True, given, node.args[0], node)
 
 
-def _where(node: fx.Node, before: fx.Node) -> Scores | Refusal:
-    condition, then, other = node.args[:3]
-    scores = climb(then, before)
+def _where(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    if len(node.args) != 3:
+        return Refusal("the scores pass through where", str(node), HINT)
+    condition, then, other = node.args
+    scores = climb(then)
     if scores:
-        return _masked(scores, condition, other, node)
-    scores = climb(other, before)
-    if not scores:
-        return scores
-    return _masked(scores, call(before, ATEN.logical_not.default, condition), then, node)
+        return _masked(scores, condition, False, other, then, node)
+    second = climb(other)
+    if not second:
+        return scores if isinstance(then, fx.Node) and is_tensor(then) and constant(then) is None else second
+    return _masked(second, condition, True, then, other, node)
 
 
-def _masked(scores: Scores, keep: fx.Node, fill: Any, node: fx.Node) -> Scores | Refusal:
-    number = scalar(fill)
+def _masked(scores: Scores, mask: fx.Node, drops: bool, fill: Any, inner: Any, node: fx.Node) -> Scores | Refusal:
+    number = constant(fill)
     if number is None or not isinstance(number, int | float) or not number <= MASKED or math.isnan(number):
         shown = number if number is not None else fill
         return Refusal(f"scores are filled with {shown}", str(node), f"only fills of {MASKED:g} or less are masks")
     if scores.in_tanh:
         return Refusal("the scores are masked between tanh and its multiplier", str(node))
+    if scores.sink:
+        return Refusal("the scores are masked after sinks were put beside them", str(node), HINT)
+    side = _side(scores, mask, inner, node, "bool")
+    if not side:
+        return side
+    side.negated = drops
     scores.fill = max(scores.fill, float(number))
-    scores.masks.append(Mask("bool", keep))
-    scores.steps.append(op(node))
+    scores.masks.append(side)
+    scores.steps.append(op(node).rstrip("_"))
     return scores
 
 
-def _dropout(node: fx.Node, before: fx.Node) -> Scores | Refusal:
+def _concatenated(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """cat([scores, sinks]) along the keys, at either end."""
+    parts = list(node.args[0])
+    found = {i: scores for i, part in enumerate(parts) if (scores := climb(part))}
+    if len(found) > 1:
+        hint = "an attention over the concatenated keys and values is one product"
+        return Refusal("scores of several products are concatenated", str(node), hint)
+    if not found or len(parts) != 2:
+        return climb(parts[0]) if not found else Refusal("the scores are concatenated twice", str(node), HINT)
+    ((at, scores),) = found.items()
+    dim = argument(node, "dim", 0) % len(scores.layout)
+    other, keys = parts[1 - at], leaves(scores.layout[dim])
+    if scores.in_tanh or scores.sink or not _is_keys(scores, keys):
+        return Refusal("something is put beside the scores that is no sink", str(node), HINT)
+    wide = Axis(shape(node)[dim])
+    columns = fresh((shape(other)[dim],))[0]
+    side = Side(other, aligned(other, (*scores.layout[:dim], columns, *scores.layout[dim + 1 :])))
+    scores.sink = Sink(side, columns, wide, keys, 0 if at == 0 else shape(other)[dim])
+    scores.layout = (*scores.layout[:dim], (wide,), *scores.layout[dim + 1 :])
+    scores.steps.append("cat")
+    return scores
+
+
+def _dropout(climb: Climb, node: fx.Node) -> Scores | Refusal:
     if argument(node, "train") and argument(node, "p"):
         return Refusal("dropout is active", str(node), "call model.eval()")
-    return climb(node.args[0], before)
+    return climb(node.args[0])
 
 
-_RULES = {
+_RULES: dict[str, Callable[[Climb, fx.Node], Scores | Refusal]] = {
     **dict.fromkeys((*CASTS, *COPIES), _through),
-    **dict.fromkeys((*VIEWS, "expand", "slice"), _view),
+    **dict.fromkeys((*REGROUPS, *PERMUTES, *EXPANDS), _view),
     **dict.fromkeys(("mul", "div", "multiply", "divide", "true_divide", "mul_", "div_"), _scaled),
-    **dict.fromkeys(("add", "sub", "add_", "sub_"), _added),
+    **dict.fromkeys(("add", "sub", "subtract", "add_", "sub_"), _added),
     **dict.fromkeys(("masked_fill", "masked_fill_"), _masked_fill),
+    "index_put": _index_put,
+    "neg": _negated,
     "where": _where,
     "tanh": _tanh,
+    "cat": _concatenated,
     "dropout": _dropout,
 }
 
 
-def reaches_product(node: Any, limit: int = 64) -> fx.Node | None:
+def reaches_product(node: Any, climb: Climb, limit: int = 64) -> fx.Node | None:
     """A product of two computed tensors behind a softmax, with no projection in between: an attention, then."""
     seen, queue = set(), [node]
     while queue and len(seen) < limit:
         current = queue.pop(0)
-        if current in seen or not is_tensor(current) or op(current) in PROJECTIONS:
+        if current in seen or not is_tensor(current) or "softmax" in op(current):
             continue
         seen.add(current)
-        if op(current) in ("matmul", "bmm", "baddbmm", "einsum") and _is_pairwise(current):
+        found = product(current)
+        if found is not None and climb.pairwise(current) is None:
+            continue  # a projection
+        if found is not None and {0, 1} <= set(found.alone):
             return current
-        queue.extend(current.all_input_nodes)
+        if op(current) not in ("linear", "addmm", "conv1d", "conv2d", "embedding"):
+            queue.extend(current.all_input_nodes)
     return None
-
-
-def _is_pairwise(node: fx.Node) -> bool:
-    """Whether a product is one of two batched tensors: a weight has two dimensions."""
-    factors = {"baddbmm": node.args[1:3], "einsum": node.args[1]}.get(op(node), node.args[:2])
-    return len(factors) == 2 and all(is_tensor(factor) and len(shape(factor)) >= 3 for factor in factors)

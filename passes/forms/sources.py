@@ -1,14 +1,17 @@
-"""Where queries and keys come from: one sequence (self) or two (cross)."""
+"""Where queries and keys come from: one sequence (self) or two (cross), or the parameters of the model."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from sparsify.passes.nodes import is_tensor, op, same, shape
 
 PROJECTIONS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0, "conv1d": 0}
+PRODUCTS = (*PROJECTIONS, "bmm", "baddbmm", "einsum", "tensordot", "conv2d", "conv3d", "embedding")
 
 
 def kind_of(q: fx.Node, k: fx.Node) -> Literal["self", "cross"]:
@@ -42,3 +45,20 @@ def _origin(node: fx.Node) -> fx.Node:
     while op(node) in ("view", "reshape", "to", "contiguous", "transpose", "permute", "clone"):
         node = node.args[0]
     return node
+
+
+def weights_of(graph: fx.Graph, example_inputs: Sequence[Any]) -> set[fx.Node]:
+    """The parameters and the tensors that are made of parameters alone without a projection: codebooks, queries."""
+    found: set[fx.Node] = set()
+    inputs = iter(example_inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            weight = isinstance(next(inputs, None), torch.nn.Parameter)
+        elif node.op == "get_attr":
+            weight = is_tensor(node)
+        else:
+            tensors = [one for one in node.all_input_nodes if is_tensor(one)]
+            weight = bool(tensors) and op(node) not in PRODUCTS and all(one in found for one in tensors)
+        if weight:
+            found.add(node)
+    return found

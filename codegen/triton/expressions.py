@@ -1,0 +1,186 @@
+"""Expressions, predicates, loads and biases as Triton: an op table, and how an element's place is written.
+
+Inside the kernel `q` is (BLOCK_M, 1) or (BLOCK_M,), `k` is (1, BLOCK_N) and everything else a scalar, so what depends
+on queries only or on keys only is computed on that shape, and only what depends on both on a whole tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.bias import Bias, Term
+from sparsify.expr import TRUE, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
+from sparsify.program import Program
+from sparsify.text import _Printer
+from sparsify.walk import variables
+
+# Division and remainder truncate in Triton: `floor_div` and `floor_mod` are helpers in the skeleton.
+OPS: Mapping[str, str] = {
+    "var": "{0}",
+    "const": "{0}",
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "scale": "{0} * {1}",
+    "mul": "({0}) * ({1})",
+    "floordiv": "floor_div({0}, {1})",
+    "mod": "floor_mod({0}, {1})",
+    "min": "tl.minimum({0}, {1})",
+    "max": "tl.maximum({0}, {1})",
+    "select": "tl.where({0}, {1}, {2})",
+    "ge": "{0} >= {1}",
+    "le": "{0} <= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": " & ",
+    "or": " | ",
+    "not": "({0} == 0)",
+    "true": "True",
+    "false": "False",
+    "group": "({0})",
+}
+NEVER_NEGATIVE = (Var("b"), Var("h"), Var("k"))
+Q, K = Var("q"), Var("k")
+LARGEST = 3.4028234663852886e38  # of float32
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An index as scalar + q · queries + k · keys."""
+
+    scalar: Expr
+    q: int
+    k: int
+
+
+def affine(index: Expr) -> Affine | None:
+    """The index in that form, or None where a position stands inside a product, a division, a load, ..."""
+    const, terms = (index.const, index.terms) if isinstance(index, Sum) else (0, ((1, index),))
+    scalar, factors = as_expr(const), {Q: 0, K: 0}
+    for coefficient, atom in terms:
+        if atom in factors:
+            factors[atom] = coefficient
+        elif rank(atom):
+            return None
+        else:
+            scalar = scalar + atom * coefficient
+    return Affine(scalar, factors[Q], factors[K])
+
+
+def rank(node: Any) -> int:
+    """What a node depends on: 0 neither queries nor keys, 1 queries, 2 keys, 3 both."""
+    names = variables(node)
+    return ("q" in names) + 2 * ("k" in names)
+
+
+class TritonPrinter(_Printer):
+    """Prints sizes and loads by the names of the kernel's arguments, and makes tests of loads boolean.
+
+    `wrapped` holds the indices over queries or keys that can be negative in a launch: those count from the end.
+    """
+
+    def __init__(self, program: Program, wrapped: frozenset[Expr] = frozenset()) -> None:
+        super().__init__(OPS, self.leaf_text)
+        self.sizes = {name: f"size_{i}" for i, name in enumerate(program.sizes())}
+        self.wrapped = wrapped
+
+    def text(self, node: Any) -> str:
+        return f"({self.element(node.load)} != 0)" if isinstance(node, Test) else super().text(node)
+
+    def leaf_text(self, atom: Expr) -> str | None:
+        if isinstance(atom, Load):
+            return f"integer({self.element(atom)})"
+        return self.sizes.get(atom.name) if isinstance(atom, Var) else None
+
+    def element(self, load: Load) -> str:
+        """The element: the scalar parts of its place move a 64-bit pointer, the others are offsets inside a tile."""
+        bases, offsets = [], []
+        for axis, index in enumerate(load.index):
+            base, offset = self._place(index, f"{load.source}_length_{axis}", f"{load.source}_stride_{axis}")
+            bases, offsets = bases + base, offsets + offset
+        place = " + ".join([load.source, *bases] + ([f"({' + '.join(offsets)})"] if offsets else []))
+        return f"fetch({place}, within, MASKED)" if rank(load) >= 2 else f"tl.load({place})"
+
+    def _place(self, index: Expr, length: str, stride: str) -> tuple[list[str], list[str]]:
+        """The scalar and the other parts of one index's offset; a negative index counts from the end, as in Python."""
+        if not rank(index):
+            return self._scalar_place(index, length, stride), []
+        if index in self.wrapped:
+            return [], [f"element({self.text(index)}, {length}, {stride}, OFFSETS)"]
+        form = affine(index)
+        if form is None:
+            return [], [f"({self.text(index)}).to(OFFSETS) * {stride}"]
+        scalar = form.scalar + Var("q0") * form.q
+        bases = [] if constant(scalar) == 0 else [f"tl.cast({self.text(scalar)}, tl.int64) * {stride}"]
+        rows = {0: "", 1: "(q - q0)", -1: "(q0 - q)"}.get(form.q, f"({form.q} * (q - q0))")
+        keys = {0: "", 1: "k"}.get(form.k, f"({form.k} * k)")
+        return bases, [f"{part}.to(OFFSETS) * {stride}" for part in (rows, keys) if part]
+
+    def _scalar_place(self, index: Expr, length: str, stride: str) -> list[str]:
+        value = constant(index)
+        if value == 0:
+            return []
+        if value is not None:
+            return [f"tl.cast({value if value > 0 else f'{length} - {-value}'}, tl.int64) * {stride}"]
+        if index in NEVER_NEGATIVE:
+            return [f"tl.cast({self.text(index)}, tl.int64) * {stride}"]
+        return [f"element({self.text(index)}, {length}, {stride}, tl.int64)"]
+
+    def bias(self, bias: Bias, unit: float) -> str:
+        """The sum of a bias's terms times `unit`, what is smaller than a tile first."""
+        terms = sorted(((_term_rank(term), self._term(term, unit)) for term in bias), key=lambda found: found[0])
+        return " + ".join(text for _, text in terms) or "0.0"
+
+    def _term(self, term: Term, unit: float) -> str:
+        whole = constant(term.integer)
+        factor = _number(term.factor * unit * (1 if whole is None else whole))
+        parts = [(rank(load), f"{self.element(load)}.to(tl.float32)") for load in term.loads]
+        if whole is None:
+            parts.append((rank(term.integer), f"tl.cast({self.number(term.integer)}, tl.float32)"))
+        parts.sort(key=lambda found: found[0])
+        factors = [text for _, text in parts]
+        product = " * ".join(factors if factor == "1.0" and factors else [factor, *factors])
+        return product if term.where == TRUE else f"tl.where({self.text(term.where)}, {product}, 0.0)"
+
+    def number(self, expr: Expr) -> str:
+        """An integer as NUMBERS, a float where that is exact: conversions are done on positions, not on whole tiles."""
+        match expr:
+            case _ if not rank(expr):
+                return self.text(expr)
+            case Var(name):
+                return f"{name}_number"
+            case Sum(const, terms):
+                return self._number_sum(const, terms)
+            case Mul(left, right):
+                return self.op("mul", self.number(left), self.number(right))
+            case Min(left, right):
+                return self.op("min", self.number(left), self.number(right))
+            case Max(left, right):
+                return self.op("max", self.number(left), self.number(right))
+            case Select(condition, then, other):
+                return self.op("select", self.text(condition), self.number(then), self.number(other))
+        return f"({self.text(expr)}).to(NUMBERS)"
+
+    def _number_sum(self, const: int, terms: tuple[tuple[int, Expr], ...]) -> str:
+        scalar = sum((atom * c for c, atom in terms if not rank(atom)), start=as_expr(const))
+        parts = [] if constant(scalar) == 0 else [self.text(scalar)]
+        for coefficient, atom in sorted(((c, a) for c, a in terms if rank(a)), key=lambda term: rank(term[1])):
+            number = self.number(atom)
+            parts.append({1: number, -1: f"-({number})"}.get(coefficient, f"{coefficient} * ({number})"))
+        return f"({' + '.join(parts)})"
+
+
+def _term_rank(term: Term) -> int:
+    found = 0
+    for part in (*term.loads, term.integer, term.where):
+        found |= rank(part)
+    return found
+
+
+def _number(value: float) -> str:
+    """A float32 constant; a finite one stays finite."""
+    if math.isinf(value):
+        return f'float("{value}")'
+    return repr(min(max(float(value), -LARGEST), LARGEST))

@@ -1,0 +1,71 @@
+"""The interpreter whose run is traced: it enters what tracing only records and opens what hides an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.passes.canonical.bodies import called
+from sparsify.passes.canonical.flex import open_flex
+from sparsify.passes.canonical.fused import open_encoder_layer, open_multi_head
+
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
+# An operator that hides an attention: its rule gives what it computes in plain operators beside the whole, or None.
+OPENED: dict[Any, Callable[[fx.Node, tuple[Any, ...], Any], Any]] = {
+    torch.ops.higher_order.flex_attention: open_flex,
+    torch._transformer_encoder_layer_fwd: open_encoder_layer,
+    torch.ops.aten._transformer_encoder_layer_fwd.default: open_encoder_layer,
+    torch._native_multi_head_attention: open_multi_head,
+    torch.ops.aten._native_multi_head_attention.default: open_multi_head,
+}
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph, and enters the autocast regions that tracing only records: they decide the dtypes of values.
+
+    Graphs that a higher-order operator only calls (checkpoints, compiled regions) are run in its place. followed: the
+    operators whose graph autograd follows; what they make of that is lost in a graph without them.
+    """
+
+    def __init__(self, module: fx.GraphModule, followed: list[str]) -> None:
+        super().__init__(module)
+        self.followed = followed
+        self.entered: list[Any] = []
+        self.node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = called(target, args, kwargs)
+        if call is not None:
+            if not call.free and _needs_gradient(args):
+                self.followed.append(target._name)
+            with call.around:
+                return Interpreter(call.graph, self.followed).run(*call.operands)
+        result = super().call_function(target, args, kwargs)
+        if target in OPENED and self.node is not None:
+            opened = OPENED[target](self.node, args + tuple(kwargs.values()), result)
+            result = result if opened is None else opened
+        with torch._C.DisableTorchFunction():
+            if target is ENTER_AUTOCAST:
+                self.entered.append(target(*args, **kwargs))
+            elif target is EXIT_AUTOCAST:
+                target(self.entered.pop())
+        return result
+
+    def leave(self) -> None:
+        while self.entered:
+            EXIT_AUTOCAST(self.entered.pop())
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    """Whether autograd follows a call: what a checkpoint saves is then for it to decide."""
+    tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
