@@ -20,7 +20,6 @@ from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
 from sparsify.walk import loads, substitute, variables
 
-BIASES = False  # whether targets take a program's bias; else it is a tensor mask
 Q, K, N, NQ = Var("q"), Var("k"), Var("N"), Var("Nq")
 
 
@@ -45,8 +44,6 @@ class RecoverMasks:
             names = load_names(raised.loads)
             site.notes += [f"{name} counts as a mask of 0 and 1" for name in raised.assumed]
             site.bias, site.sink_bias = raised.bias, raised.sink
-            if site.bias and not BIASES:
-                site.bias, site.rest = (), _tensor(site)
             _place(site, raised.keep & (K <= Q if site.causal else TRUE))
             site.mask_text = _text(site, names)
 
@@ -68,19 +65,17 @@ def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[Rais
     return known[key]
 
 
-def _tensor(site: Site) -> Mask:
-    """The additive masks of a site as one tensor."""
+def as_tensor(site: Site) -> None:
+    """Makes the additive masks of a site one tensor mask, for a target that adds no biases."""
     added = [mask.node for mask in site.masks if mask.kind == "add"]
     total = reduce(lambda a, b: call(site.output, ATEN.add.Tensor, a, b), added)
-    return Mask(
-        "add", total if dtype(total) != torch.float64 else call(site.output, ATEN.to.dtype, total, torch.float32)
-    )
+    total = total if dtype(total) != torch.float64 else call(site.output, ATEN.to.dtype, total, torch.float32)
+    site.bias, site.rest = (), Mask("add", total)
 
 
 def _text(site: Site, names: tuple[str, ...]) -> str:
     """`causal & pad[b, k] + bias slopes[h]*(k - q)`, "none" for a site without a mask."""
     words = [] if site.keep == TRUE else [describe(site.keep, names)]
-    words = words if site.rest is None else [" & ".join([*words, "a bias"])]
     words += [f"bias {describe_bias(site.bias, names)}"] if site.bias else []
     words += [] if site.sink_bias is None else [f"sink {describe_bias(site.sink_bias, names)}"]
     return " + ".join(words) or "none"
@@ -110,11 +105,7 @@ def _place(site: Site, rows: Pred) -> None:
     read = [bound for bound in bounds if loads(bound) and ("q" in variables(bound) or same(q_len, 1))]
     if read:
         site.position = substitute(read[0], row)
-    elif (
-        site.rest is not None
-        or any(map(_spans, loads(rows) + bias.loads(site.bias)))
-        or any("q" in variables(bound) for bound in bounds)
-    ):
+    elif any(map(_spans, loads(rows) + bias.loads(site.bias))) or any("q" in variables(bound) for bound in bounds):
         site.positions_known = False
 
 

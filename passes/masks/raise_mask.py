@@ -12,7 +12,7 @@ How: an abstract interpreter (design D2, `elements`) asks what the mask's elemen
 backwards. `arange` answers with its index, views remap indices, comparisons build predicates, and what is opaque
 becomes a load of the smallest tensor on the way. Elementwise operations that no closed form describes, but that depend
 on few positions (k - q and h, say), are computed anew over those (`tables`). What an additive mask comes to is taken
-apart (`settle`): 0 and "minus a lot" (-inf, the least finite number of a dtype, or anything up to DROPPED) are a
+apart (`resolve`): 0 and "minus a lot" (-inf, the least finite number of a dtype, or anything up to DROPPED) are a
 predicate, all else are terms of a bias. Nothing is refused: at worst a mask is a load over queries and keys.
 
 One thing it assumes, and says so in `assumed`: integers that the model computes (1 - mask) * min with are 0 or 1;
@@ -34,7 +34,7 @@ from sparsify import bias as biases
 from sparsify.bias import Bias, Term
 from sparsify.expr import TRUE, Expr, Load, Pred, Test, Var, as_expr, eq, negate
 from sparsify.passes.masks.elements import Elements, is_one
-from sparsify.passes.masks.settle import Settler, simplified
+from sparsify.passes.masks.resolve import Resolver, simplified
 from sparsify.passes.masks.values import DROPPED, Opaque, Pieces, as_bool
 from sparsify.text import POSITIONS
 from sparsify.walk import rewrite, substitute, variables
@@ -81,13 +81,13 @@ def raise_masks(
     """
     site = site or next(reversed(masks[0].graph.nodes))
     el = Elements(site, shape)
-    settler = Settler(el, shape, exact)
+    resolver = Resolver(el, shape, exact)
     keep, terms = TRUE, ()
     for node in masks:
-        kept, added = _mask(settler, node, _top_index(el, node, shape))
+        kept, added = _mask(resolver, node, _top_index(el, node, shape))
         keep, terms = keep & kept, terms + added
-    found = None if sink is None else _sink(settler, sink, (*_top_index(el, sink, shape)[:-1], as_expr(0)))
-    return _named(settler, el.box.decide(keep), terms, found)
+    found = None if sink is None else _sink(resolver, sink, (*_top_index(el, sink, shape)[:-1], as_expr(0)))
+    return _named(resolver, el.box.decide(keep), terms, found)
 
 
 def _top_index(el: Elements, node: fx.Node, shape: Shape) -> tuple[Expr, ...]:
@@ -98,13 +98,13 @@ def _top_index(el: Elements, node: fx.Node, shape: Shape) -> tuple[Expr, ...]:
     return tuple(as_expr(0) if s else Var(name) for s, name in zip(stretched, names, strict=True))
 
 
-def _mask(settler: Settler, node: fx.Node, index: tuple[Expr, ...]) -> tuple[Pred, Bias]:
-    el = settler.el
+def _mask(resolver: Resolver, node: fx.Node, index: tuple[Expr, ...]) -> tuple[Pred, Bias]:
+    el = resolver.el
     try:
         element = el.at(node, index)
         if el.is_bool(node):
-            return _known(el, settler.settled(as_bool(element))), ()
-        keep, bias = settler.added(element)
+            return _known(el, resolver.resolved(as_bool(element))), ()
+        keep, bias = resolver.added(element)
         return _known(el, keep), _known(el, bias)
     except Exception as error:  # the tensor itself is always right
         if not isinstance(error, Opaque):
@@ -116,16 +116,16 @@ def _mask(settler: Settler, node: fx.Node, index: tuple[Expr, ...]) -> tuple[Pre
         return (TRUE, (Term(1.0, (load,)),)) if el.is_float(node) else (negate(eq(load, 0)), ())
 
 
-def _sink(settler: Settler, node: fx.Node, index: tuple[Expr, ...]) -> Bias:
+def _sink(resolver: Resolver, node: fx.Node, index: tuple[Expr, ...]) -> Bias:
     """The terms of a sink: a logit as it is, -inf and all."""
-    element = settler.el.at(node, index)
+    element = resolver.el.at(node, index)
     if not isinstance(element, Pieces):
-        keep, terms = settler.added(element)
+        keep, terms = resolver.added(element)
         if keep == TRUE:
             return terms
     elif all(value > DROPPED for value, _ in element.parts):
         return tuple(Term(value, where=where) for value, where in element.parts if value)
-    settler.el.nodes[node.name] = node
+    resolver.el.nodes[node.name] = node
     return (Term(1.0, (Load(node.name, index or (as_expr(0),)),)),)
 
 
@@ -138,7 +138,7 @@ def _known(el: Elements, found: Any) -> Any:
     return found
 
 
-def _named(settler: Settler, keep: Pred, bias: Bias, sink: Bias | None) -> RaisedMask:
+def _named(resolver: Resolver, keep: Pred, bias: Bias, sink: Bias | None) -> RaisedMask:
     """Loads renamed `_0`, `_1`, ... in order of appearance."""
     found: dict[str, str] = {}
 
@@ -150,8 +150,8 @@ def _named(settler: Settler, keep: Pred, bias: Bias, sink: Bias | None) -> Raise
 
     keep, bias = rewrite(keep, rename), biases.rewrite(bias, rename)
     sink = None if sink is None else biases.rewrite(sink, rename)
-    nodes = settler.el.nodes | settler.el.scalars.nodes
-    assumed = tuple(name for name in found if name in settler.assumed)
+    nodes = resolver.el.nodes | resolver.el.scalars.nodes
+    assumed = tuple(name for name in found if name in resolver.assumed)
     return RaisedMask(keep, simplified(keep, bias), sink, tuple(nodes[name] for name in found), assumed)
 
 

@@ -1,4 +1,4 @@
-"""Settles what the element of a mask comes to: a predicate and bias terms, over loads of the smallest tensors."""
+"""Resolves what the element of a mask comes to: a predicate and bias terms, over loads of the smallest tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PRODUCT = 4  # terms that a product is multiplied out to
 Lowered = tuple[Pred, Bias]
 
 
-class Settler:
+class Resolver:
     """Elements of one site's masks as what its program says.
 
     exact: take no integers for a mask of 0 and 1 (see `integer`); those that were are in `assumed`.
@@ -30,7 +30,7 @@ class Settler:
         self.assumed: dict[str, None] = {}
         self._tables: dict[Any, Load | None] = {}
 
-    def settled(self, node: Any) -> Any:
+    def resolved(self, node: Any) -> Any:
         """An expression or predicate over loads of tensors that are not over queries and keys, if possible."""
         return rewrite(node, self._load)
 
@@ -40,7 +40,7 @@ class Settler:
         inner = any(loads(part) for part in load.index)
         if not inner and (load not in self.el.trees or not self.spans(load.index)):
             return None
-        return self._table(load) or Load(load.source, tuple(map(self.settled, load.index)))
+        return self._table(load) or Load(load.source, tuple(map(self.resolved, load.index)))
 
     def _table(self, element: Load | Tree) -> Load | None:
         """A load from a new, small tensor, if the element is told by few positions."""
@@ -83,7 +83,7 @@ class Settler:
         return keep, terms
 
     def constants(self, pieces: Pieces, factor: float) -> Lowered:
-        parts = [(value * factor if value else 0.0, self.settled(where)) for value, where in pieces.parts]
+        parts = [(value * factor if value else 0.0, self.resolved(where)) for value, where in pieces.parts]
         keep = disjunction(where for value, where in parts if not value <= DROPPED)
         return keep, tuple(Term(value, where=where) for value, where in parts if value and value > DROPPED)
 
@@ -92,7 +92,7 @@ class Settler:
 
         Such integers are 0 or 1 by all that one knows. With others `exact` adds what the model would: about infinity.
         """
-        expr = self.settled(expr)
+        expr = self.resolved(expr)
         if abs(factor) < -DROPPED:
             return TRUE, (Term(factor, integer=expr),)
         drops = expr if factor < 0 else -expr  # dropped where this is at least 1
@@ -140,7 +140,7 @@ class Settler:
         raise Opaque(tree.name)
 
     def choice(self, condition: Pred, then: Any, other: Any, factor: float) -> Lowered:
-        yes = self.settled(condition)
+        yes = self.resolved(condition)
         no = negate(yes)
         (keep, terms), (keep_other, terms_other) = self.added(then, factor), self.added(other, factor)
         kept = disjunction([yes & keep, no & keep_other])
@@ -190,7 +190,7 @@ class Settler:
         if found is None:
             held = self.el.load(tree.node, tree.index)
             assert isinstance(held, Tree)
-            found = Load(tree.node.name, tuple(map(self.settled, held.index)) or (as_expr(0),))
+            found = Load(tree.node.name, tuple(map(self.resolved, held.index)) or (as_expr(0),))
         return Term(factor, (found,))
 
 
