@@ -43,6 +43,7 @@ class Case:
     scale: float | None = None
     layout: str = "model"  # (B, N, H, D) seen as (B, H, N, D); or "plain", "strided", "transposed"
     seed: int = 0
+    unread: tuple[int, int] | None = None  # keys in tiles that must be skipped
 
     def launch(self, device: str = "cpu") -> Launch:
         g = torch.Generator().manual_seed(self.seed)
@@ -98,6 +99,10 @@ def _beside(g: torch.Generator, kind: str, shape: tuple[int, ...], dtype: torch.
 def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     if kind == "bool":
         return torch.rand(shape, generator=g) > 0.3
+    if kind == "first half":
+        return (torch.arange(shape[-1]) < shape[-1] // 2).expand(shape)
+    if kind == "quarters":
+        return (torch.arange(shape[-1]) * 4 // shape[-1]).expand(shape).contiguous()
     if kind == "minima":  # rows of nothing else, too
         values = torch.randn(shape, generator=g)
         lowest = torch.finfo(torch.float32).min
@@ -112,11 +117,13 @@ def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor
 def errors(case: Case, device: str = "cpu") -> tuple[float, float]:
     """The largest error against the float64 oracle: the kernel's, and PyTorch's own in the same dtype."""
     launch = case.launch(device)
-    expected = oracle(launch)
+    expected, theirs = oracle(launch), _torch(launch)
+    if case.unread is not None:
+        launch.v[:, :, slice(*case.unread)] = torch.nan
     found = TritonTarget().run(launch)
     assert found.shape == expected.shape and found.dtype == launch.q.dtype
     assert found.stride() == launch.empty_output().stride()
-    return _gap(found, expected), _gap(_torch(launch), expected)
+    return _gap(found, expected), _gap(theirs, expected)
 
 
 def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -216,6 +223,38 @@ def _mixed() -> list[Case]:
     ]
 
 
+def _data() -> list[Case]:
+    """Tiles that data makes empty or full, and indices whose runs are hard to bound."""
+    padding = (("bool", (2, 130)),)
+    documents = (("int64", (2, 130)), ("int32", (2, 40)))
+    return [
+        Case(
+            "skip_padding",
+            "k <= q and _0[b, k]",
+            lengths=(33, 256),
+            loads=(("first half", (1, 256)),),
+            unread=(128, 256),
+        ),
+        Case(
+            "skip_documents",
+            "k <= q and _0[b, q] == _0[b, k]",
+            lengths=(64, 256),
+            loads=(("quarters", (1, 256)),),
+            unread=(0, 192),
+        ),
+        Case("skip_rows", "k <= q and _0[0, 1, q] == _0[-1, 1, k]", lengths=(9, 130), loads=(("int32", (2, 2, 130)),)),
+        Case("inner_axis", "k <= q and _0[k, h]", lengths=(40, 130), loads=(("bool", (130, 2)),)),
+        Case("run_of_thirds", "_0[b, k // 3] != 1", batch=2, lengths=(40, 130), loads=documents),
+        Case("run_from_end", "k <= q and _0[b, max(k - 2, 0 - N)]", batch=2, lengths=(40, 130), loads=padding),
+        Case(
+            "run_shifted", "_0[b, min(k + 3, N - 1)] > 1 or _0[b, q] == 2", batch=2, lengths=(40, 130), loads=documents
+        ),
+        Case("run_of_runs", "_0[b, _1[b, q - 90]] == _0[b, k]", batch=2, lengths=(40, 130), loads=documents),
+        Case("row_limits", "k <= q and k < 9*_1[b, q - 90] + 40", batch=2, lengths=(40, 130), loads=documents),
+        Case("full_by_data", "_0[b, k] or k == q", batch=2, lengths=(40, 130), loads=padding),
+    ]
+
+
 def _halves() -> list[Case]:
     """Both 16-bit dtypes over the kinds that differ in them."""
     found = {case.name: case for case in _static() + _mixed()}
@@ -224,6 +263,6 @@ def _halves() -> list[Case]:
     return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
 
 
-CASES = _static() + _mixed() + _halves()
+CASES = _static() + _mixed() + _data() + _halves()
 # A kernel may be twice as far from the oracle as PyTorch is, plus what one rounding of an output near 1 costs.
 FLOOR = {"float32": 1e-6, "bfloat16": 2.0**-9, "float16": 2.0**-12}

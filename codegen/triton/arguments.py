@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.codegen.triton.printer import LOG2_E, longest_last, units, used_loads
 from sparsify.codegen.triton.ranges import exact, far, large
+from sparsify.codegen.triton.summaries import summary_arguments
 from sparsify.codegen.triton.tuning import padded
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, int
     if launch.mask is not None:
         mask = launch.mask.expand(batch, heads, q_len, launch.k.shape[2])
         values |= {"MASK": mask} | _strides("mask", mask, "bhmn")
-    values |= load_arguments(launch)
+    values |= load_arguments(launch) | summary_arguments(launch)
     values |= {f"size_{i}": size for i, size in enumerate(program.size_values(launch.k.shape[2]))}
     values |= {
         "heads": heads,

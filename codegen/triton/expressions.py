@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.bias import Bias, Term
-from sparsify.expr import TRUE, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
+from sparsify.codegen.triton.summaries import Summary, of_keys
+from sparsify.expr import TRUE, Bound, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
+from sparsify.patterns.tiles import BLOCK
 from sparsify.program import Program
 from sparsify.text import _Printer
 from sparsify.walk import variables
@@ -85,6 +87,7 @@ class TritonPrinter(_Printer):
         super().__init__(OPS, self.leaf_text)
         self.sizes = {name: f"size_{i}" for i, name in enumerate(program.sizes())}
         self.wrapped = wrapped
+        self.rows: dict[Bound, tuple[str, str]] = {}  # the bounds that one query tile has: a name and a text
 
     def text(self, node: Any) -> str:
         return f"({self.element(node.load)} != 0)" if isinstance(node, Test) else super().text(node)
@@ -92,6 +95,8 @@ class TritonPrinter(_Printer):
     def leaf_text(self, atom: Expr) -> str | None:
         if isinstance(atom, Load):
             return f"integer({self.element(atom)})"
+        if isinstance(atom, Bound):
+            return self._extreme(atom) if of_keys(atom) else self._row_bound(atom)
         return self.sizes.get(atom.name) if isinstance(atom, Var) else None
 
     def element(self, load: Load) -> str:
@@ -127,6 +132,30 @@ class TritonPrinter(_Printer):
         if index in NEVER_NEGATIVE:
             return [f"tl.cast({self.text(index)}, tl.int64) * {stride}"]
         return [f"element({self.text(index)}, {length}, {stride}, tl.int64)"]
+
+    def _row_bound(self, bound: Bound) -> str:
+        """A bound that all key tiles share, read before the first of them."""
+        if bound not in self.rows:
+            text = self._extreme(bound)  # first: other bounds may be in it
+            self.rows[bound] = f"bound_{len(self.rows)}", text
+        return self.rows[bound][0]
+
+    def _extreme(self, bound: Bound) -> str:
+        """A bound, from its summary."""
+        load, axis = bound.load, bound.axis
+        lengths = [f"{load.source}_length_{i}" for i in range(len(load.index))]
+        indices = [self._scalar_index(index, length) for index, length in zip(load.index, lengths, strict=True)]
+        outer, inner = _place(indices[:axis], lengths[:axis]), _place(indices[axis + 1 :], lengths[axis + 1 :])
+        run = f"tl.cast({self.text(load.index[axis])}, tl.int64), tl.cast({self.text(bound.last)}, tl.int64)"
+        size = " * ".join(lengths[axis + 1 :]) or "1"
+        place = f"{Summary.of(bound).name}, {outer}, {inner}, {size}, {run}, {lengths[axis]}"
+        return f"extreme({place}, {bound.greatest}, {_steps(bound)})"
+
+    def _scalar_index(self, index: Expr, length: str) -> str:
+        value = constant(index)
+        if value is not None:
+            return f"{value}" if value >= 0 else f"({length} - {-value})"
+        return self.text(index) if index in NEVER_NEGATIVE else f"counted({self.text(index)}, {length})"
 
     def bias(self, bias: Bias, unit: float) -> str:
         """The sum of a bias's terms times `unit`, what is smaller than a tile first."""
@@ -170,6 +199,24 @@ class TritonPrinter(_Printer):
             number = self.number(atom)
             parts.append({1: number, -1: f"-({number})"}.get(coefficient, f"{coefficient} * ({number})"))
         return f"({' + '.join(parts)})"
+
+
+def _place(indices: list[str], lengths: list[str]) -> str:
+    """The offset of scalar indices in contiguous memory."""
+    place = "tl.cast(0, tl.int64)"
+    for index, length in zip(indices, lengths, strict=True):
+        place = f"({place} * {length} + {index})"
+    return place
+
+
+def _steps(bound: Bound) -> str:
+    """How many blocks a run goes on to after its first, or which loop finds that out."""
+    if not of_keys(bound):
+        return "ONE_RUN"
+    shift = constant(bound.load.index[bound.axis] - Var("k0"))
+    if shift is None or shift < 0 or bound.last - Var("k1") != as_expr(shift):
+        return "SEVERAL_RUNS"
+    return f"(BLOCK_N - 1) // {BLOCK}" if shift == 0 else f"(BLOCK_N + {BLOCK - 2}) // {BLOCK}"
 
 
 def _term_rank(term: Term) -> int:

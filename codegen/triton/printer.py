@@ -10,9 +10,10 @@ from typing import Any
 
 from sparsify.bias import Term
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
-from sparsify.expr import FALSE, TRUE, And, Expr, Pred, conjunction
-from sparsify.patterns.interior import has_gaps, interiors
-from sparsify.patterns.tiles import analyse
+from sparsify.codegen.triton.summaries import gaps, scanned, split, summaries
+from sparsify.expr import TRUE, Expr
+from sparsify.patterns.interior import interiors
+from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Program
 from sparsify.text import to_text
 from sparsify.walk import variables
@@ -84,11 +85,13 @@ def holes(
     printer = TritonPrinter(program, wrapped)
     sizes = list(printer.sizes.values())
     loads = used_loads(program)
-    lengths = [f"{source}_length_{axis}" for source, rank in loads.items() for axis in range(rank)]
-    strides = [f"{source}_stride_{axis}" for source, rank in loads.items() for axis in range(rank)]
+    lengths = [f"{source}_length_{axis}" for source, count in loads.items() for axis in range(count)]
+    strides = [f"{source}_stride_{axis}" for source, count in loads.items() for axis in range(count)]
     numbers = ["N", "Nq", "q_offset", "q_tiles", "all_heads", "section", *sizes, *lengths]
     unit = 1.0 if units(program) == "natural" else LOG2_E
     rules = [_rule(program, number, printer) for number in range(len(program.keep))]
+    scope = ", ".join(["b", "h", "N", "Nq", *sizes, *loads, *lengths, *strides])
+    found = [summary.name for summary in summaries(program)]
     return {
         "title": f"Attention in {dtype}, head size {head_dim}, value size {value_dim}: {len(program.keep)} rules.",
         "name": name,
@@ -97,8 +100,12 @@ def holes(
         "rules": rules,
         "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program, number), number) for number in range(1, len(program.keep))],
-        "scope": ", ".join(["b", "h", "N", "Nq", *sizes, *loads, *lengths, *strides]),
-        "launch_loads": "".join(f"{source}, " for source in loads),
+        "scope": scope,
+        "tile_scope": ", ".join([scope, *found, *(name for name, _ in printer.rows.values())]),
+        "bounds": list(printer.rows.values()),
+        "summaries": bool(found),
+        "block": BLOCK,
+        "launch_loads": "".join(f"{source}, " for source in (*loads, *found)),
         "launch_scalars": "".join(f"{scalar}, " for scalar in [*sizes, *lengths, *strides]),
         "unspecialised": ", ".join(f'"{number}"' for number in numbers),
         "mask": program.mask,
@@ -112,27 +119,20 @@ def holes(
 
 def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, Any]:
     pred, text = program.keep[number], printer.text
-    closed, beside = _split(pred)
-    rule = analyse(pred).without_data()
-    inside = [one for one in interiors(closed) if not one.data_bounds()]
+    closed, beside = split(pred)
+    rule, inside = analyse(pred), [] if gaps(pred) else interiors(closed)
     return {
         "heads": _ranges(program, number),
         "text": to_text(pred),
         "keep": "" if pred == TRUE else f" & {text(pred)}",
         "beside": "" if beside == TRUE else f" & {text(beside)}",
         "empty": text(rule.empty),
-        "full": text(analyse(closed).without_data().full),
-        "gaps": rule.empty != FALSE and has_gaps(pred),
+        "full": text(analyse(closed).full),
+        "gaps": gaps(pred),
+        "scanned": scanned(pred),
         "bands": [_interval(band.low, band.high, text) | {"unless": text(band.unless)} for band in rule.bands],
         "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in inside],
     }
-
-
-def _split(pred: Pred) -> tuple[Pred, Pred]:
-    """The conditions that can be known to hold on a whole tile, and those that are tested on every tile."""
-    parts = pred.parts if isinstance(pred, And) else (pred,)
-    tested = [part for part in parts if analyse(part).without_data().full == FALSE]
-    return conjunction(part for part in parts if part not in tested), conjunction(tested)
 
 
 def _interval(low: Expr | None, high: Expr | None, text: Any) -> dict[str, str]:

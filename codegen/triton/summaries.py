@@ -1,0 +1,95 @@
+"""What data says about tiles: bounds of loads are read from summaries, the least and greatest element of each block.
+
+The launch makes a summary on the device, in one reduction over a load: O(N) work for whatever is indexed by position.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from sparsify.expr import FALSE, And, Bound, Expr, Pred, conjunction
+from sparsify.patterns.interior import has_gaps, interiors
+from sparsify.patterns.tiles import BLOCK, analyse
+from sparsify.program import Program
+from sparsify.walk import data_bounds, variables
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsify.codegen.target import Launch
+
+
+class Summary(NamedTuple):
+    """The least (or the greatest) element of each block of a load along one axis."""
+
+    source: str
+    axis: int
+    greatest: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}_{'greatest' if self.greatest else 'least'}_{self.axis}"
+
+    @classmethod
+    def of(cls, bound: Bound) -> Summary:
+        return cls(bound.load.source, bound.axis, bound.greatest)
+
+
+def split(pred: Pred) -> tuple[Pred, Pred]:
+    """The conditions that can be known to hold on a whole tile, and those that are tested on every tile."""
+    parts = pred.parts if isinstance(pred, And) else (pred,)
+    tested = [part for part in parts if analyse(part).full == FALSE]
+    return conjunction(part for part in parts if part not in tested), conjunction(tested)
+
+
+def scanned(pred: Pred) -> bool:
+    """Whether it takes data to tell what a key tile is."""
+    return any(of_keys(bound) for part in (analyse(pred).empty, analyse(split(pred)[0]).full) for bound in _in([part]))
+
+
+def gaps(pred: Pred) -> bool:
+    """Whether each tile inside the bands is asked what it is: it can be EMPTY, or data can make it FULL."""
+    return has_gaps(pred) or scanned(pred)
+
+
+def of_keys(bound: Bound) -> bool:
+    """Whether a bound differs from key tile to key tile."""
+    return bool(variables(bound) & {"k0", "k1"})
+
+
+@functools.lru_cache(maxsize=1024)
+def summaries(program: Program) -> tuple[Summary, ...]:
+    """The summaries that a program's kernel reads, in a fixed order."""
+    found = {Summary.of(bound) for pred in program.keep for bound in _in(_parts(pred))}
+    return tuple(sorted(found))
+
+
+def _parts(pred: Pred) -> list[Expr | Pred | None]:
+    """What a kernel evaluates on tiles for a predicate."""
+    rule, closed = analyse(pred), split(pred)[0]
+    found: list[Expr | Pred | None] = [part for band in rule.bands for part in (band.low, band.high, band.unless)]
+    if gaps(pred):
+        return [*found, rule.empty, analyse(closed).full]
+    return found + [part for one in interiors(closed) for part in (one.low, one.high, one.when)]
+
+
+def _in(parts: Iterable[Expr | Pred | None]) -> list[Bound]:
+    return [bound for part in parts if part is not None for bound in data_bounds(part)]
+
+
+def summary_arguments(launch: Launch) -> dict[str, torch.Tensor]:
+    """The summaries by name: contiguous, shaped as the load but for one element a block along the axis."""
+    import torch
+
+    found, pairs = summaries(launch.program), {}
+    for source, axis in dict.fromkeys((one.source, one.axis) for one in found):
+        load = launch.loads[int(source[1:])]
+        load = load.view(torch.uint8) if load.dtype == torch.bool else load
+        rest = -load.shape[axis] % BLOCK
+        if rest:
+            last = load.narrow(axis, load.shape[axis] - 1, 1)
+            load = torch.cat([load, last.expand(*load.shape[:axis], rest, *load.shape[axis + 1 :])], axis)
+        pairs[source, axis] = torch.aminmax(load.unflatten(axis, (-1, BLOCK)), dim=axis + 1)
+    return {one.name: pairs[one.source, one.axis][one.greatest].contiguous() for one in found}
