@@ -200,7 +200,7 @@ def test_a_mask_that_breaks_the_reader_stays_a_tensor(monkeypatch, caplog):
         run, recorded = compiled(function)
         torch.testing.assert_close(run(*INPUTS), function(*INPUTS), atol=2e-5, rtol=2e-5)
     (site,) = recorded.sites
-    assert (site.refusal, site.mask_text, len(site.loads)) == (None, "ge[q, k]", 1)
+    assert site.refusal is None and len(site.loads) == 1
     assert "could not be read" in caplog.text
 
 
