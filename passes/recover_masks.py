@@ -13,7 +13,7 @@ from torch import fx
 from sparsify import bias
 from sparsify.expr import TRUE, And, Expr, Ge, Load, Pred, Var, conjunction
 from sparsify.passes.aliasing import Writes
-from sparsify.passes.masks.describe import describe, describe_bias, load_names
+from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_masks
 from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
 from sparsify.passes.runner import Capture
@@ -41,11 +41,11 @@ class RecoverMasks:
         known: dict[Any, tuple[RaisedMask, tuple[fx.Node, ...]]] | None = None if Writes(capture.graph) else {}
         for site in capture.open_sites():
             raised, site.loads = _raised(site, self.exact, known)
-            names = load_names(raised.loads)
+            site.load_names = load_names(raised.loads)
             site.notes += [f"{name} counts as a mask of 0 and 1" for name in raised.assumed]
             site.bias, site.sink_bias = raised.bias, raised.sink
             _place(site, raised.keep & (K <= Q if site.causal else TRUE))
-            site.mask_text = _text(site, names)
+            site.mask_text = "none" if site.keep == TRUE else describe(site.keep, site.load_names)
 
 
 def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[RaisedMask, tuple[fx.Node, ...]]:
@@ -71,14 +71,6 @@ def as_tensor(site: Site) -> None:
     total = reduce(lambda a, b: call(site.output, ATEN.add.Tensor, a, b), added)
     total = total if dtype(total) != torch.float64 else call(site.output, ATEN.to.dtype, total, torch.float32)
     site.bias, site.rest = (), Mask("add", total)
-
-
-def _text(site: Site, names: tuple[str, ...]) -> str:
-    """`causal & pad[b, k] + bias slopes[h]*(k - q)`, "none" for a site without a mask."""
-    words = [] if site.keep == TRUE else [describe(site.keep, names)]
-    words += [f"bias {describe_bias(site.bias, names)}"] if site.bias else []
-    words += [] if site.sink_bias is None else [f"sink {describe_bias(site.sink_bias, names)}"]
-    return " + ".join(words) or "none"
 
 
 def _place(site: Site, rows: Pred) -> None:

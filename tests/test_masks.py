@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from retrace import Traced, compile_and_trace, trace
 
 from sparsify.passes.masks.check_raised import check_raised
-from sparsify.passes.masks.describe import describe, describe_bias, load_names
+from sparsify.passes.masks.describe import describe, load_names
+from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask
 from sparsify.text import parse_expr, parse_pred
 
@@ -154,31 +155,31 @@ def test_closed_form(name: str, dynamic: bool) -> None:
 
 
 OPEN: dict[str, tuple[Mask, str, str]] = {
-    "random": (lambda x, p: torch.rand(x.shape[2], x.shape[3]) > 2, "(rand > 2)[q, k]", "0"),
-    "scores": (lambda x, p: x > 0, "(x_1 > 0)[b, h, q, k]", "0"),
-    "top scores": (lambda x, p: x >= x.topk(2, -1).values[..., -1:], "ge[b, h, q, k]", "0"),
-    "beside a closed form": (lambda x, p: ~later(x) & (x[:1, :1] > 0), "causal & ((x_1 > 0)[q, k])", "0"),
-    "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum(bitwise_not(gt))[q, k] < 3", "0"),
-    "bias": (lambda x, p: x * 0.5, "all", "0.5*x_1[b, h, q, k]"),
+    "random": (lambda x, p: torch.rand(x.shape[2], x.shape[3]) > 2, "(rand > 2)[q, k]", ""),
+    "scores": (lambda x, p: x > 0, "(x_1 > 0)[b, h, q, k]", ""),
+    "top scores": (lambda x, p: x >= x.topk(2, -1).values[..., -1:], "ge[b, h, q, k]", ""),
+    "beside a closed form": (lambda x, p: ~later(x) & (x[:1, :1] > 0), "causal & ((x_1 > 0)[q, k])", ""),
+    "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum(bitwise_not(gt))[q, k] < 3", ""),
+    "bias": (lambda x, p: x * 0.5, "all", "0.5 * x_1[b, h, q, k]"),
     "beside a bias": (lambda x, p: square(x, -INF).triu(1) + x[:1], "causal", "x_1[h, q, k]"),
     "bias beside it": (lambda x, p: x[:1] + (square(x, MIN).triu(1)), "causal", "x_1[h, q, k]"),
     "where of a bias": (lambda x, p: torch.where(later(x), MIN, x[:1]), "causal", "x_1[h, q, k]"),
     "bias filled": (lambda x, p: x[:1].masked_fill(later(x), MIN), "causal", "x_1[h, q, k]"),
-    "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "all", "0.5*(k - q)"),
-    "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "all", "(-1 where q - k < 0)"),
+    "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "all", "0.5 * (k - q)"),
+    "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "all", "-1 where q - k < 0"),
     "0 * -inf": (lambda x, p: (1 - square(x).tril()) * -INF, "all", "mul[k - q + SHIFT]"),
     "document numbers as floats": (
         lambda x, p: p.cumsum(-1).float()[:, None, None, :] == p.cumsum(-1).float()[:, None, : x.shape[2], None],
         "cumsum(p_1)[b, q] == cumsum(p_1)[b, k]",
-        "0",
+        "",
     ),
     "distance of document numbers": (
         lambda x, p: (p.cumsum(-1)[:, None, None] - p.cumsum(-1)[:, None, : x.shape[2], None]).abs().float() * MIN,
         "(cumsum(p_1)[b, q] <= cumsum(p_1)[b, k]) & (cumsum(p_1)[b, k] <= cumsum(p_1)[b, q])",
-        "0",
+        "",
     ),
     "logarithm": (lambda x, p: square(x).tril().log(), "all", "log[k - q + SHIFT]"),
-    "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "causal", "0"),
+    "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "causal", ""),
 }
 
 

@@ -10,7 +10,6 @@ from torch import fx
 from torch._ops import OpOverload
 
 from sparsify import patterns
-from sparsify.bias import Bias, Term
 from sparsify.expr import TRUE, And, Eq, Expr, FloorDiv, Ge, Load, Mod, Not, Or, Pred, Sum, Test, Var, as_expr, constant
 from sparsify.text import PYTHON, to_text
 
@@ -28,16 +27,12 @@ def describe(keep: Pred, names: Sequence[str] = ()) -> str:
 
     `names` are those of the tensors that the loads `_0`, `_1`, ... index (`load_names`). "all" keeps everything.
     """
-    return _Words(names).text(keep)
+    return Words(names).text(keep)
 
 
-def describe_bias(bias: Bias, names: Sequence[str] = ()) -> str:
-    """A bias over absolute q and k as text: `slopes[h]*(k - q) - 100 where ~(same_block(4))`; "0" for an empty one."""
-    words = _Words(names)
-    return " + ".join(map(words.term, bias)) or "0"
+class Words:
+    """Texts of predicates, sums and loads, with the loads' names."""
 
-
-class _Words:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = {f"_{i}": name for i, name in enumerate(names)}
 
@@ -101,17 +96,6 @@ class _Words:
         later = [term for term in plus if term not in first]
         text = " + ".join(part for part in (self.sum(first, minus), self.sum(later, [])) if part)
         return text + (f" {'+' if index.const > 0 else '-'} {abs(index.const)}" if index.const else "")
-
-    def term(self, term: Term) -> str:
-        """`0.5*slopes[h]*(k - q)`: the factors of a term, and where it is added."""
-        number = constant(term.integer)
-        factor = term.factor * (1 if number is None else number)
-        parts = [self.load(load) or "" for load in term.loads]
-        parts += [f"({self.sum([(1, term.integer)], [])})"] if number is None else []
-        if factor != 1 or not parts:
-            parts.insert(0, f"{factor:g}")
-        shown = "*".join(parts)
-        return shown if term.where == TRUE else f"({shown} where {self.text(term.where)})"
 
     def load(self, atom: Expr) -> str | None:
         """`pad[b, k]`: a load by its tensor's name, without the dimensions of size 1."""
