@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class ModelCase:
 
 def _made(name: str, **fields: Any) -> Any:
     """A model of transformers by its class's name, with random weights."""
+    for noisy in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which warns of itself
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import transformers
     except ImportError:
