@@ -104,7 +104,9 @@ def _llama(length: int) -> Example:
 
 
 def _gpt2(length: int) -> Example:
-    made = _made("GPT2Model", n_embd=256, n_layer=2, n_head=4, vocab_size=256, n_positions=length)
+    made = _made(
+        "GPT2Model", n_embd=256, n_layer=2, n_head=4, vocab_size=256, n_positions=length, bos_token_id=0, eos_token_id=0
+    )
     return Example(made, {"input_ids": _tokens(1, length), "use_cache": False})
 
 
