@@ -21,7 +21,7 @@ def result(number: int, error: float, ours: float = 1.0) -> Lossless:
 
 def test_cases_go_by_name():
     assert named(None) == CASES and named(["bert"])[0].zoo
-    with pytest.raises(InputError, match="bench: unknown case 'brt'; did you mean 'bert'?"):
+    with pytest.raises(InputError, match="unknown case 'brt'; did you mean 'bert'"):
         named(["brt"])
 
 
