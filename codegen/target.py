@@ -18,7 +18,7 @@ class Launch:
 
     q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv), of one dtype and device, any strides.
     mask: None, or a bool or floating tensor that broadcasts to (B, Hq, Nq, Nk), as `program.mask` says.
-    loads: the tensors that loads `_0`, `_1`, ... name (bool or integer).
+    loads: the tensors that loads `_0`, `_1`, ... name (bool, integer or, in biases, floating).
     q_offset: the absolute position of the first query.
     scale: multiplies q·k.
     """

@@ -16,19 +16,25 @@ from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
 from sparsify.passes.recover_masks import RecoverMasks
-from sparsify.passes.runner import Capture, Pass, PassRecord, run
+from sparsify.passes.remember_masks import RememberMasks
+from sparsify.passes.runner import Capture, Pass, PassError, PassRecord, run
 from sparsify.passes.settle import Settle
 from sparsify.passes.site import Site
 from sparsify.passes.splice import Splice
 
 
 def pipeline(
-    spec: Any = None, target: str = "auto", placed: bool = True, exact: bool = False, crossover: bool = True
+    spec: Any = None,
+    target: str = "auto",
+    placed: bool = True,
+    exact: bool = False,
+    crossover: bool = True,
+    verify: bool = False,
 ) -> tuple[Pass, ...]:
     """The passes in their order.
 
     placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven;
-    crossover: leave sites to Inductor where dense attention is faster.
+    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the masks were recovered from.
     """
     return (
         Canonicalise(),
@@ -36,6 +42,7 @@ def pipeline(
         FindSites(),
         CheckSites(),
         RecoverMasks(exact),
+        RememberMasks(verify),
         AttachSpec(spec, placed),
         ChooseTarget(target),
         Crossover(crossover),
@@ -44,4 +51,4 @@ def pipeline(
     )
 
 
-__all__ = ["Capture", "Pass", "PassRecord", "Site", "pipeline", "run"]
+__all__ = ["Capture", "Pass", "PassError", "PassRecord", "Site", "pipeline", "run"]

@@ -45,7 +45,14 @@ class Canonicalise:
             capture.module = rename(original)
         else:
             capture.frozen = followed[0] if followed else ""
+        _drop_checks(capture.graph)
         capture.graph.eliminate_dead_code()
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Removes what only asserts the dtype that tracing saw: it would count as a reader of scores and masks."""
+    for node in graph.find_nodes(op="call_function", target=ATEN._assert_tensor_metadata.default):
+        graph.erase_node(node)
 
 
 def retrace(module: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, list[str]]:

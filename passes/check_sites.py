@@ -112,15 +112,16 @@ def _check_mutations(site: Site, graph: fx.Graph) -> None:
         uses = [order[user] for user in node.users if user in since or user is site.output]
         if uses:
             since[node] = min(uses)
-    for writer, written in _mutations(graph):
+    for writer, written in mutations(graph):
         if order[writer] > order[site.output]:
             break
         for node, start in since.items():
-            if start < order[writer] and writer not in since and _shares_storage(node, written):
+            if start < order[writer] and writer not in since and shares_storage(node, written):
                 site.refuse(f"{node.name} is changed in place by {writer.name} while the attention reads it")
 
 
-def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+def mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The operations that write in place, each with the node that it writes into."""
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
@@ -132,7 +133,8 @@ def _mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
                     yield node, written
 
 
-def _shares_storage(a: fx.Node, b: fx.Node) -> bool:
+def shares_storage(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold tensors over one memory."""
     if a is b:
         return True
     if not is_tensor(a) or not is_tensor(b) or (not shape(a) and not shape(b)):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from sparsify.errors import SparsifyError
 from sparsify.passes.nodes import op
 from sparsify.passes.site import Site
 
@@ -21,6 +22,8 @@ class Capture:
     module: the graph; example_inputs: what the compiler was given with it.
     names: the path of each module by its key in `nn_module_stack`, as far as the model is known; home: the path of the
     module whose code the graph is.
+    checks, remembered: what verification compares, and the graph that computes it (`RememberMasks`).
+    failure: the pass that raised an exception, and which; the graph is then as it was given.
     frozen: an operator that the graph has lost and must keep in training: nothing of it may be rewritten then.
     sites: in graph order. notes: what a reader of the report should know.
     """
@@ -33,6 +36,9 @@ class Capture:
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)
+    checks: list[Any] = field(default_factory=list)
+    remembered: fx.GraphModule | None = None
+    failure: str = ""
 
     @property
     def graph(self) -> fx.Graph:
@@ -58,12 +64,25 @@ class PassRecord:
     changes: dict[str, int]
 
 
+class PassError(Exception):
+    """A pass raised what it should not; the message names it, the cause is the exception."""
+
+
 def run(passes: Iterable[Pass], capture: Capture) -> None:
-    """Runs each pass, lints the graph after it and records what it did."""
+    """Runs each pass, lints the graph after it and records what it did.
+
+    Raises PassError for an exception that is no SparsifyError; the graph may then be half way.
+    """
     for step in passes:
         before, start = _ops(capture.graph), time.perf_counter()
-        step(capture)
-        capture.graph.lint()
+        try:
+            step(capture)
+            capture.graph.lint()
+        except SparsifyError:
+            raise
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            raise PassError(f"{type(step).__name__} failed ({type(error).__name__}: {first})") from error
         seconds, after = time.perf_counter() - start, _ops(capture.graph)
         changes = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
         capture.records.append(PassRecord(type(step).__name__, seconds, changes))

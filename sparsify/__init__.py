@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": "sparsify.functional",
     "explain": "sparsify.explanation",
+    "rewrite": "sparsify.rewriting",
     "Report": "sparsify.report",
     "Spec": "sparsify.spec",
     "load_spec": "sparsify.spec",
@@ -23,6 +24,7 @@ _HOMES = {
     "PatternError": "sparsify.errors",
     "InputError": "sparsify.errors",
     "RefusedError": "sparsify.errors",
+    "VerifyError": "sparsify.errors",
     "Refusal": "sparsify.errors",
 }
 

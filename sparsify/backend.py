@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify import env
 from sparsify.errors import RefusedError, SparsifyError, SpecError
 from sparsify.options import Options
-from sparsify.passes import Capture, Site, pipeline, run
+from sparsify.passes import Capture, PassError, Site, pipeline, run
 from sparsify.passes.attach_spec import info
 from sparsify.root import Root
+from sparsify.verify import verified
 
 log = logging.getLogger("sparsify")
 _logged: set[tuple[str, str]] = set()
@@ -37,7 +39,8 @@ def sparsify_backend(
         capture = captured(gm, example_inputs, chosen)
         report_refusals(capture.sites, chosen.strict)
     rewritten = any(site.open for site in capture.sites)
-    return compile_rest(capture.module if rewritten else gm, example_inputs, chosen.inner, mode)
+    compiled = compile_rest(capture.module if rewritten else gm, example_inputs, chosen.inner, mode)
+    return verified(compiled, capture) if chosen.verify and rewritten else compiled
 
 
 def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Capture:
@@ -45,10 +48,37 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     root = Root.find()
     capture = Capture(gm, list(example_inputs), root.names, root.path)
     placed = options.spec is None or not root.partial or root.guard()
-    run(pipeline(options.spec, options.target, placed, options.strict, options.crossover), capture)
+    run_passes(capture, options, placed)
     if options.spec is not None:
         check_rules(options.spec, root.modules(), capture.sites)
     return capture
+
+
+def run_passes(capture: Capture, options: Options, placed: bool) -> None:
+    """All passes over a capture, whose graph stays as it was given where one of them fails."""
+    given = capture.module
+    passes = pipeline(options.spec, options.target, placed, options.strict, options.crossover, options.verify)
+    try:
+        run(passes, capture)
+    except PassError as error:
+        if not env.net():
+            raise
+        give_up(capture, given, error, options.strict)
+
+
+def give_up(capture: Capture, gm: fx.GraphModule, error: PassError, strict: bool) -> None:
+    """A pass failed: the graph stays as it was given, and the user hears of it once. RefusedError under `strict`."""
+    text = f"{error}; the graph stays as it is"
+    if strict:
+        raise RefusedError(f"{text}, and strict is on") from error
+    capture.module, capture.failure = gm, str(error)
+    capture.notes.append(text)
+    for site in capture.sites:
+        site.refuse(str(error), "a mistake in sparsify: please report it, with the log of level DEBUG")
+    if ("", text) not in _logged:
+        _logged.add(("", text))
+        log.warning("%s: a mistake in sparsify, please report it", text)
+        log.debug("the pass failed with", exc_info=error)
 
 
 def check_rules(spec: Any, modules: list[str], sites: list[Site]) -> None:

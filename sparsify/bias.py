@@ -110,7 +110,7 @@ def from_data(data: Iterable[Mapping[str, Any]]) -> Bias:
     return tuple(
         Term(
             float(term["factor"]),
-            tuple(map(_parse_load, term["loads"])),
+            tuple(map(parse_load, term["loads"])),
             parse_expr(term["integer"]),
             parse_pred(term["where"]),
         )
@@ -118,7 +118,8 @@ def from_data(data: Iterable[Mapping[str, Any]]) -> Bias:
     )
 
 
-def _parse_load(text: str) -> Load:
+def parse_load(text: str) -> Load:
+    """Reads a load such as `_0[b, k]`."""
     load = parse_expr(text)
     assert isinstance(load, Load), text
     return load

@@ -32,6 +32,11 @@ def crossover() -> bool:
     return _one_of("SPARSIFY_CROSSOVER", "1", SWITCH) != "0"
 
 
+def net() -> bool:
+    """SPARSIFY_NET: 1 (default) leaves a graph as it was where a pass fails, 0 lets the exception through."""
+    return _one_of("SPARSIFY_NET", "1", SWITCH) != "0"
+
+
 def isa() -> str | None:
     """SPARSIFY_ISA: forces avx512, avx2 or portable C++ kernels; by default the best that the machine runs."""
     return _one_of("SPARSIFY_ISA", "", ISAS) or None

@@ -31,6 +31,10 @@ class RefusedError(SparsifyError, RuntimeError):
     """A site was refused and `strict` asked for that to be an error."""
 
 
+class VerifyError(SparsifyError, RuntimeError):
+    """A recovered mask is not the model's own, and `verify` asked to look."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why something was left as it was. Falsy, so `if not result` reads well and the reason is never lost."""

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from sparsify import codegen, env, op
+from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError
+from sparsify.expr import Test
 from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.sizes import LIMIT
@@ -45,11 +47,28 @@ def attention(
     _check_numbers(scale, q_offset)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
-    kind = None if mask is None else "bool" if mask.dtype == torch.bool else "add"
-    program = program_text(_rules(pattern, q.shape[1]), kind, q.device.type)
+    loads = [] if mask is None else _mask_loads(mask, q_offset)
+    kind = None if mask is None else "keep" if mask.dtype == torch.bool else "add"
+    index = None if mask is None else _mask_index(mask, q_offset)
+    program = program_text(_rules(pattern, q.shape[1]), kind, index, q.device.type)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return op.attention(q, k, v, mask, [], offset, factor, program)
+    return op.attention(q, k, v, None, loads, offset, factor, program)
+
+
+def _mask_loads(mask: torch.Tensor, q_offset: int | None) -> list[torch.Tensor]:
+    """The mask as the load `_0`, and as `_1` the position of its first row where that isn't Nk - Nq."""
+    first = mask if mask.dim() else mask.view(1)
+    if q_offset is None:
+        return [first]
+    return [first, torch.full((1,), q_offset, dtype=torch.int64, device=mask.device)]
+
+
+def _mask_index(mask: torch.Tensor, q_offset: int | None) -> str:
+    """Where the load `_0` is read for b, h, q and k: at 0 in a dimension that is broadcast."""
+    row = "q - N + Nq" if q_offset is None else "q - _1[0]"
+    names = ("b", "h", row, "k")[4 - mask.dim() :]
+    return ", ".join([name if size != 1 else "0" for name, size in zip(names, mask.shape, strict=True)]) or "0"
 
 
 def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
@@ -66,15 +85,21 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def program_text(rules: tuple[str, ...], mask: str | None, device: str) -> str:
-    """The canonical program of the rules of all heads."""
-    return _program_text(rules, mask, env.target(), device)
+def program_text(rules: tuple[str, ...], kind: str | None, index: str | None, device: str) -> str:
+    """The canonical program of the rules of all heads and of a mask: of its kind ("keep" or "add"), read at `index`."""
+    return _program_text(rules, kind, index, env.target(), device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _program_text(rules: tuple[str, ...], mask: str | None, target: str, device: str) -> str:
+def _program_text(rules: tuple[str, ...], kind: str | None, index: str | None, target: str, device: str) -> str:
     name = codegen.choose(device) if target == "auto" else target
-    return Program.of([parse_pred(rule) for rule in rules], mask=mask, target=name).text()
+    keeps = [parse_pred(rule) for rule in rules]
+    if kind is None:
+        return Program.of(keeps, target=name).text()
+    mask, loads = parse_load(f"_0[{index}]"), 2 if "_1" in str(index) else 1
+    if kind == "keep":
+        return Program.of([keep & Test(mask) for keep in keeps], loads=loads, target=name).text()
+    return Program.of(keeps, loads=loads, bias=(Term(loads=(mask,)),), target=name).text()
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -21,6 +21,8 @@ class Options:
     strict: a site that is refused raises RefusedError instead of staying dense.
     crossover: whether a site to which the spec gives nothing stays with Inductor where dense attention is faster; by
     default what SPARSIFY_CROSSOVER says, which is yes.
+    verify: whether the first call of each compiled graph compares every recovered mask with the model's own, at every
+    pair, and raises VerifyError where they differ. That call computes the masks a second time, as tensors.
     target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
     inner: who compiles the rest of the graph: "inductor" or "eager".
     """
@@ -28,6 +30,7 @@ class Options:
     spec: Any = None
     strict: bool = False
     crossover: bool = True
+    verify: bool = False
     target: str = "auto"
     inner: str = "inductor"
 
@@ -44,7 +47,7 @@ class Options:
         values = {"target": env.target(), "crossover": env.crossover(), **given}
         _one_of("target", values["target"], env.TARGETS)
         _one_of("inner", values.get("inner", "inductor"), INNERS)
-        for name in ("strict", "crossover"):
+        for name in ("strict", "crossover", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise InputError(f"option '{name}': expected True or False, found {values[name]!r}")
         return cls(**{**values, "spec": read_spec(values.get("spec"))})

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SPARSIFY_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sparsify-tests-{os.getuid()}"))
 # Tests are about what is rewritten; at their tiny sizes dense attention would win nearly everywhere.
 os.environ.setdefault("SPARSIFY_CROSSOVER", "0")
+# A pass that fails is a failing test.
+os.environ.setdefault("SPARSIFY_NET", "0")
 
 import pytest
 from hypothesis import HealthCheck, settings

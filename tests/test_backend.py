@@ -173,7 +173,7 @@ def test_dropout_is_refused_when_active(train):
     for function in (sdpa, eager):
         run = compile_with(function, {**EAGER, "strict": True})
         if train:
-            with pytest.raises(RefusedError, match=r"dropout is active .*call model.eval\(\)"):
+            with pytest.raises(RefusedError, match=r"dropout is active.*call model.eval\(\)"):
                 run(Q)
         else:
             torch.testing.assert_close(run(Q), function(Q))
@@ -251,3 +251,36 @@ def test_inductor_compiles_the_rest():
     run = compile_with(made, {"target": "null", "spec": spec, "strict": True}, dynamic=True)
     torch.testing.assert_close(run(ids, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - made(ids, use_cache=False).logits).abs().max() > 1e-3
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A pass that fails half way, as a user would have it."""
+    from sparsify.passes import splice
+
+    def fail(_):
+        raise KeyError("half way")
+
+    monkeypatch.setattr(splice, "forget_strides", fail)
+    monkeypatch.setenv("SPARSIFY_NET", "1")
+    backend._logged.clear()
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_pass_that_fails_leaves_the_graph_as_it_was(failing, caplog, inner):
+    caplog.set_level(logging.WARNING, logger="sparsify")
+    run = compile_with(attend, EAGER | {"inner": inner})
+    torch.testing.assert_close(run(Q, K, V), attend(Q, K, V))
+    first = next(record.getMessage() for record in caplog.records if record.name == "sparsify")
+    text = "Splice failed (KeyError: 'half way'); the graph stays as it is"
+    assert first == f"{text}: a mistake in sparsify, please report it"
+    report = sparsify.explain(attend, Q, K, V)
+    assert text in report.graphs[0].notes[-1] and len(report.refused) == 1 and not report.rewritten
+
+
+def test_a_pass_that_fails_is_an_error_under_strict_and_without_the_net(failing, monkeypatch):
+    with pytest.raises(RefusedError, match="Splice failed"):
+        compile_with(attend, EAGER | {"strict": True})(Q, K, V)
+    monkeypatch.setenv("SPARSIFY_NET", "0")
+    with pytest.raises(Exception, match="Splice failed"):
+        compile_with(attend, EAGER)(Q, K, V)

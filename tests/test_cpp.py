@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from strategies import BIASES, SINKS, term
 
+from sparsify import bias
 from sparsify import patterns as P
 from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp.source import fill
-from sparsify.codegen.oracle import kept, oracle
+from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.errors import InputError
 from sparsify.expr import FALSE
 from sparsify.program import Program
@@ -92,12 +94,20 @@ def reference(call):
     elif call.mask is not None:
         low = torch.finfo(call.q.dtype).min
         add = torch.where(call.mask.isinf(), call.mask, call.mask.double().clamp(low, -low)).to(call.q.dtype)
-    bias = add.expand(keep.shape).masked_fill(~keep, -torch.inf)
-    cap = call.program.softcap
-    if cap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=bias, scale=call.scale)
+    terms = bias.evaluate(call.program.bias, environment(call))
+    low = torch.finfo(call.q.dtype).min
+    add = add + torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(call.q.dtype)
+    bias_ = add.expand(keep.shape).masked_fill(~keep, -torch.inf)
+    cap, sink = call.program.softcap, call.program.sink
+    if sink is not None:
+        logit = bias.evaluate(sink, environment(call)).expand(*keep.shape[:3], 1)
+        scores = call.q @ k.mT * call.scale
+        scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + bias_
+        out = torch.softmax(torch.cat([scores, logit.to(scores.dtype)], -1), -1)[..., : v.shape[2]] @ v
+    elif cap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=bias_, scale=call.scale)
     else:
-        out = torch.softmax(torch.tanh(call.q @ k.mT * call.scale / cap) * cap + bias, -1) @ v
+        out = torch.softmax(torch.tanh(call.q @ k.mT * call.scale / cap) * cap + bias_, -1) @ v
     return out.nan_to_num(nan=0.0)
 
 
@@ -116,9 +126,9 @@ def check(call):
 
 
 def kept_pairs(call):
-    """Which pairs have a weight: kept by the rule and by the mask tensor."""
+    """Which pairs have a weight: kept by the rule, by the bias and by the mask tensor."""
     if call.mask is None:
-        return kept(call)
+        return kept(call) & (bias.evaluate(call.program.bias, environment(call)) != -torch.inf)
     return kept(call) & (call.mask if call.mask.dtype == torch.bool else call.mask != -torch.inf)
 
 
@@ -202,6 +212,9 @@ LOADS = [
     "k < _2[b]",
     "_3[b, q, k] or q == k",
     "not _0[b, k] or _1[0, q] < _1[0, k]",
+    "_0[b, max(k - 3, 0)] and _1[b, q] >= _1[b, k]",
+    "_3[b, k, q] and _3[0, q, N - 1 - k] and k <= _1[b, q] * 40",
+    "_1[b, min(_1[b, q], N - 1)] == _1[b, k // 2] or h == 2 and _0[b, k]",
 ]
 
 
@@ -221,6 +234,54 @@ def test_loads(dtype, batch, q_len, more, kind):
     check(launch(program, (batch, 1, q_len, k_len), dtype, loads=loads))
 
 
+OTHERS = {
+    "steps": (term(loads="_3[b,0,q//2,k//2]"), term(integer="q * k % 7")),
+    "reversed": (term(0.5, "_1[h,q+N-1-k]"), term(loads="_2[b,max(k-1,0)]", where="k <= q")),
+    "lookup": (term(loads="_2[b,_4[q,k]]"), term(-2.0, "_4[0,k] _0[h]")),
+}
+
+
+def bias_loads(shape, heads, dtype, generator):
+    """The loads of BIASES and OTHERS: `_4` holds key positions; -inf here and there in `_2` and `_3`."""
+    batch, _, q_len, k_len = shape
+    draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
+    key, whole = draw(batch, k_len), draw(batch, heads, q_len, k_len + 3).to(dtype)[..., 1:-2]
+    key[torch.rand(key.shape, generator=generator) < 0.1] = -torch.inf
+    whole[torch.rand(whole.shape, generator=generator) < 0.1] = -torch.inf
+    whole[:, :, ::5] = torch.finfo(dtype).min
+    numbers = torch.randint(k_len, (q_len, k_len), generator=generator)
+    floats = [draw(heads), draw(q_len + k_len, heads).T, key, whole]
+    return [*(load.to(dtype) for load in floats), numbers]
+
+
+def check_bias(terms, sink, dtype, shape, seed, loads, cap=None):
+    program = Program.of(MIXED, bias=terms, sink=sink, loads=len(loads), softcap=cap)
+    check(launch(program, shape, dtype, loads=loads, offset=0, seed=seed))
+
+
+ALL_BIASES = list(zip(BIASES | OTHERS, itertools.cycle(SINKS), itertools.cycle(DTYPES), strict=False))
+LOAD_DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+
+
+@pytest.mark.parametrize(("name", "sink", "dtype"), ALL_BIASES)
+@DRAWN
+@given(shape=SHAPES, seed=st.integers(0, 99), other=LOAD_DTYPES)
+def test_biases(name, sink, dtype, shape, seed, other):
+    loads = bias_loads(shape, len(MIXED), other, torch.Generator().manual_seed(seed))
+    if name == "product":
+        loads[2] = loads[2].clamp(min=-5)  # 0 times -inf is nothing to test
+    check_bias((BIASES | OTHERS)[name], SINKS[sink], dtype, shape, seed, loads)
+
+
+@DRAWN
+@given(shape=SHAPES, seed=st.integers(0, 99), size=st.sampled_from([1.0, 30.0, torch.inf]))
+def test_biases_and_sinks_elsewhere(isa, shape, seed, size):
+    loads = bias_loads(shape, len(MIXED), torch.float32, torch.Generator().manual_seed(seed))
+    loads[0] = torch.full_like(loads[0], -size) if size == torch.inf else loads[0] * size
+    terms = (*BIASES["sum"], *BIASES["key in part"])
+    check_bias(terms, SINKS["by head"], torch.float32, shape, seed, loads, cap=5.0)
+
+
 @DRAWN
 @given(shape=SHAPES, seed=st.integers(0, 99), cap=st.sampled_from([0.7, 5.0, 50.0]))
 def test_softcap(isa, shape, seed, cap):
@@ -234,6 +295,18 @@ def test_decode_reads_only_what_is_kept():
     call.k[:, :, : 5000 - 192] = torch.nan
     call.v[:, :, : 5000 - 192] = torch.nan
     assert not CPP.run(call).isnan().any()
+
+
+def test_what_data_rules_out_is_not_read():
+    """The keys that padding drops, and those of the documents before, are NaN: reading one would show."""
+    documents = torch.arange(600).div(200, rounding_mode="floor").expand(2, 600)
+    padding = torch.arange(600) >= torch.tensor([[300], [0]])
+    program = Program.of([parse_pred("_0[b, k] and k <= q"), parse_pred("_1[b, q] == _1[b, k]")] * 2, loads=2)
+    call = launch(program, (2, 1, 600, 600), torch.float32, loads=[padding, documents])
+    call.k[0, ::2, :256], call.v[0, ::2, :256], call.k[:, 1::2, :192] = torch.nan, torch.nan, torch.nan
+    found = CPP.run(call)
+    assert not found[0, ::2].isnan().any() and (found[0, ::2, :300] == 0).all()
+    assert found[1, 1, :192].isnan().all() and not found[:, 1::2, 288:].isnan().any()
 
 
 def test_far_sizes_do_not_overflow():

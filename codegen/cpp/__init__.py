@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.launch import Kernel, build, built
+from sparsify.codegen.cpp.masks import launch_without_mask, without_mask
 from sparsify.codegen.cpp.source import DTYPES, Shape, render
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError, Refusal
@@ -39,22 +40,22 @@ class CppTarget:
                 return Refusal(f"{what} size {size} is outside the C++ target's 1 to {MAX_SIZE}")
         if any(rank > 4 for rank in program.load_ranks().values()):
             return Refusal("a mask is indexed by more than 4 dimensions", hint="drop the dimensions of size 1")
-        if program.bias or program.sink is not None:
-            return Refusal("the C++ target adds no biases and no sinks to scores")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
         """The C++ source for this machine's instruction set (or the one that SPARSIFY_ISA forces)."""
-        return render(program, Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
+        return render(without_mask(program), Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
 
     def run(self, launch: Launch) -> torch.Tensor:
         """Builds the kernel on first use, and runs it. Raises InputError for what `refuse` refuses, and BuildError."""
         if launch.q.device.type != "cpu":
             raise InputError(f"the C++ target runs on cpu tensors, found {launch.q.device}")
+        launch = launch_without_mask(launch)
         return self.kernel(launch.program, launch.q.dtype, launch.q.shape[-1], launch.v.shape[-1]).run(launch)
 
     def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
         """The built kernel. Raises as `run` does."""
+        program = without_mask(program)
         found = built(program, dtype, head_dim, value_dim)
         if found is None:
             refusal = self.refuse(program, dtype, head_dim, value_dim)

@@ -2,24 +2,25 @@
 
 typedef int64_t I;
 
-struct Source { // a tensor that predicates load from
+struct Source { // a tensor that predicates and biases load from
     const void* data;
-    I bytes;    // of an element: 1 (bool or uint8), 4 or 8 (signed)
+    I type;     // an index in LOAD_TYPES of launch.py
     I size[4], stride[4];
 };
+struct Summary;
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Call {
-    const void *q, *k, *v, *mask;
+    const void *q, *k, *v;
     void* out;
     const I* sizes;
     const Source* loads;
+    const Summary* summaries;
     const int32_t* rules; // the rule of each query head
     Parallel parallel;    // runs a function on so many threads; null where there is one thread
     I threads, b, heads, kv_heads, q_len, k_len, offset;
-    I qs[4], ks[4], vs[4], os[4], ms[4]; // strides in elements: batch, head, position, column
-    I mask_type;                         // an index in MASK_TYPES of launch.py
+    I qs[4], ks[4], vs[4], os[4]; // strides in elements: batch, head, position, column
     double scale, softcap;
 };
 
@@ -41,16 +42,6 @@ static inline I floordiv(I a, I b) { return a / b - (a % b < 0); } // b > 0
 static inline I mod(I a, I b) { I rest = a % b; return rest < 0 ? rest + b : rest; }
 static inline I least(I a, I b) { return a < b ? a : b; }
 static inline I most(I a, I b) { return a > b ? a : b; }
-
-static inline I place(const Source& from, int axis, I index) {
-    if (index < 0) index += from.size[axis];
-    return most(0, least(index, from.size[axis] - 1)) * from.stride[axis];
-}
-
-static inline I element(const Source& from, I at) {
-    if (from.bytes == 1) return ((const uint8_t*)from.data)[at];
-    return from.bytes == 4 ? ((const int32_t*)from.data)[at] : ((const int64_t*)from.data)[at];
-}
 
 struct Interval { I low, high; }; // keys, or tiles of keys: low included, high excluded
 

@@ -12,7 +12,9 @@ struct Tag { I batch, kv_head, tile; };
 struct Worker {
     Rows* rows;        // BLOCKS of them
     uint64_t* keep;    // BM
-    float* add;        // BM * KB, with ADD_MASK
+    float* add;        // BM * KB, with BIAS
+    const float** lines; // BM of them: what is added to each row
+    I* facts;          // FACTS for each of BM heads
     Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
     Tag* tags;         // of the packed tiles
     int32_t *keys, *values;
@@ -31,7 +33,9 @@ struct Plan {
 // A query tile: `heads` heads from `head` on, `count` queries each from `first` on. Row r is query first + r % count.
 struct Queries {
     I batch, kv_head, head, heads, first, count;
+    const I* facts;
     I rows() const { return heads * count; }
+    const I* facts_of(I h) const { return facts + (h - head) * FACTS; }
 };
 
 static char* carve(char*& at, I bytes) {
@@ -44,7 +48,9 @@ static Worker worker_at(char* at, I slots) {
     Worker w;
     w.rows = (Rows*)carve(at, sizeof(Rows) * BLOCKS);
     w.keep = (uint64_t*)carve(at, sizeof(uint64_t) * BM);
-    w.add = (float*)carve(at, ADD_MASK ? sizeof(float) * BM * KB : 0);
+    w.add = (float*)carve(at, BIAS ? sizeof(float) * BM * KB : 0);
+    w.lines = (const float**)carve(at, BIAS ? sizeof(float*) * BM : 0);
+    w.facts = (I*)carve(at, sizeof(I) * BM * FACTS);
     w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
     w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
     w.keys = (int32_t*)carve(at, 4 * K_TILE * slots);
@@ -99,15 +105,27 @@ static I spans_of(const Call& c, const Queries& t, Interval* spans) {
     return kept;
 }
 
-// Which keys of a partial tile each row keeps.
+// Asks what rules want to know of data for these queries, whatever the keys.
+static void ask(const Call& c, Queries& t, I* facts) {
+    I q0 = t.first + c.offset;
+    t.facts = facts;
+    for (I h = t.head; FACTS && h < t.head + t.heads; h++, facts += FACTS) {
+        if (h > t.head && c.rules[h] == c.rules[h - 1] && !RULES_USE_HEAD)
+            memcpy(facts, facts - FACTS, sizeof(I) * FACTS);
+        else
+            ask_of(c.rules[h], c, t.batch, h, q0, q0 + t.count - 1, facts);
+    }
+}
+
+// Which keys of a tile each row keeps.
 static void fill_keep(const Call& c, const Worker& w, const Queries& t, I k0, int keys) {
     I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k1 = k0 + keys - 1;
     uint64_t inside = first_keys(keys), *keep = w.keep;
     for (I h = t.head; h < t.head + t.heads; h++, keep += t.count) {
         int rule = c.rules[h];
-        if (empty_of(rule, c, t.batch, h, q0, q1, k0, k1)) {
+        if (empty_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
             memset(keep, 0, sizeof(uint64_t) * t.count);
-        } else if (full_of(rule, c, t.batch, h, q0, q1, k0, k1)) {
+        } else if (full_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
             for (I i = 0; i < t.count; i++) keep[i] = inside;
         } else {
             rows_of(rule, c, t.batch, h, q0, t.count, k0, keys, keep);
@@ -120,38 +138,60 @@ static void fill_keep(const Call& c, const Worker& w, const Queries& t, I k0, in
 // A tile's place: 0 nothing is kept, 1 some, 2 all of it.
 static int class_of(const Call& c, const Queries& t, I k0, I keys) {
     I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k1 = k0 + keys - 1;
-    bool all = keys == KB && !c.mask, none = true;
+    bool all = keys == KB, none = true;
     for (I h = t.head; h < t.head + t.heads && (all || none); h++) {
         if (h > t.head && c.rules[h] == c.rules[h - 1] && !RULES_USE_HEAD) continue;
-        none = none && empty_of(c.rules[h], c, t.batch, h, q0, q1, k0, k1);
-        all = all && full_of(c.rules[h], c, t.batch, h, q0, q1, k0, k1);
+        none = none && empty_of(c.rules[h], c, t.facts_of(h), t.batch, h, q0, q1, k0, k1);
+        all = all && full_of(c.rules[h], c, t.facts_of(h), t.batch, h, q0, q1, k0, k1);
     }
     return none ? 0 : all ? 2 : 1;
 }
+
+#if BIAS
+static void add_biases(const Call& c, Worker& w, const Queries& t, I k0, int keys) {
+    for (I h = 0; h < t.heads; h++)
+        add_bias(c, t.batch, t.head + h, t.first + c.offset, t.count, k0, keys, w.add + h * t.count * KB,
+                 w.lines + h * t.count, w.keep + h * t.count);
+    for (I r = t.rows(); r < (t.rows() + MR - 1) / MR * MR; r++) w.lines[r] = w.lines[0];
+}
+#endif
 
 static void meet_tile(const Call& c, Worker& w, const Queries& t, I tile, const Scoring& scoring) {
     I k0 = tile * KB, keys = least(KB, c.k_len - k0);
     int kind = class_of(c, t, k0, keys);
     if (kind == 0) return;
-    if (kind == 1) {
-        fill_keep(c, w, t, k0, (int)keys);
-        if (c.mask) apply_mask(c, t.batch, t.head, t.first, t.heads, t.count, k0, (int)keys, w.keep, w.add);
-    }
+    bool marked = BIAS || kind == 1; // an added -inf drops a key of a full tile
+    if (marked) fill_keep(c, w, t, k0, (int)keys);
+#if BIAS
+    add_biases(c, w, t, k0, (int)keys);
+#endif
     I slot = -1;
     for (I block = 0; block * MR < t.rows(); block++) {
         const uint64_t* keep = w.keep + block * MR;
         uint64_t any = 0, all = ~0ull;
-        for (int r = 0; r < MR && kind == 1; r++) {
+        for (int r = 0; r < MR && marked; r++) {
             any |= keep[r];
             all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
         }
-        if (kind == 1 && !any) continue;
+        if (marked && !any) continue;
         if (slot < 0) slot = packed(c, w, t.batch, t.kv_head, tile);
-        Masks masks = {keep, w.add + (ADD_MASK ? block * MR * KB : 0)};
-        bool plain = kind == 2 || (!ADD_MASK && all == ~0ull);
+        bool whole = !marked || all == ~0ull;
+        Masks masks = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr};
         meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
-             scoring, plain ? nullptr : &masks);
+             scoring, whole && !BIAS ? nullptr : &masks);
     }
+}
+
+// A row's sum starts at nothing, or with the weight of a logit that has no value.
+static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r) {
+    rows.sum[i] = Floats{};
+    rows.reference[i] = NOTHING;
+#if SINK
+    float logit = r < t.rows() ? sink_of(c, t.batch, t.head + r / t.count, t.first + r % t.count + c.offset) : 0;
+    if (logit == -__builtin_inff()) return;
+    rows.reference[i] = logit;
+    rows.sum[i][0] = 1;
+#endif
 }
 
 static void start_rows(const Call& c, Worker& w, const Queries& t) {
@@ -162,20 +202,20 @@ static void start_rows(const Call& c, Worker& w, const Queries& t) {
         for (int i = 0; i < MR; i++) {
             I r = block * MR + i;
             from[i] = r < t.rows() ? q + (t.head + r / t.count) * c.qs[1] + (t.first + r % t.count) * c.qs[2] : nullptr;
-            rows.sum[i] = Floats{};
-            rows.reference[i] = NOTHING;
+            start_row(c, rows, i, t, r);
         }
         memset(rows.out, 0, sizeof rows.out);
         pack_queries(rows.q, from, c.qs[3], (c.scale > 0) - (c.scale < 0));
     }
 }
 
-static void query_tile(const Call& c, Worker& w, const Queries& t) {
-    constexpr double LOG2E = 1.4426950408889634;
+static void query_tile(const Call& c, Worker& w, Queries t) {
+    constexpr double UNIT = BIAS ? 1 : 1.4426950408889634;
     double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // pack_queries has the sign, and a zero
-    Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * LOG2E), (float)(SOFTCAP ? scale / c.softcap : 0),
+    Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * UNIT), (float)(SOFTCAP ? scale / c.softcap : 0),
                        PAIR == 2 ? DK : t.rows() <= FEW_ROWS ? 16 : 64};
     start_rows(c, w, t);
+    ask(c, t, w.facts);
     I spans = spans_of(c, t, w.spans);
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++) meet_tile(c, w, t, tile, scoring);
@@ -187,7 +227,7 @@ static void query_tile(const Call& c, Worker& w, const Queries& t) {
 }
 
 static Queries queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
-    return {item.batch, item.kv_head, head, heads, item.first, least(rows, c.q_len - item.first)};
+    return {item.batch, item.kv_head, head, heads, item.first, least(rows, c.q_len - item.first), nullptr};
 }
 
 static void work(void* argument) {
@@ -215,29 +255,46 @@ static int longest_first(const void* a, const void* b) {
     return a < b ? -1 : 1; // items of one cost stay in order, so neighbours share packed tiles
 }
 
-static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* spans) {
+// About how many key tiles an item's queries meet: those in its spans, less those that data empties.
+static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* spans, I* facts) {
     I group = c.heads / c.kv_heads, first = item.kv_head * group, tiles = 0;
     for (I h = first; h < first + group; h += plan.item_heads) {
         Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+        if (SUMMARIES) ask(c, t, facts);
         I count = spans_of(c, t, spans);
-        for (I i = 0; i < count; i++) tiles += spans[i].high - spans[i].low;
+        for (I i = 0; i < count; i++) {
+            if (!SUMMARIES) tiles += spans[i].high - spans[i].low;
+            for (I tile = spans[i].low; SUMMARIES && tile < spans[i].high; tile++)
+                tiles += class_of(c, t, tile * KB, least(KB, c.k_len - tile * KB)) != 0;
+        }
     }
     int shift = 0; // keep the three leading bits: items of about one cost are of one cost
     while (tiles >> shift > 7) shift++;
     return tiles >> shift << shift;
 }
 
+// Whether the query heads of a KV head have the rules of those of the one before, and so its costs.
+static bool costs_as_before(const Call& c, I kv_head) {
+    I group = c.heads / c.kv_heads;
+    const int32_t* rules = c.rules + kv_head * group;
+    return kv_head > 0 && !RULES_USE_HEAD && !memcmp(rules, rules - group, sizeof(int32_t) * group);
+}
+
 static void fill_items(const Call& c, Plan& plan, Item* items) {
     Item* item = items;
-    Interval* spans = (Interval*)malloc(sizeof(Interval) * BM * MAX_BANDS);
+    Interval* spans = (Interval*)malloc(sizeof(Interval) * BM * MAX_BANDS + sizeof(I) * BM * FACTS);
+    I* facts = (I*)(spans + BM * MAX_BANDS);
     for (I b = 0; b < c.b; b++)
-        for (I h = 0; h < c.kv_heads; h++)
+        for (I h = 0; h < c.kv_heads; h++) {
+            const Item* before = costs_as_before(c, h) ? item - plan.count / (c.b * c.kv_heads) : nullptr;
             for (I first = 0; first < c.q_len; first += plan.item_rows, item++) {
                 *item = {b, h, first, 0};
-                item->cost = spans ? cost_of(c, plan, *item, spans) : 0;
+                item->cost = before ? before++->cost : spans ? cost_of(c, plan, *item, spans, facts) : 0;
             }
+        }
     free(spans);
-    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (4 + (plan.item_rows * plan.item_heads + MR - 1) / MR);
+    for (I i = 0; i < plan.count; i++)
+        plan.work += items[i].cost * (4 + (plan.item_rows * plan.item_heads + MR - 1) / MR);
     qsort(items, plan.count, sizeof(Item), longest_first);
 }
 
@@ -246,13 +303,20 @@ extern "C" int sparsify_run(const Call* call) {
     Call c = *call;
     if (c.b == 0 || c.heads == 0 || c.q_len == 0) return 0;
     I group = c.heads / c.kv_heads, tiles = most(1, (c.k_len + KB - 1) / KB);
+    Summary summaries[SUMMARIES + 1];
+    I* summary = summarise(c.loads, summaries);
+    if (!summary) return 1;
+    c.summaries = summaries;
     Plan plan = {};
     plan.call = &c;
     plan.item_rows = least(BM, c.q_len);
     plan.item_heads = most(1, least(group, BM / plan.item_rows));
     plan.count = c.b * c.kv_heads * ((c.q_len + plan.item_rows - 1) / plan.item_rows);
     Item* items = (Item*)malloc(sizeof(Item) * plan.count);
-    if (!items) return 1;
+    if (!items) {
+        free(summary);
+        return 1;
+    }
     plan.items = items;
     fill_items(c, plan, items);
     c.threads = c.parallel ? most(1, least(c.threads, least(plan.count, plan.work / WORTH_A_THREAD))) : 1;
@@ -268,6 +332,7 @@ extern "C" int sparsify_run(const Call* call) {
     }
     bool failed = !plan.memory;
     free(items);
+    free(summary);
     free(plan.memory);
     return failed;
 }

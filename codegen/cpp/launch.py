@@ -17,25 +17,23 @@ if TYPE_CHECKING:
     from sparsify.program import Program
 
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
-MASK_TYPES = ("bool", "float32", "bfloat16", "float16", "float64")
-LOAD_TYPES = ("bool", "uint8", "int32", "int64")
+LOAD_TYPES = ("bool", "uint8", "int32", "int64", "float32", "float64", "bfloat16", "float16")
 MAX_BUILT = 4096
 
 
 class Source(ctypes.Structure):
     """`Source` of call.h."""
 
-    _fields_ = (("data", POINTER), ("bytes", I64), ("size", I64 * 4), ("stride", I64 * 4))
+    _fields_ = (("data", POINTER), ("type", I64), ("size", I64 * 4), ("stride", I64 * 4))
 
 
 class Call(ctypes.Structure):
     """`Call` of call.h."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("q", "k", "v", "mask", "out", "sizes", "loads", "rules", "parallel")),
+        *((name, POINTER) for name in ("q", "k", "v", "out", "sizes", "loads", "summaries", "rules", "parallel")),
         *((name, I64) for name in ("threads", "b", "heads", "kv_heads", "q_len", "k_len", "offset")),
-        *((name, I64 * 4) for name in ("qs", "ks", "vs", "os", "ms")),
-        ("mask_type", I64),
+        *((name, I64 * 4) for name in ("qs", "ks", "vs", "os")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
     )
@@ -71,10 +69,6 @@ class Kernel:
         call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
         call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
         call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, self.softcap
-        if launch.mask is not None:
-            mask = launch.mask.expand(*q.shape[:3], k.shape[2])
-            call.mask, call.ms = mask.data_ptr(), mask.stride()
-            call.mask_type = MASK_TYPES.index(str(mask.dtype).removeprefix("torch."))
         sizes = self.sizes(k.shape[2])
         call.sizes, call.loads, call.rules = map(ctypes.addressof, (sizes, sources, self.rules))
         call.threads, call.parallel = torch.get_num_threads(), runtime.parallel_function()
@@ -102,8 +96,8 @@ def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -
 
 
 def _source(load: torch.Tensor) -> tuple[Source, torch.Tensor]:
-    """A tensor that predicates load from; other integer types than the kernels know are widened."""
+    """A tensor that predicates or biases load from; other types than the kernels know are widened."""
     if str(load.dtype).removeprefix("torch.") not in LOAD_TYPES:
-        load = load.long()
-    pad = (0,) * (4 - load.dim())
-    return Source(load.data_ptr(), load.element_size(), (*load.shape, *pad), (*load.stride(), *pad)), load
+        load = load.double() if load.is_floating_point() else load.long()
+    kind, pad = LOAD_TYPES.index(str(load.dtype).removeprefix("torch.")), (0,) * (4 - load.dim())
+    return Source(load.data_ptr(), kind, (*load.shape, *pad), (*load.stride(), *pad)), load

@@ -16,6 +16,7 @@ constexpr int DK = (D + PAIR - 1) / PAIR; // steps of the q.k product
 constexpr int KS = KB / PAIR;             // steps of the weights-times-values product
 constexpr int64_t K_TILE = (int64_t)DK * KB, V_TILE = (int64_t)KS * DVP; // in 32-bit lanes
 constexpr float NOTHING = -3e38f;         // below every score that a key can have, and finite
+constexpr float LOG2E = 1.44269504f;
 constexpr float SLACK = 8.0f;             // a row's reference lags its largest score by at most 2**8
 
 static inline float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
@@ -83,10 +84,11 @@ struct Rows {
     float out[MR * DVP] __attribute__((aligned(64)));     // weighted values, by panel of NRW columns
 };
 
-// What a tile drops or adds for MR rows: bit j of keep[r] is key j; `add` is in units of log2, or null.
+// What a tile drops or adds for MR rows: bit j of keep[r] is key j (null keeps all); add[r] is a row of KB floats,
+// with BIAS.
 struct Masks {
     const uint64_t* keep;
-    const float* add;
+    const float* const* add;
 };
 
 static inline bool any_lane(Ints found) {
@@ -140,7 +142,8 @@ static inline __attribute__((always_inline)) void store_weights(float* to, const
 #endif
 }
 
-// How q.k products become scores in units of log2: times `factor`, or with a softcap factor * tanh(inner * product).
+// How q.k products become scores: times `factor`, or with a softcap factor * tanh(inner * product). In units of log2,
+// but with BIAS in natural ones: what is added is then rounded as little as its model's own code rounds it.
 // Products are summed `chunk` steps at a time: rounding errors grow with the length of a running sum.
 struct Scoring {
     float factor, inner;
@@ -171,12 +174,14 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
         factor = 1.0f;
     }
     if (masks) {
-        if (ADD_MASK) {
+        if (BIAS) {
             for (int r = 0; r < MR; r++)
                 for (int v = 0; v < KV; v++)
-                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add + r * KB + v * W);
-            factor = 1.0f;
+                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
+            factor = LOG2E;
         }
+    }
+    if (masks && (!BIAS || masks->keep)) {
         Ints lane;
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
         uint64_t any = 0;

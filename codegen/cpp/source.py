@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import jinja2
 from jinja2 import meta
 
-from sparsify.codegen.cpp.rules import max_bands, print_rules
+from sparsify.codegen.cpp.biases import print_biases
+from sparsify.codegen.cpp.rules import Names, max_bands, max_facts, print_rules
 from sparsify.expr import TRUE, Pred, Sum, Var, constant
+from sparsify.patterns.tiles import BLOCK
 from sparsify.runtime import Isa
 
 if TYPE_CHECKING:
@@ -47,14 +49,13 @@ class Shape:
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
     """(name, source) of the kernel."""
-    name = kernel_name(program, shape, isa)
+    name, names = kernel_name(program, shape, isa), Names(program)
     return name, fill(
         SKELETON,
         name=name,
         vector_bytes=isa.vector_bytes,
         packed_bf16=isa.bf16_dot and shape.io == "bf16",
         io=shape.io,
-        mask=program.mask or "none",
         head_dim=shape.head_dim,
         value_dim=shape.value_dim,
         block_rows=BLOCK_ROWS,
@@ -64,7 +65,13 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         exp2=EXP2[shape.io],
         softcap=program.softcap is not None,
         use_head=program.uses("h"),
-        rules=print_rules(program),
+        bias=bool(program.bias),
+        sink=program.sink is not None,
+        facts=max_facts(program),
+        summaries=names.summaries,
+        summary_block=BLOCK,
+        rules=print_rules(program, names),
+        biases=print_biases(program, names),
     )
 
 
@@ -91,8 +98,10 @@ def kernel_name(program: Program, shape: Shape, isa: Isa) -> str:
     """A readable name: what is kept, target and instruction set, dtype, sizes, tile."""
     rules = [_rule_name(keep) for keep in program.keep]
     parts = rules if len(rules) <= 3 else [*rules[:2], f"{len(rules) - 2}more"]
-    if program.mask:
-        parts.append(f"{program.mask}mask")
+    if program.bias:
+        parts.append("bias")
+    if program.sink is not None:
+        parts.append("sink")
     if program.softcap is not None:
         parts.append("softcap")
     size = f"d{shape.head_dim}" + (f"v{shape.value_dim}" if shape.value_dim != shape.head_dim else "")

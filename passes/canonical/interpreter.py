@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify.passes.canonical.bodies import called
 from sparsify.passes.canonical.flex import open_flex
@@ -40,7 +43,25 @@ class Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
+        if n.op in ("call_function", "call_method"):
+            given = self.fetch_args_kwargs_from_env(n)
+            if any(map(is_traceable_wrapper_subclass, tree_leaves(given))):
+                with self._set_current_node(n):
+                    return self._as_it_is(n, *given)
         return super().run_node(n)
+
+    def _as_it_is(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records a call whole that has a tensor of its own kind in it, such as quantised weights.
+
+        What it computes with is inside that tensor, where tracing sees nothing but constants.
+        """
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer: Any = mode.tracer
+        proxy = tracer.create_proxy(n.op, n.target, *tree_map(tracer.unwrap_proxy, (args, kwargs)))
+        with disable_proxy_modes_tracing():
+            result = getattr(self, n.op)(n.target, args, kwargs)
+        return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = called(target, args, kwargs)
@@ -67,5 +88,5 @@ class Interpreter(fx.Interpreter):
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:
     """Whether autograd follows a call: what a checkpoint saves is then for it to decide."""
-    tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
+    tensors = [arg for arg in tree_leaves(args) if isinstance(arg, torch.Tensor)]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

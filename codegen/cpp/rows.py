@@ -1,0 +1,226 @@
+"""Prints what a row of a tile needs to know, key by key, as little of it as can be for each key.
+
+What depends on keys only is computed once a tile and what depends on the query only once a row, so divisions are rare
+even in strided and dilated patterns. Rows of predicates are 64-bit masks, one bit a key: linear bounds on k become
+shifts, and loads whose indices go on with k are read 64 elements at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsify.expr import (
+    And,
+    Eq,
+    Expr,
+    FloorDiv,
+    Ge,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Not,
+    Or,
+    Pred,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    conjunction,
+    disjunction,
+    eq,
+    floordiv,
+    maximum,
+    minimum,
+    mod,
+    negate,
+    select,
+)
+from sparsify.walk import rewrite, variables
+
+K, Q = "k", "q"
+PARAMETERS = "const Call& c, I b, I h, I q0, I count, I k0, int keys"
+
+
+class Rows:
+    """Collects what is computed once a tile and once a row."""
+
+    def __init__(self, text: Callable[[Expr | Pred], str]) -> None:
+        self.text = text
+        self.tile: list[str] = []
+        self.row: list[str] = []
+        self.slots: dict[object, str] = {}
+
+    def loop(self, last: str) -> str:
+        """The body of a function: what is collected, and what is done last for each row."""
+        row = "".join(f"        {line}\n" for line in self.row)
+        tile = "".join(f"    {line}\n" for line in self.tile)
+        return f"{tile}    for (I n = 0; n < count; n++) {{\n        I q = q0 + n;\n{row}        {last}\n    }}\n"
+
+    def lines(self, node: Expr | Pred) -> list[str]:
+        """Where what depends on the node's variables is computed."""
+        return self.row if Q in variables(node) else self.tile
+
+    def slot(self, key: object, prefix: str) -> tuple[str, bool]:
+        """A name for what a key stands for, and whether it is new."""
+        new = key not in self.slots
+        if new:
+            self.slots[key] = f"{prefix}{len(self.slots)}"
+        return self.slots[key], new
+
+    def line(self, load: Load) -> str | None:
+        """The name of the line of elements that a load reads along a tile's keys, if its indices are linear in k."""
+        parts = [linear(index) for index in load.index]
+        if K not in variables(load) or None in parts:
+            return None
+        name, new = self.slot(("line", load), "line")
+        if new:
+            lines = self.lines(load)
+            lines.append(f"Line {name}(c.loads[{load.source[1:]}], {len(parts)});")
+            for axis, (coefficient, rest) in enumerate(parts):  # type: ignore[misc]
+                first = self.text(rest + Var("k0") * coefficient)
+                lines.append(f"{name}.along({axis}, {first}, {coefficient}, keys);")
+        return name
+
+    def bits(self, pred: Pred) -> str:
+        """An expression of type uint64_t: bit j says whether key k0 + j is kept."""
+        names = variables(pred)
+        if K not in names:
+            return f"({self.text(pred)} ? ~0ull : 0ull)"
+        line = self.line(pred.load) if isinstance(pred, Test) else None
+        if line is not None:
+            name, new = self.slot(pred, "bits")
+            if new:
+                self.lines(pred).append(f"uint64_t {name} = bits_of({line}, keys);")
+            return name
+        found = linear(pred.expr) if isinstance(pred, Ge) else None
+        if found is not None:
+            return self.threshold(*found)
+        if Q not in names and not isinstance(pred, And | Or | Not):
+            return self.gathered(pred, self.tile, self.text(rewrite(pred, self.read)))
+        match pred:
+            case And(parts) | Or(parts):
+                return "(" + (" & " if isinstance(pred, And) else " | ").join(map(self.bits, parts)) + ")"
+            case Not(part):
+                return "~" + self.bits(part)
+        return self.gathered(pred, self.row, self.text(self.separate(pred)))
+
+    def threshold(self, coefficient: int, rest: Expr) -> str:
+        """coefficient * k + rest >= 0, where rest is free of k."""
+        limit = self.text(floordiv(rest, abs(coefficient)))
+        bits = f"keys_from({limit} + k0)" if coefficient > 0 else f"keys_to({limit} - k0)"
+        if Q in variables(rest):
+            return bits
+        name, new = self.slot(bits, "bits")
+        if new:
+            self.tile.append(f"uint64_t {name} = {bits};")
+        return name
+
+    def gathered(self, pred: Pred, lines: list[str], condition: str) -> str:
+        name, new = self.slot(pred, "bits")
+        if new:
+            lines.append(f"uint64_t {name} = 0;")
+            loop = f"{{ I k = k0 + j; {name} |= (uint64_t)({condition} ? 1 : 0) << j; }}"
+            lines.append(f"for (int j = 0; j < keys; j++) {loop}")
+        return name
+
+    def by_key(self, expr: Expr) -> Expr:
+        """An expression free of q, computed once a tile."""
+        if expr == Var(K) or not variables(expr):
+            return expr
+        line = self.line(expr) if isinstance(expr, Load) else None
+        name, new = self.slot(expr, "x")
+        if new:
+            value = expr if line else rewrite(expr, self.read)
+            fill = f"for (int j = 0; j < keys; j++) {{ I k = k0 + j; {name}[j] = {self.text(value)}; }}"
+            self.tile.append(f"I {name}[64];")
+            self.tile.append(fill if line is None else f"integers_of({line}, keys, {name});")
+        return Var(f"{name}[j]")
+
+    def read(self, leaf: Expr) -> Expr | None:
+        """A load that is free of q and linear in k, read once a tile."""
+        return self.by_key(leaf) if isinstance(leaf, Load) and self.line(leaf) else None
+
+    def by_row(self, expr: Expr) -> Expr:
+        """An expression free of k, computed once a row."""
+        if isinstance(expr, Var) or not variables(expr):
+            return expr
+        name, new = self.slot(expr, "y")
+        if new:
+            self.row.append(f"I {name} = {self.text(expr)};")
+        return Var(name)
+
+    def separate(self, node: Expr | Pred) -> Expr | Pred:
+        """The node for one key of one row, with everything that can be computed less often taken out."""
+        go = self.separate
+        if isinstance(node, Expr) and K not in variables(node):
+            return self.by_row(node)
+        if isinstance(node, Expr) and Q not in variables(node):
+            return self.by_key(node)
+        match node:
+            case And(parts):
+                return conjunction(map(go, parts))
+            case Or(parts):
+                return disjunction(map(go, parts))
+            case Not(part):
+                return negate(go(part))
+            case Ge(expr):
+                return go(expr) >= 0
+            case Eq(expr):
+                return eq(go(expr), 0)
+            case Test(load):
+                return Test(Load(load.source, tuple(map(go, load.index))))
+            case Load(source, index):
+                return Load(source, tuple(map(go, index)))
+            case Sum():
+                by_key, by_row, both = _parts(node)
+                return sum((go(atom) * c for c, atom in both), start=self.by_key(by_key) + self.by_row(by_row))
+            case FloorDiv(left, right) | Mod(left, right):
+                return self.divided(node, left, right)
+            case Mul(left, right):
+                return go(left) * go(right)
+            case Min(left, right):
+                return minimum(go(left), go(right))
+            case Max(left, right):
+                return maximum(go(left), go(right))
+            case Select(condition, then, other):
+                return select(go(condition), go(then), go(other))
+        raise TypeError(f"not an expression or a predicate: {node!r}")
+
+    def divided(self, node: Expr, left: Expr, right: Expr) -> Expr:
+        """(x + y) // d and (x + y) mod d from the quotients and remainders of x (by key) and y (by row)."""
+        by_key, by_row, both = _parts(left)
+        if both or variables(right) & {K, Q}:
+            divide = floordiv if isinstance(node, FloorDiv) else mod
+            return divide(self.separate(left), self.separate(right))
+        rest = self.by_key(mod(by_key, right)) + self.by_row(mod(by_row, right))
+        wraps, divisor = rest >= right, self.by_row(right)
+        if isinstance(node, Mod):
+            return select(wraps, rest - divisor, rest)
+        return self.by_key(floordiv(by_key, right)) + self.by_row(floordiv(by_row, right)) + select(wraps, 1, 0)
+
+
+def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
+    """A sum as (what depends on k but not on q, what is free of k, the terms with both)."""
+    terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
+    by_key, by_row = as_expr(0), as_expr(expr.const if isinstance(expr, Sum) else 0)
+    both = []
+    for coefficient, atom in terms:
+        names = variables(atom)
+        if K not in names:
+            by_row = by_row + atom * coefficient
+        elif Q not in names:
+            by_key = by_key + atom * coefficient
+        else:
+            both.append((coefficient, atom))
+    return by_key, by_row, both
+
+
+def linear(expr: Expr) -> tuple[int, Expr] | None:
+    """(coefficient, rest) if expr is coefficient * k + rest with rest free of k; the coefficient may be 0."""
+    terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
+    coefficient = next((c for c, atom in terms if atom == Var(K)), 0)
+    rest = expr - Var(K) * coefficient
+    return (coefficient, rest) if K not in variables(rest) else None

@@ -1,0 +1,175 @@
+"""`options={"verify": True}`: recovered masks against the model's own, on real tensors, in the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify import bias as biases
+from sparsify.errors import VerifyError
+from sparsify.expr import Pred
+from sparsify.passes import Capture
+from sparsify.passes.masks.compare import Difference, first_difference
+from sparsify.passes.remember_masks import MaskCheck
+from sparsify.walk import evaluate, variables
+
+
+def verified(compiled: Callable[..., Any], capture: Capture) -> Callable[..., Any]:
+    """The compiled graph; its first call checks the masks before it runs. Raises VerifyError."""
+    pending = [capture]
+
+    def run(*inputs: Any) -> Any:
+        while pending:
+            check(pending.pop(), inputs)
+        return compiled(*inputs)
+
+    return run
+
+
+def check(capture: Capture, inputs: Sequence[Any]) -> None:
+    """Computes the masks of a capture from real inputs, which stay as they are, and compares them at every pair.
+
+    Needs the memory of the model's mask tensors, a head of a batch at a time beside them. Raises VerifyError naming
+    the site, the first (b, h, q, k), and what is found and expected there.
+    """
+    if capture.remembered is None:
+        return
+    values = _Recorder(capture.remembered).values(_copied(inputs))
+    sizes = _sizes(capture.remembered.graph, inputs)
+    for item in capture.checks:
+        _check_site(item, values, sizes)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what its results were when they were made: a later write in place can't reach that."""
+
+    def values(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+        output = next(iter(reversed(self.module.graph.nodes)))  # type: ignore[arg-type]
+        self.wanted = set(output.args[0])
+        self.found: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            self.run(*inputs)
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.found[n] = value.clone() if isinstance(value, torch.Tensor) else value
+        return value
+
+
+def _copied(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs over memory of their own, shared where theirs is; parameters, which no mask writes into, as they are."""
+    memory: dict[int, torch.UntypedStorage] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            return value
+        if type(value) is not torch.Tensor or value.layout != torch.strided:
+            return value.clone()
+        storage = value.untyped_storage()
+        mine = memory.setdefault(storage._cdata, storage.clone())
+        made = torch.empty(0, dtype=value.dtype, device=value.device)
+        return made.set_(mine, value.storage_offset(), value.shape, value.stride())
+
+    with torch.no_grad():
+        return [copy(value) for value in inputs]
+
+
+def _sizes(graph: fx.Graph, inputs: Sequence[Any]) -> dict[Any, int]:
+    """What the symbols of symbolic sizes are for these inputs."""
+    found: dict[Any, int] = {}
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        known = node.meta.get("val")
+        if isinstance(known, torch.SymInt):
+            found[known.node.expr] = int(value)
+        elif isinstance(known, torch.Tensor) and isinstance(value, torch.Tensor):
+            for symbolic, size in zip(known.shape, value.shape, strict=True):
+                if isinstance(symbolic, torch.SymInt):
+                    found[symbolic.node.expr] = size
+    return found
+
+
+def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping[Any, int]) -> None:
+    batch, heads, q_len, k_len = (_number(size, symbols, item) for size in item.sizes)
+    offset = values[item.q_offset] if isinstance(item.q_offset, fx.Node) else item.q_offset
+    device = values[item.masks[0]].device if item.masks else None
+    rows = torch.arange(q_len, device=device).view(-1, 1)
+    env: dict[str, Any] = {"N": k_len, "Nq": q_len, "q": rows + offset, "k": torch.arange(k_len, device=device)}
+    env |= {f"_{i}": values[node] for i, node in enumerate(item.loads)}
+    masks = [values[node].expand(batch, heads, q_len, k_len) for node in item.masks]
+    rest = None if item.rest is None else values[item.rest].expand(batch, heads, q_len, k_len)
+    sink = None if item.sink is None else values[item.sink].expand(batch, heads, q_len, 1)
+    causal = env["k"] <= rows
+    for b, h in _distinct(item, [values[node] for node in item.masks], batch, heads):
+        here = env | {"b": b, "h": h}
+        parts = [mask[b, h] for mask in masks] + ([causal] if item.causal else [])
+        kept = torch.as_tensor(evaluate(item.keep, here), device=device).expand(q_len, k_len)
+        bias = biases.evaluate(item.bias, here).to(kept.device)
+        if rest is not None:
+            kept, bias = _with_tensor(kept, bias, rest[b, h])
+        found = first_difference(kept, bias, _model_mask(parts, kept))
+        if found is not None:
+            _raise(item, "mask", (b, h, *found.at), found)
+        if sink is not None and item.sink_bias is not None:
+            logit = biases.evaluate(item.sink_bias, here)
+            found = first_difference(torch.ones((), dtype=torch.bool), logit, sink[b, h])
+            if found is not None:
+                _raise(item, "sink", (b, h, found.at[0]), found)
+
+
+def _number(size: int | torch.SymInt, symbols: Mapping[Any, int], item: MaskCheck) -> int:
+    if isinstance(size, int):
+        return size
+    found = size.node.expr.xreplace(dict(symbols))
+    if getattr(found, "free_symbols", None):
+        raise VerifyError(f"verify: {item.address}: the size {size} is not known from the inputs")
+    return int(found)
+
+
+def _distinct(item: MaskCheck, masks: list[torch.Tensor], batch: int, heads: int) -> list[tuple[int, int]]:
+    """The (b, h) to look at: all, or the first where neither side depends on it."""
+    tensors = [mask for mask in masks if mask.dim() > 2]
+    names = _variables(item)
+    by_head = "h" in names or item.rest is not None or item.sink is not None or any(m.shape[-3] > 1 for m in tensors)
+    by_batch = "b" in names or item.rest is not None or any(m.dim() == 4 and m.shape[0] > 1 for m in tensors)
+    return [(b, h) for b in range(batch if by_batch else min(batch, 1)) for h in range(heads if by_head else 1)]
+
+
+def _variables(item: MaskCheck) -> set[str]:
+    parts: list[Pred] = [item.keep, *(part for bias in (item.bias, item.sink_bias or ()) for part in _parts(bias))]
+    return {name for part in parts for name in variables(part)}
+
+
+def _parts(bias: biases.Bias) -> list[Any]:
+    return [part for term in bias for part in (term.integer, term.where, *term.loads)]
+
+
+def _with_tensor(kept: torch.Tensor, bias: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (kept & rest, bias) if rest.dtype == torch.bool else (kept, bias + rest.double())
+
+
+def _model_mask(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """One mask that does what several do, in the widest of their dtypes."""
+    whole = torch.ones((), dtype=torch.bool, device=like.device)
+    for part in parts:
+        if whole.dtype == part.dtype == torch.bool:
+            whole = whole & part
+        elif part.dtype == torch.bool:
+            whole = whole.masked_fill(~part, -torch.inf)
+        elif whole.dtype == torch.bool:
+            whole = part.masked_fill(~whole, -torch.inf)
+        else:
+            whole = whole + part
+    return whole
+
+
+def _raise(item: MaskCheck, what: str, at: tuple[int, ...], found: Difference) -> None:
+    where = "(b, h, q, k)" if len(at) == 4 else "(b, h, q)"
+    raise VerifyError(
+        f"verify: {item.address}: the recovered {what} '{item.text}' {found.found} at {where} = {at}, "
+        f"the model's own {found.expected}"
+    )

@@ -1,0 +1,91 @@
+"""Lengths and caches: how often the backend compiles while they grow, and that greedy decoding says the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from captures import model
+
+EAGER = {"target": "null", "inner": "eager"}
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def fresh(**options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return {"backend": "sparsify", "options": EAGER | options}
+
+
+def near(q, k, v):
+    rows = torch.arange(q.shape[2])
+    keep = (rows[:, None] >= rows) & (rows[:, None] - rows < 16)
+    return (q @ k.mT).masked_fill(~keep, -torch.inf).softmax(-1) @ v
+
+
+@torch.no_grad()
+def test_lengths_up_to_8192_compile_twice():
+    """Once for 1, which Dynamo always makes a graph of its own, and once for all others."""
+    run = torch.compile(near, **fresh(target="cpp", strict=True), fullgraph=True)
+    for length in (64, 1, 2, 3, 17, 128, 1000, 8192):
+        given = [torch.randn(1, 1, length, 8) for _ in range(3)]
+        for tensor in given if length > 1 else ():
+            torch._dynamo.mark_dynamic(tensor, 2)
+        found = run(*given)
+        if length <= 1000:
+            torch.testing.assert_close(found, near(*given), atol=2e-5, rtol=2e-5)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "sparsify"])
+@torch.no_grad()
+def test_lengths_that_dynamo_learns_by_itself(backend):
+    """64 and 1 are graphs of their own, then lengths are symbolic: as often as a backend that adds no guard."""
+    made, options = model("gemma2", "eager"), fresh()
+    run = torch.compile(made, **(options if backend == "sparsify" else {"backend": backend}))
+    for length in (64, 1, 2, 16, 33):
+        run(torch.ones(2, length, dtype=torch.long), use_cache=False)
+    assert graphs() == 3
+
+
+def generated(made, batch: int, steps: int, cache: str | None) -> torch.Tensor:
+    ids = torch.randint(1, 64, (batch, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, :4] = mask[2, :2] = 0
+    made.generation_config.disable_compile = True  # its own; ours is around `forward`
+    options = {} if cache is None else {"cache_implementation": cache}
+    return made.generate(ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+                         pad_token_id=0, **options)  # fmt: skip
+
+
+def check_generation(name: str, how: str, batch: int, steps: int, cache: str | None) -> None:
+    wanted = generated(model(name, how), batch, steps, cache)
+    made = model(name, how)
+    made.forward = torch.compile(made.forward, **fresh(strict=True))
+    assert torch.equal(generated(made, batch, steps, cache), wanted)
+    assert graphs() <= 3
+
+
+GENERATED = [("llama", "sdpa", 1, None), ("llama", "eager", 4, "static"), ("mistral", "sdpa", 4, None),
+             ("gemma2", "eager", 1, "static")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how", "batch", "cache"), GENERATED)
+@torch.no_grad()
+def test_generation_recompiles_at_most_twice(name, how, batch, cache):
+    """Prefill, one step, and steps of any length; windows roll over in 16 steps."""
+    check_generation(name, how, batch, 16, cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "how"), [("llama", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"), ("gpt2", "sdpa")]
+)
+@torch.no_grad()
+def test_long_generation_recompiles_at_most_twice(name, how, batch, cache):
+    check_generation(name, how, batch, 118, cache)  # as long as the tiny models' positions allow
