@@ -15,6 +15,7 @@ from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
+from sparsify.passes.number_sites import NumberSites
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.remember_masks import RememberMasks
 from sparsify.passes.runner import Capture, Pass, PassError, PassRecord, run
@@ -42,6 +43,7 @@ def pipeline(
         FindSites(),
         CheckSites(),
         RecoverMasks(exact),
+        NumberSites(),
         RememberMasks(verify),
         AttachSpec(spec, placed),
         ChooseTarget(target),

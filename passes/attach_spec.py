@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 from sparsify.expr import conjunction
 from sparsify.passes.forms.caches import forgets, moves_along
-from sparsify.passes.nodes import shape
+from sparsify.passes.nodes import same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
@@ -34,6 +35,7 @@ class AttachSpec:
             )
         for site in capture.open_sites() if self.spec is not None else ():
             _check_rule(site, self.spec.rule(info(site)))
+            _check_uses(site, self.spec, capture.home)
         sites = capture.open_sites()
         found: list[Any] = [None] * len(sites)
         if self.spec is not None:
@@ -66,11 +68,25 @@ def _check_rule(site: Site, rule: Any) -> None:
             "give all heads of this site one pattern, or keep batch and heads apart, as (B, H, N, D), in the model",
         )
     by_position = any("q" in variables(group.pattern.keep()) for group in rule.groups)
-    if site.kind == "cross" and rule.kind != "cross" and by_position:
+    if site.kind == "cross" and "cross" not in rule.kinds and by_position:
         site.refuse(
             "the spec's pattern compares positions of queries and keys, and this is cross attention",
             "say `kind: cross` in the rule if that is meant, or `kind: self` if not",
         )
+
+
+def _check_uses(site: Site, spec: Any, home: str) -> None:
+    """Refuses a site where a rule tells uses of a module apart that share one compiled function."""
+    if home and any(rule.uses is not None and fnmatchcase(site.address, rule.match) for rule in spec.rules):
+        site.refuse(
+            "which use of its module this is can't be told: after a graph break they share one compiled function",
+            "remove the graph break, or leave `uses` out of the spec",
+        )
+
+
+def phase(site: Site) -> Literal["prefill", "decode"]:
+    """Decode is one query: a step of generation."""
+    return "decode" if site.q is not None and same(shape(site.q)[2], 1) else "prefill"
 
 
 def info(site: Site) -> Any:
@@ -78,8 +94,8 @@ def info(site: Site) -> Any:
     from sparsify.spec import SiteInfo
 
     if site.q is None or site.k is None:
-        return SiteInfo(site.address, site.layer, site.kind, causal=False, heads=0, kv_heads=0)
-
+        where = {"use": site.use, "layers": site.layers}
+        return SiteInfo(site.address, site.layer, site.kind, causal=False, heads=0, kv_heads=0, **where)
     return SiteInfo(
         address=site.address,
         layer=site.layer,
@@ -87,4 +103,7 @@ def info(site: Site) -> Any:
         causal=is_causal(site),
         heads=shape(site.q)[1],
         kv_heads=shape(site.k)[1],
+        use=site.use,
+        phase=phase(site),
+        layers=site.layers,
     )

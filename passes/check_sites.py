@@ -27,12 +27,14 @@ class CheckSites:
 
     def __call__(self, capture: Capture) -> None:
         needed = nodes_with_gradient(capture)
+        order = {node: position for position, node in enumerate(capture.graph.nodes)}
+        writes = list(mutations(capture.graph))
         for site in capture.open_sites():
             _check_gradient(site, needed)
             if site.sink is not None:
                 site.refuse("a sink takes part in the softmax, and its form is not recovered")
             _check_tensors(site)
-            _check_mutations(site, capture.graph)
+            _check_mutations(site, order, writes)
             if capture.frozen:
                 site.refuse(f"{capture.frozen} is in a graph that is trained", "call the model under torch.no_grad()")
 
@@ -98,13 +100,15 @@ def _broadcasts(sizes: tuple[Any, ...], full: tuple[Any, ...]) -> bool:
     return len(sizes) <= len(full) and all(same(a, 1) or bool(a == b) for a, b in zip(sizes, inner, strict=True))
 
 
-def _check_mutations(site: Site, graph: fx.Graph) -> None:
+def _check_mutations(site: Site, order: dict[fx.Node, int], writes: list[tuple[fx.Node, fx.Node]]) -> None:
     """Refuses where memory is written in place that the attention read before, or that holds its scores.
 
     A rewritten site reads its inputs where its output was made, and has no scores that somebody could write to.
+    order: of the graph's nodes. writes: nodes that write in place, and the tensors that they write to.
     """
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    reads = [site.q, site.k, site.v, *(mask.node for mask in site.masks)]
+    if not any(order[writer] < order[site.output] for writer, _ in writes):
+        return
+    reads = [site.q, site.k, site.v, *(mask.node for mask in site.masks), *([site.sink] if site.sink else [])]
     before = ancestors(*reads).union(reads)
     inside = [node for node in ancestors(site.output) if node not in before]
     since = {node: order[node] for node in inside}
@@ -112,7 +116,7 @@ def _check_mutations(site: Site, graph: fx.Graph) -> None:
         uses = [order[user] for user in node.users if user in since or user is site.output]
         if uses:
             since[node] = min(uses)
-    for writer, written in mutations(graph):
+    for writer, written in writes:
         if order[writer] > order[site.output]:
             break
         for node, start in since.items():

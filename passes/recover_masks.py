@@ -43,6 +43,7 @@ class RecoverMasks:
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
             rows, names = _raised(site, self.exact)
+            site.load_names = names
             _place(site, rows)
             tensor = [] if site.rest is None else ["a bias" if site.rest.kind == "add" else "a tensor mask"]
             words = [] if site.keep == TRUE else [describe(site.keep, names)]

@@ -21,7 +21,7 @@ class Capture:
 
     module: the graph; example_inputs: what the compiler was given with it.
     names: the path of each module by its key in `nn_module_stack`, as far as the model is known; home: the path of the
-    module whose code the graph is.
+    module whose code the graph is; classes: the class of each module of the model by its path, in the model's order.
     checks, remembered: what verification compares, and the graph that computes it (`RememberMasks`).
     failure: the pass that raised an exception, and which; the graph is then as it was given.
     frozen: an operator that the graph has lost and must keep in training: nothing of it may be rewritten then.
@@ -32,6 +32,7 @@ class Capture:
     example_inputs: list[Any]
     names: Mapping[str, str] = field(default_factory=dict)
     home: str = ""
+    classes: Mapping[str, type] = field(default_factory=dict)
     frozen: str = ""
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

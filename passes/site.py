@@ -28,6 +28,7 @@ class Mask:
 class Site:
     """What is known about one attention: filled in by `find_sites`, then by each pass after it.
 
+    address: the module's path; layer: its number, of so many layers; use: which attention of that module in the graph.
     anchor: the SDPA or softmax node. output: the node whose value is the attention's output, in any layout.
     q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
     heads_known: dimension 1 of q is the heads, for all that can be seen; they may be in the batch.
@@ -36,6 +37,7 @@ class Site:
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
     q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
     q and loads, where that is not q itself (static caches).
+    loads: the tensors that `_0`, `_1`, ... name there; load_names: what a reader calls them.
     sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
     rest: the tensor mask that stays (a node) with its kind.
@@ -48,6 +50,8 @@ class Site:
     form: str
     address: str = ""
     layer: int | None = None
+    layers: int | None = None
+    use: int = 0
     kind: Literal["self", "cross"] = "self"
     q: fx.Node | None = None
     k: fx.Node | None = None
@@ -60,6 +64,7 @@ class Site:
     masks: list[Mask] = field(default_factory=list)
     keep: Pred = TRUE
     loads: tuple[fx.Node, ...] = ()
+    load_names: tuple[str, ...] = ()
     sink: fx.Node | None = None
     bias: Bias = ()
     sink_bias: Bias | None = None

@@ -15,6 +15,7 @@ from sparsify.errors import RefusedError, SparsifyError, SpecError
 from sparsify.options import Options
 from sparsify.passes import Capture, PassError, Site, pipeline, run
 from sparsify.passes.attach_spec import info
+from sparsify.passes.code_lines import locate
 from sparsify.root import Root
 from sparsify.verify import verified
 
@@ -46,11 +47,12 @@ def sparsify_backend(
 def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Capture:
     """The graph after all passes. `gm` itself stays as it is. Raises SpecError for a rule that no model can use."""
     root = Root.find()
-    capture = Capture(gm, list(example_inputs), root.names, root.path)
+    capture = Capture(gm, list(example_inputs), root.names, root.path, root.modules())
     placed = options.spec is None or not root.partial or root.guard()
     run_passes(capture, options, placed)
+    locate(capture)
     if options.spec is not None:
-        check_rules(options.spec, root.modules(), capture.sites)
+        check_rules(options.spec, list(capture.classes), capture.sites)
     return capture
 
 

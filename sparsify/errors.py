@@ -36,18 +36,34 @@ class VerifyError(SparsifyError, RuntimeError):
 
 
 @dataclass(frozen=True)
+class CodeLine:
+    """A line of somebody's code."""
+
+    file: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
 class Refusal:
-    """Why something was left as it was. Falsy, so `if not result` reads well and the reason is never lost."""
+    """Why something was left as it was. Falsy, so `if not result` reads well and the reason is never lost.
+
+    node: where in the graph; line: the line of the model's code that made it, if it is known.
+    """
 
     reason: str
     node: str = ""
     hint: str = ""
+    line: CodeLine | None = None
 
     def __bool__(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        where = f" at {self.node}" if self.node else ""
+        where = (f" at {self.node}" if self.node else "") + (f", {self.line}" if self.line else "")
         hint = f" ({self.hint})" if self.hint else ""
         return f"{self.reason}{where}{hint}"
 

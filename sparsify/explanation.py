@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.backend import captured, errors_as_they_are
+from sparsify.backend import captured, errors_as_they_are, report_refusals
 from sparsify.errors import SpecError
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
-from sparsify.passes.attach_spec import info
+from sparsify.passes.attach_spec import info, phase
 from sparsify.passes.density import density_of
+from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.nodes import value
 from sparsify.patterns import dense
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
@@ -25,15 +26,28 @@ __all__ = ["Report", "explain"]
 LIMIT = 1 << 20
 
 
-def explain(model: Callable[..., Any], *args: Any, spec: Any = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    spec: Any = None,
+    target: str | None = None,
+    strict: bool = False,
+    crossover: bool | None = None,
+    **kwargs: Any,
+) -> Report:
     """Runs `model(*args, **kwargs)` once under torch.compile and reports every attention site that is captured.
 
     Only the capture is real: the model's own code computes the result, and no kernel is built. The caller's grad mode
     counts, as it does for the backend: outside of torch.no_grad() a model with parameters is refused for its
-    gradients. `spec` is a path, a dict or a `sparsify.Spec`. Raises SpecError for a spec that can't be read or that has
-    a rule for no site of the model.
+    gradients. `spec`, `target`, `strict` and `crossover` are the backend's options; a model's own argument of such a
+    name has to be given by position. Raises SpecError for a spec that can't be read or that has a rule for no site of
+    the model, and under `strict` RefusedError with all refusals.
+
+    Nothing is computed where `model` and its inputs are fake tensors: under
+    `torch._subclasses.fake_tensor.FakeTensorMode()` models of any size can be made and explained.
     """
-    options = Options.read({} if spec is None else {"spec": spec})
+    given = {"spec": spec, "target": target, "strict": strict, "crossover": crossover}
+    options = Options.read({name: value for name, value in given.items() if value is not None})
     captures: list[tuple[Capture, int]] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -48,6 +62,8 @@ def explain(model: Callable[..., Any], *args: Any, spec: Any = None, **kwargs: A
         torch.compile(model, backend=record, **alone)(*args, **kwargs)
     if options.spec is not None:
         _check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
+    if strict:
+        report_refusals([site for capture, _ in captures for site in capture.sites], strict=True)
     return report_of(captures)
 
 
@@ -96,6 +112,10 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         at_most=density is not None and unknown,
         target=site.target if site.open else "",
         dense=site.dense,
+        use=site.use,
+        phase=phase(site),
+        bias=describe_bias(site.bias, site.load_names),
+        sink="" if site.sink_bias is None else describe_bias(site.sink_bias, site.load_names),
         refusal=site.refusal,
         notes=tuple(site.notes),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparsify.addresses import runs
 from sparsify.errors import Refusal
 from sparsify.patterns import Pattern
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 WIDTH = 100
 
@@ -18,9 +20,11 @@ WIDTH = 100
 class SiteReport:
     """One attention site.
 
-    address: module path; layer: its number; kind: self or cross; graph: which captured graph it is in, from 0.
-    form: how the model spells it; mask: the model's own mask, recovered; patterns: the spec's pattern of each query
-    head, `dense()` where the spec says nothing (the model's mask applies as well).
+    address: module path; layer: its number; use: which attention of that module it is, from 0; kind: self or cross;
+    phase: prefill or decode; graph: which captured graph it is in, from 0.
+    form: how the model spells it; mask: the model's own mask, recovered; bias: what is added to the scores, and sink:
+    what joins the softmax; patterns: the spec's pattern of each query head, `dense()` where the spec says nothing (the
+    model's mask applies as well).
     density: the share of all (head, query, key) triples that is kept, None where it was not computed; `at_most` if
     tensors that are known at run time only, such as padding, may drop more.
     target: what runs it, "" for a site that stays as it is; dense: why dense attention wins there, so that it is left
@@ -44,6 +48,10 @@ class SiteReport:
     refusal: Refusal | None
     notes: tuple[str, ...] = ()
     dense: str = ""
+    use: int = 0
+    phase: str = "prefill"
+    bias: str = ""
+    sink: str = ""
 
     @property
     def rewritten(self) -> bool:
@@ -62,7 +70,7 @@ class SiteReport:
             groups.setdefault(str(pattern).removesuffix("()"), []).append(head)
         if len(groups) <= 1:
             return next(iter(groups), "")
-        return "; ".join(f"{_runs(heads)}: {text}" for text, heads in groups.items())
+        return "; ".join(f"{runs(heads)}: {text}" for text, heads in groups.items())
 
     def density_text(self) -> str:
         if self.density is None:
@@ -91,7 +99,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What sparsify makes of a model. Print it for a table; `bool(report.refused)` says whether a site stays dense."""
+    """What sparsify makes of a model. Print it; `bool(report.refused)` says whether a site stays dense."""
 
     sites: tuple[SiteReport, ...]
     passes: tuple[PassTime, ...]
@@ -119,33 +127,10 @@ class Report:
             "graphs": [asdict(graph) | {"notes": list(graph.notes)} for graph in self.graphs],
         }
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from sparsify.report_page import lines
 
-        table = Table(title=self._title(), title_justify="left", expand=False)
-        table.add_column("site", no_wrap=True)
-        table.add_column("form", overflow="fold", max_width=22)
-        for name in ("mask", "pattern"):
-            table.add_column(name, overflow="fold")
-        table.add_column("density", justify="right")
-        table.add_column("target")
-        for address, site in _folded(self.sites):
-            cells = (address, _short(site.form), site.mask, site.pattern_text(), site.density_text(), site.outcome())
-            table.add_row(*map(_escaped, cells))
-        return Group(table, *self._lines())
-
-    def _title(self) -> str:
-        graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
-        return f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten, in {graphs}"
-
-    def _lines(self) -> list[str]:
-        refused = [f"refused: {address}: {site.refusal}" for address, site in _folded(self.refused)]
-        dense = [f"dense: {address}: {site.dense}" for address, site in _folded(self.sites) if site.dense]
-        notes = [f"note: {address}: {note}" for address, site in _folded(self.sites) for note in site.notes]
-        graphs = [f"note: graph {i}: {note}" for i, graph in enumerate(self.graphs) for note in graph.notes]
-        seconds = f"passes: {sum(step.seconds for step in self.passes):.2f} s" if self.passes else ""
-        return [_escaped(line) for line in (*refused, *dense, *notes, *graphs, seconds) if line]
+        yield from lines(self, options.max_width)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -153,62 +138,3 @@ class Report:
         console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _short(form: str) -> str:
-    """A form without the steps that every model has."""
-    return form.replace(" > to >", " >").replace(" > dropout(eval) >", " >")
-
-
-def _runs(heads: list[int]) -> str:
-    """0, 1, 2, 5 as `0-2, 5`."""
-    runs: list[list[int]] = []
-    for head in heads:
-        if runs and runs[-1][1] == head - 1:
-            runs[-1][1] = head
-        else:
-            runs.append([head, head])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _folded(sites: Iterable[SiteReport]) -> list[tuple[str, SiteReport]]:
-    """Equal sites that differ in the layer's number only, as one: ("model.layers.0-5.self_attn", the first)."""
-    groups: dict[Any, list[SiteReport]] = {}
-    for site in sites:
-        groups.setdefault(_key(site), []).append(site)
-    return [(_address(group), group[0]) for group in groups.values()]
-
-
-def _key(site: SiteReport) -> Any:
-    where = re.sub(r"\d+", "#", site.address) if site.layer is not None else site.address
-    refusal = None if site.refusal is None else (site.refusal.reason, site.refusal.hint)
-    return (
-        where,
-        site.graph,
-        site.form,
-        site.mask,
-        site.patterns,
-        site.density,
-        site.target,
-        refusal,
-        site.notes,
-        site.dense,
-    )
-
-
-def _address(group: list[SiteReport]) -> str:
-    addresses = [site.address for site in group]
-    if len(group) == 1:
-        return addresses[0] or str(group[0].layer)
-    split = [re.split(r"(\d+)", address) for address in addresses]
-    columns = [sorted({int(parts[i]) for parts in split}) for i in range(1, len(split[0]), 2)]
-    shown = [_runs(numbers) for numbers in columns]
-    if not shown:
-        return f"{addresses[0]} ({len(group)} sites)"
-    return "".join(shown[i // 2] if i % 2 else part for i, part in enumerate(split[0])).replace(", ", ",")

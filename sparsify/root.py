@@ -42,9 +42,9 @@ class Root:
                 return cls(model, names, name, names[str(id(value))])
         return cls(model, names)
 
-    def modules(self) -> list[str]:
-        """The paths of all modules of the model."""
-        return [] if self.model is None else [path for path, _ in self.model.named_modules()]
+    def modules(self) -> dict[str, type]:
+        """The class of each module of the model by its path, in the model's order."""
+        return {} if self.model is None else {path: type(module) for path, module in self.model.named_modules()}
 
     @property
     def partial(self) -> bool:

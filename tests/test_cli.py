@@ -178,6 +178,29 @@ def test_explain_reads_a_folder_with_a_config(run, llama):
     assert all(site["patterns"] == ["sinks(4) | window(1024)"] * 4 and not site["refusal"] for site in report["sites"])
 
 
+@pytest.mark.parametrize(("line", "expected"), golden.cases("explain"), ids=golden.ids)
+def test_explain_says_what_it_said(line, expected, accept, run, tmp_path, monkeypatch):
+    """Five model types, with what differs by version and machine left out: line numbers and seconds."""
+    monkeypatch.setenv("SPARSIFY_CROSSOVER", "1")
+    for name, fields in CONFIGS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": name, **fields}))
+    code, out, err = run(line)
+    shown = re.sub(r"(\.py):\d+", r"\1:LINE", re.sub(r"\d+\.\d+ s$", "T s", out.rstrip()))
+    assert (code, err) == (0, "") and all(len(text) <= 80 for text in out.splitlines())
+    golden.check("explain", line, expected, "\n".join(text.rstrip() for text in shown.splitlines()), accept)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+CONFIGS = {
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "mistral": SMALL | {"num_key_value_heads": 2, "sliding_window": 16},
+    "bert": SMALL,
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 64},
+    "gemma3_text": SMALL | {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 7, "num_key_value_heads": 2},
+}
+
+
 def test_explain_prints_a_table_and_is_strict_if_asked(run, tmp_path, monkeypatch):
     Path(tmp_path, "mine.py").write_text(
         "import torch\n"
@@ -192,11 +215,44 @@ def test_explain_prints_a_table_and_is_strict_if_asked(run, tmp_path, monkeypatc
     assert run("explain mine:make --strict")[0] == 1
 
 
+def test_explain_takes_factories_of_any_kind(run, tmp_path):
+    Path(tmp_path, "factories.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def forward(self, q, twice=False):\n"
+        "        q = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)\n"
+        "        return torch.nn.functional.scaled_dot_product_attention(q, q, q) if twice else q\n"
+        "Q = torch.randn(1, 2, 9, 16)\n"
+        "def one():\n    return Model(), Q\n"
+        "def two():\n    return Model(), {'q': Q, 'twice': True}\n"
+        "def three():\n    return Model(), (Q,), {'twice': True}\n"
+        "def none():\n    return Model()\n"
+        "def hugging():\n"
+        "    import transformers\n"
+        "    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64)\n"
+        "    return transformers.GPT2LMHeadModel(config).eval()\n"
+    )
+    for name, sites in (("one", 1), ("two", 2), ("three", 2), ("hugging", 1)):
+        code, out, err = run(f"explain factories:{name} --json --length 20 --target null")
+        assert (code, err, len(json.loads(out)["sites"])) == (0, "", sites), name
+    message = "sparsify: explain: factories:none() must return (model, inputs), found Model\n"
+    assert run("explain factories:none") == (2, "", message)
+
+
 def test_explain_tells_what_is_wrong(run, llama, monkeypatch):
     code, out, err = run("explain model --spec specs/documents.yaml --length 8")
     assert (code, out) == (2, "") and err.startswith(
         "sparsify: specs/documents.yaml:11:5: sites[0]: the rule matches no"
     )
+    for line, message in (
+        ("lama", "'lama' is no config.json, no folder with one, no package.module:callable and no model type of"),
+        ("model --set hidden_size", "--set: expected NAME=VALUE, such as num_hidden_layers=4, found 'hidden_size'"),
+        ("wav2vec2", "Wav2Vec2Model reads input_values; give it as package.module:callable"),
+        ("model --attn fast", "model: transformers can't make this model: "),
+        ("bert --decode --set num_hidden_layers=1", "BertForMaskedLM keeps no cache, so it has no decode step"),
+    ):
+        code, out, err = run(f"explain {line}")
+        assert (code, out) == (2, "") and message in err, (line, err)
     (llama / "config.json").write_text("{")
     assert run("explain model")[2].startswith("sparsify: explain: model: transformers can't make this model: ")
     monkeypatch.setitem(sys.modules, "transformers", None)

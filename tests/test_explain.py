@@ -85,14 +85,17 @@ def test_equal_layers_are_one_line_and_refusals_say_why():
     report = sparsify.explain(Layers(), torch.randn(1, 2, 16, 8))
     text = str(report)
     assert "layers.0-2" in text
-    assert "refused: layers.3: the scores pass through exp" in text
+    assert "refused   the scores pass through exp\n  node      exp\n  line      " in text
+    assert "test_explain.py:" in text and "\n            return (x @ x.mT).exp().softmax(-1) @ x\n" in text
     assert [site.address for site in report.refused] == ["layers.3"]
 
 
 @torch.no_grad()
 def test_a_rule_for_no_site_is_an_error():
     spec = {"version": 1, "sites": [{"match": "model.layer.*", "heads": "dense"}]}
-    with pytest.raises(SpecError, match=r"matches no site; the model has 4: layers\.0, layers\.1"):
+    with pytest.raises(
+        SpecError, match=r"matches no site; the model has 4: layers\.0-2 \(self, causal\), layers\.3 \("
+    ):
         sparsify.explain(Layers(), torch.randn(1, 2, 16, 8), spec=spec)
 
 

@@ -81,7 +81,7 @@ def test_the_first_rule_that_matches_gives_each_head_its_pattern():
         sites=[
             {"match": "model.layers.[0-1].*", "heads": "dense"},
             {"kind": "cross", "heads": {"0": "near", "rest": "causal"}},
-            {"causal": False, "heads": {"sinks": 2}},
+            {"kind": "bidirectional", "heads": {"sinks": 2}},
             {"layers": [3, "5-6"], "heads": {"0-1,3": "near", 2: "dense"}},
         ],
     )
@@ -100,7 +100,7 @@ def test_rules_that_no_site_uses_are_errors():
         {"match": "x.*", "heads": "dense"},
     ]
     spec, sites = Spec(sites=rules), [site(layer) for layer in range(6)]
-    names = "model.layers.0.self_attn, model.layers.1.self_attn, ..., model.layers.5.self_attn"
+    names = "model.layers.0-5.self_attn (self, causal)"
     shadowed = "spec: sites[1]: the rule is never used: earlier rules (sites[0]) take every site that it matches"
     assert unmatched_rules(spec, sites) == [
         shadowed,
@@ -239,8 +239,9 @@ def test_any_composition_comes_back_equal(pattern, heads, tmp_path_factory):
         "match": "a*",
         "heads": pattern[0] if heads is None else heads,
         "layers": "1,3-4",
-        "kind": "self",
-        "causal": True,
+        "kind": ["self", "causal"],
+        "phase": "prefill",
+        "uses": "0-2",
     }
     spec = Spec(patterns={"p": pattern[0]}, sites=[rule])
     again = Spec.of(spec.to_dict())

@@ -24,7 +24,7 @@ class Parts:
 
     rows, keys: the axes of queries and keys. scores: the layout of the scores; output: of the output.
     seen: layouts in which the heads may stand third from the end.
-    multipliers: of the scores; after: of the output.
+    multipliers: of the scores; after: of the output. emptying: masks that set weights to 0 after the softmax.
     """
 
     q: Factor
@@ -38,6 +38,7 @@ class Parts:
     masks: list[Side] = field(default_factory=list)
     multipliers: list[Side] = field(default_factory=list)
     after: list[Side] = field(default_factory=list)
+    emptying: list[Side] = field(default_factory=list)
     sink: Side | None = None
     columns: Dim = ()
 
@@ -54,6 +55,8 @@ def assemble(site: Site, parts: Parts) -> None:
     if extra:
         raise Unplaced("the scores are broadcast beyond those of q and k")
     values = tuple(axis for axis in v_axes if axis not in {*batch, *rows, *keys})
+    if keys and set(keys) <= set(flat(parts.output)):
+        raise Unplaced(f"{op(site.output)} mixes the heads between the softmax and the values (talking heads)")
     if set(flat(parts.output)) != {*batch, *rows, *values}:
         raise Unplaced("the product with the values sums over something else than the keys")
     heads = _heads(site, parts, batch, inner, rows, chains[0])
@@ -71,6 +74,8 @@ def assemble(site: Site, parts: Parts) -> None:
 
 
 def _heads(site: Site, parts: Parts, batch: Dim, inner: Dim, rows: Dim, chain: list[Any]) -> Dim:
+    if not batch:
+        return ()
     for factor in (parts.q, parts.k):
         found = Origin(factor.node, factor.layout, batch, set(inner)).heads()
         if found is not None:
@@ -161,15 +166,35 @@ def _way_back(site: Site, parts: Parts, groups: tuple[Dim, ...]) -> None:
         if is_tensor(node):
             node = placed(node, side.layout, (*groups[:3], ()), before, broadcast=True)
         factors.append((side.kind, node))
-    if not factors and output == resolved(groups):
+    fills = [_row_mask(side, parts, groups, before) for side in parts.emptying]
+    fills = [node for node in fills if node is not None]
+    if not factors and not fills and output == resolved(groups):
         return
 
     def restore(new: fx.Node) -> fx.Node:
         for name, factor in factors:
             new = _apply(name, new, factor, before)
+        for mask in fills:
+            new = call(before, ATEN.masked_fill.Scalar, new, mask, 0.0)
         return moved(new, groups, output, before)
 
     site.restore = restore
+
+
+def _row_mask(side: Side, parts: Parts, groups: tuple[Dim, ...], before: fx.Node) -> fx.Node | None:
+    """The rows of the output that are 0; None where the weights were masked as the scores were, which says nothing
+    new: a row that keeps nothing gives 0 (design D4)."""
+    if set(flat(side.layout)) & set(leaves(parts.keys)):
+        if any(_same_mask(side, mask) for mask in parts.masks):
+            return None
+        raise Unplaced("the weights are masked after the softmax, and not as the scores are")
+    node = placed(side.node, side.layout, (*groups[:3], ()), before, broadcast=True)
+    return node if side.negated else call(before, ATEN.logical_not.default, node)
+
+
+def _same_mask(a: Side, b: Side) -> bool:
+    alike = a.node is b.node and a.negated == b.negated and b.kind == "bool"
+    return alike and resolved(a.layout) == resolved(b.layout)
 
 
 def _check_heads(site: Site) -> None:

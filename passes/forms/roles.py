@@ -35,6 +35,7 @@ def roles(scores: Scores, over: Dim, way: Descent) -> Parts:
         masks=scores.masks,
         multipliers=scores.multipliers,
         after=found.multipliers,
+        emptying=found.emptying,
         sink=None if sink is None else sink.side,
         columns=() if sink is None else sink.columns,
     )

@@ -19,7 +19,22 @@ def kind_of(q: fx.Node, k: fx.Node) -> Literal["self", "cross"]:
     ours, theirs = projected(q), projected(k)
     if ours and theirs:
         return "self" if ours & theirs else "cross"
-    return "self" if same(shape(q)[2], shape(k)[2]) else "cross"
+    return "self" if same(shape(q)[2], shape(k)[2]) or _is_extended(k, shape(q)[2]) else "cross"
+
+
+EXTENDING = ("cat", "index_copy", "index_copy_", "index_put", "index_put_", "slice_scatter", "scatter", "scatter_")
+
+
+def _is_extended(k: fx.Node, rows: Any) -> bool:
+    """Whether keys are a cache that as many keys as there are queries were put into."""
+    while op(k) not in EXTENDING:
+        if not op(k) or not k.args or not is_tensor(k.args[0]) or len(k.all_input_nodes) > 2:
+            return False
+        k = k.args[0]
+    parts = [node for node in k.all_input_nodes if is_tensor(node) and len(shape(node)) >= 2]
+    return len(parts) >= 2 and any(
+        same(shape(node)[dim], rows) for node in parts for dim in (-2, -3)[: len(shape(node)) - 1]
+    )
 
 
 def projected(node: fx.Node, limit: int = 100) -> set[fx.Node]:

@@ -16,6 +16,7 @@ from sparsify.passes.nodes import (
     CASTS,
     COPIES,
     argument,
+    constant,
     is_tensor,
     keeps_numbers,
     op,
@@ -27,7 +28,6 @@ from sparsify.passes.nodes import (
 )
 
 PRODUCTS = (*MATMULS, "einsum", "tensordot", "baddbmm", "addmm")
-STEPS = (*CASTS, *COPIES, *REGROUPS, *PERMUTES, *EXPANDS, "dropout")
 
 
 @dataclass
@@ -50,32 +50,32 @@ class Descent:
 
 @dataclass
 class Weighted:
-    """What the product with the values makes: the values' layout, the output's, and what multiplies the output."""
+    """What the product with the values makes: the values' layout, the output's, what multiplies the output, and the
+    masks by which weights were set to 0 after the softmax."""
 
     values: Factor
     layout: Layout
     multipliers: list[Side]
+    emptying: list[Side]
 
 
 def descend(found: Softmax) -> Descent | Refusal | None:
     """Follows the weights to their product; None where nothing says that they are weights of an attention."""
     node, path, steps = found.node, [found.node], []
     while True:
-        users = [user for user in node.users if user not in found.inside]
+        users = [user for user in node.users if user not in found.inside and not _is_guard(user)]
         ends = [end for user in users if (end := _product(user, node)) is not None]
         if ends and len(users) > 1:
             return _used_elsewhere(node, users, ends[0][0])
         if ends:
             return _ended(found, Descent(path, ends[0][1], ends[0][2], ends[0][0], steps))
         if len(users) > 1:
-            through = [user for user in users if op(user) in STEPS]
-            return _used_elsewhere(node, users, None) if any(map(leads_to_product, through)) else None
+            return _used_elsewhere(node, users, None) if any(map(leads_to_product, users)) else None
         if not users:
             return None
         problem = _step(users[0], node, steps)
         if problem is not None:
-            certain = not problem.reason.startswith("the weights pass") or leads_to_product(users[0])
-            return problem if certain and leads_to_product(users[0]) else None
+            return problem if leads_to_product(users[0]) else None
         node = users[0]
         path.append(node)
 
@@ -93,11 +93,36 @@ def _step(user: fx.Node, node: fx.Node, steps: list[str]) -> Refusal | None:
         return None
     if name in (*COPIES, *REGROUPS, *PERMUTES, *EXPANDS) and user.args[0] is node:
         return None
-    if name in ("mul", "div"):
+    if name in ("mul", "div") or _fills_nan(user, node) or _emptied(user, node) is not None:
         return None
     if name in MIXERS or name in PRODUCTS:
         return mixed_heads(user)
     return Refusal(f"the weights pass through {name or user.name}", str(user))
+
+
+def _is_guard(user: fx.Node) -> bool:
+    """Whether a node reads no more of the weights than their sizes, or which of them are NaN."""
+    return op(user).startswith(("sym_", "zeros_like", "full_like", "isnan"))
+
+
+def _fills_nan(user: fx.Node, node: fx.Node) -> bool:
+    """0 in place of NaN: what the weights of a row that keeps nothing are here anyway (design D4)."""
+    if op(user) == "nan_to_num":
+        return not argument(user, "nan")
+    found = _emptied(user, node)
+    return found is not None and op(found[0]) == "isnan" and found[0].args[0] is node and found[1]
+
+
+def _emptied(user: fx.Node, node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The mask by which weights are set to 0, and whether it is where it holds that they are."""
+    if op(user) in ("masked_fill", "masked_fill_") and user.args[0] is node:
+        return (user.args[1], True) if constant(user.args[2]) == 0 else None
+    if op(user) != "where" or len(user.args) != 3 or not is_tensor(user.args[0]):
+        return None
+    mask, then, other = user.args
+    if other is node and constant(then) == 0:
+        return mask, True
+    return (mask, False) if then is node and constant(other) == 0 else None
 
 
 def _product(user: fx.Node, node: fx.Node) -> tuple[fx.Node, Product, int] | None:
@@ -114,8 +139,7 @@ def _product(user: fx.Node, node: fx.Node) -> tuple[fx.Node, Product, int] | Non
         return None
     factor, other = found.factors[mine[0]], found.factors[1 - mine[0]]
     shared = set(flat(factor.layout)) & set(flat(other.layout)) - set(flat(found.layout))
-    alone = mine[0] in found.alone
-    return (user, found, mine[0]) if alone and (shared or _sums_one(found, factor)) else None
+    return (user, found, mine[0]) if {0, 1} <= set(found.alone) and (shared or _sums_one(found, factor)) else None
 
 
 def _sums_one(found: Product, factor: Factor) -> bool:
@@ -141,9 +165,12 @@ def _ended(found: Softmax, way: Descent) -> Descent | Refusal:
 
 
 def _used_elsewhere(node: fx.Node, users: list[fx.Node], product: fx.Node | None) -> Refusal:
-    others = ", ".join(user.name for user in users if user is not product)
+    others = [user for user in users if user is not product]
+    if {op(user) for user in others} == {"sum", "div"}:
+        return Refusal("the attention weights are normalised again after the softmax", str(node), "mask before it")
+    names = ", ".join(user.name for user in others)
     hint = "turn off output_attentions: a kernel that never stores the weights can't return them"
-    return Refusal(f"the attention weights are also used by {others}", str(node), hint)
+    return Refusal(f"the attention weights are also used by {names}", str(node), hint)
 
 
 def leads_to_product(node: fx.Node, depth: int = 6) -> bool:
@@ -156,6 +183,7 @@ def leads_to_product(node: fx.Node, depth: int = 6) -> bool:
 def weighted(way: Descent, layout: Layout, sink: Sink | None) -> Weighted | Refusal:
     """Carries the layout of the scores along the weights to the values and the output."""
     multipliers: list[Side] = []
+    emptying: list[Side] = []
     for node, user in zip(way.path, way.path[1:], strict=False):
         name = op(user)
         if sink is not None and name in ("slice", "narrow") and not same_sizes(shape(node), shape(user)):
@@ -168,6 +196,11 @@ def weighted(way: Descent, layout: Layout, sink: Sink | None) -> Weighted | Refu
             if not isinstance(side, Side):
                 return side
             multipliers.append(side)
+        elif (emptied := _emptied(user, node)) is not None:
+            if not _fills_nan(user, node) and not same_sizes(shape(user), shape(node)):
+                return Refusal(f"the weights pass through {name} that broadcasts them", str(user))
+            if not _fills_nan(user, node):
+                emptying.append(Side(emptied[0], aligned(emptied[0], layout), "bool", emptied[1]))
         elif name in (*REGROUPS, *PERMUTES, *EXPANDS):
             seen = forward(user, layout)
             if seen is None:
@@ -177,7 +210,7 @@ def weighted(way: Descent, layout: Layout, sink: Sink | None) -> Weighted | Refu
     if sink is not None and sink.wide in flat(layout):
         return Refusal("the weights of the sinks are not cut off before the values", str(way.path[-1]))
     bind(mine.layout, layout)
-    return Weighted(values, way.product.layout, multipliers)
+    return Weighted(values, way.product.layout, multipliers, emptying)
 
 
 def _cut(node: fx.Node, user: fx.Node, layout: Layout, sink: Sink) -> Layout | None:

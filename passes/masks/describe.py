@@ -27,10 +27,12 @@ def describe(keep: Pred, names: Sequence[str] = ()) -> str:
 
     `names` are those of the tensors that the loads `_0`, `_1`, ... index (`load_names`). "all" keeps everything.
     """
-    return _Words(names).text(keep)
+    return Words(names).text(keep)
 
 
-class _Words:
+class Words:
+    """Texts of predicates, sums and loads, with the loads' names."""
+
     def __init__(self, names: Sequence[str]) -> None:
         self.names = {f"_{i}": name for i, name in enumerate(names)}
 

@@ -36,6 +36,10 @@ def bench(
     preparation: Annotated[
         bool, typer.Option(help="Measure what a mask costs before the first tile, instead.")
     ] = False,
+    lossless: Annotated[
+        bool, typer.Option(help="Measure whole models without a spec beside the inductor backend, instead.")
+    ] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Models for --lossless (repeat it). Default: all.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
 ) -> None:
     """Measure sparsify beside dense SDPA and compiled FlexAttention, in one process, interleaved.
@@ -45,6 +49,8 @@ def bench(
     """
     if preparation:
         return _preparation()
+    if lossless:
+        return _lossless(case, dtype, repeats, seconds, json)
     import torch
 
     cases = _cases(pattern, length, head_dim, dtype, heads, kv_heads)
@@ -53,6 +59,37 @@ def bench(
     _print(results, place, json)
     if not all(result.right for result in results):
         raise typer.Exit(1)
+
+
+def _lossless(case: list[str] | None, dtype: list[str] | None, repeats: int, seconds: float, json: Path | None) -> None:
+    from sparsify.bench.models import named
+
+    _check_dtypes(dtype)
+    cases = named(case)
+    from sparsify.bench import lossless
+
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for one in cases:
+            for kind in dtype or ("float32",):
+                tell = partial(_describe, progress, task)
+                results.append(lossless.measure(one, kind, repeats, seconds, tell))
+    console = Console()
+    console.print(lossless.table(results))
+    for result in results:
+        if not result.holds:
+            console.print(f"{result.case.name}: not what it has to be", style="red", highlight=False)
+    if json is not None:
+        console.print(f"written to {lossless.write_json(results, json)}", highlight=False)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _check_dtypes(dtype: list[str] | None) -> None:
+    for name in dtype or ():
+        if name not in DTYPES:
+            raise InputError(f"bench: unknown dtype '{name}'; {nearest(name, DTYPES)}")
 
 
 def _cases(
@@ -66,9 +103,7 @@ def _cases(
     """The grid that the options ask for, or the two windows; the head counts hold for both."""
     from sparsify.bench.cases import WINDOWS, grid
 
-    for name in dtype or ():
-        if name not in DTYPES:
-            raise InputError(f"bench: unknown dtype '{name}'; {nearest(name, DTYPES)}")
+    _check_dtypes(dtype)
     asked = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or DTYPES[:2], heads, kv_heads)
     if any(option is not None for option in (pattern, length, head_dim, dtype)):
         return asked
@@ -78,20 +113,19 @@ def _cases(
 def _measured(cases: Sequence[Case], device: str, repeats: int, seconds: float) -> list[Result]:
     from sparsify.bench.measure import measure
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
     results = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             tell = partial(_describe, progress, task)
             results.append(measure(case, device, repeats, seconds, tell))
             progress.advance(task)
     return results
+
+
+def _progress() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _describe(progress: Progress, task: TaskID, what: str) -> None:

@@ -96,8 +96,8 @@ def measure(case: Case, device: str, repeats: int, seconds: float, tell: Callabl
         error, bound = errors(inputs, runs["sparsify"])
         runs["gemm"] = gemm_rate(inputs.q.dtype, device, GEMM)
         tell(f"{case.name}: timing")
-        samples = _interleaved(runs, device, repeats, seconds)
-    timings = {name: _timing(samples[name], first[name]) for name in first}
+        samples = interleaved(runs, device, repeats, seconds)
+    timings = {name: timing(samples[name], first[name]) for name in first}
     kept = sum(kept_by_head(rule.keep(), head, case.length, case.length) for head, rule in enumerate(case.rules))
     gemm_flops = 2.0 * GEMM**3 / statistics.median(samples["gemm"])
     return Result(case, timings, failures, gemm_flops, kept / (case.heads * case.length**2), error, bound)
@@ -111,7 +111,8 @@ def _prepared(prepare: Callable[[Inputs], Run], inputs: Inputs, device: str) -> 
     return time.perf_counter() - start, run
 
 
-def _interleaved(runs: Mapping[str, Run], device: str, repeats: int, seconds: float) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[str, Run], device: str, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every run in each round, a run warmed up before; see `measure` for when it stops."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -133,7 +134,8 @@ def _wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def _timing(samples: list[float], first: float) -> Timing:
+def timing(samples: list[float], first: float) -> Timing:
+    """Median and quartiles of seconds, with those of the first call."""
     ordered = sorted(samples)
     quarter = len(ordered) // 4
     return Timing(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], first)

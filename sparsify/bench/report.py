@@ -29,7 +29,7 @@ def table(results: Sequence[Result]) -> Table:
 
 def _row(result: Result) -> list[str]:
     case = result.case
-    name = f"{case.pattern} {case.length} D{case.head_dim} {_SHORT.get(case.dtype, case.dtype)}"
+    name = f"{case.pattern} {case.length} D{case.head_dim} {SHORT.get(case.dtype, case.dtype)}"
     if not result.right:
         return [name, f"{result.density:.3f}", f"WRONG: error {result.error:.1e}", f"> {result.bound:.1e}", "", ""]
     share = result.rate("sparsify") / result.gemm_flops  # type: ignore[operator]
@@ -37,7 +37,7 @@ def _row(result: Result) -> list[str]:
     return [name, f"{result.density:.3f}", f"{result.timings['sparsify'].median * 1e3:.2f}", *ratios, f"{share:.2f}"]
 
 
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def _ratio(result: Result, peer: str) -> str:
@@ -70,10 +70,20 @@ def _cpu_name() -> str:
 def write_json(results: Sequence[Result], device: str, path: Path) -> Path:
     """Writes machine and results; a folder gets a file named after the machine. Returns the file's path."""
     about = machine(device)
-    if path.suffix != ".json":
-        path = path / ("".join(c if c.isalnum() else "-" for c in about["machine"].lower()).strip("-") + ".json")
+    return write({"machine": about, "results": [r.as_dict() for r in results]}, json_path(path, about["machine"]))
+
+
+def json_path(path: Path, name: str) -> Path:
+    """The path itself if it is a .json file, else the file in that folder that is named after `name`."""
+    if path.suffix == ".json":
+        return path
+    return path / ("".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") + ".json")
+
+
+def write(value: dict[str, Any], path: Path) -> Path:
+    """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"machine": about, "results": [r.as_dict() for r in results]}, indent=1) + "\n")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(path)
     return path

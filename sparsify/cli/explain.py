@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from sparsify.cli.models import Wanted
+    from sparsify.report import Report
 
 
 def explain(
     model: Annotated[
         str,
         typer.Argument(
-            help="A local folder with a Hugging Face config.json, or package.module:callable, which is called without"
-            " arguments and returns (model, args, kwargs).",
+            help="A Hugging Face config.json or a folder with one; a model type of transformers, such as llama; or"
+            " package.module:callable, called without arguments, which returns a model, (model, inputs) or"
+            " (model, args, kwargs).",
             show_default=False,
         ),
     ],
     spec: Annotated[Path | None, typer.Option(help="The spec; without one, what the model's own masks give.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the config, as NAME=VALUE (repeat it).")
+    ] = None,
     length: Annotated[int, typer.Option("--length", "-n", help="Tokens, for a Hugging Face model.", min=1)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences, for a Hugging Face model.", min=1)] = 1,
-    attn: Annotated[Literal["eager", "sdpa"], typer.Option(help="How a Hugging Face model attends.")] = "sdpa",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights. Default: the config's.")
+    ] = None,
+    attn: Annotated[str, typer.Option(help="How a Hugging Face model attends: eager, sdpa, flex_attention.")] = "sdpa",
+    padding: Annotated[
+        bool, typer.Option("--padding", help="Give an attention mask, with padding on the left.")
+    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="One more token, with a cache of all before it.")] = False,
+    target: Annotated[
+        Literal["auto", "cpp", "triton", "null"] | None, typer.Option(help="Who would run it. Default: auto.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a site is refused.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which attention of a model is found, what its mask is, and what each head would keep; and why not.
 
-    The model is run once, without gradients, and no kernel is built. Of a Hugging Face model only the structure
-    counts: weights aren't read, so the folder needs a config.json only.
+    No kernel is built. Of a Hugging Face model only the structure counts: it is followed with fake tensors, so models
+    of any size can be asked about, and nothing is downloaded. A callable's model is run once, without gradients.
     """
-    import torch
-
-    import sparsify
+    from sparsify.cli.models import Wanted, overrides
     from sparsify.cli.output import console, print_json, progress
 
+    wanted = Wanted(length, batch, dtype, attn, padding, decode, overrides(set_ or []))
     with progress() as bar:
-        bar.add_task("loading the model", total=None)
-        made, args, kwargs = _called(model) if ":" in model else _from_config(Path(model), length, batch, attn)
-        bar.add_task("capturing it", total=None)
-        with torch.no_grad():
-            report = sparsify.explain(made, *args, spec=spec, **kwargs)
+        bar.add_task("capturing the model", total=None)
+        report = _report(model, wanted, {"spec": spec, "target": target})
     if json:
         print_json(report.to_dict())
     else:
@@ -53,65 +62,14 @@ def explain(
         raise typer.Exit(1)
 
 
-def _called(name: str) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    """What the user's callable returns."""
-    from sparsify.errors import InputError
-
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"explain: '{name}' can't be imported: {error}") from None
-    found = function()
-    if not isinstance(found, tuple) or len(found) not in (2, 3):
-        raise InputError(f"explain: {name}() must return (model, args) or (model, args, kwargs), found {type(found)}")
-    made, args, *rest = found
-    return made, tuple(args), rest[0] if rest else {}
-
-
-def _from_config(folder: Path, length: int, batch: int, attn: str) -> tuple[Any, tuple[()], dict[str, Any]]:
-    """A Hugging Face model of that structure with memory for weights but no values in it, and token inputs."""
-    from sparsify.errors import InputError
-
-    if not (folder / "config.json").is_file():
-        what = "is not a folder with a config.json, and not package.module:callable"
-        raise InputError(f"explain: '{folder}' {what}")
-    try:
-        import transformers
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        raise InputError("explain: a Hugging Face model needs transformers: pip install 'sparsify[demo]'") from None
+def _report(model: str, wanted: Wanted, options: dict[str, Any]) -> Report:
     import torch
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
-        kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        config._attn_implementation = attn
-        with no_init_weights(), _dtype(getattr(config, "dtype", None)):
-            made = kind(config) if issubclass(kind, transformers.PreTrainedModel) else kind.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"explain: {folder}: transformers can't make this model: {str(error).splitlines()[0]}"
-        ) from None
-    if made.main_input_name != "input_ids":
-        raise InputError(f"explain: {name} reads {made.main_input_name}; give it as package.module:callable")
-    tokens = torch.zeros(batch, length, dtype=torch.long)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    return made.eval(), (), inputs
+    import sparsify
+    from sparsify.cli.models import called, of_config
 
+    def report(made: Any, args: Any, kwargs: Any) -> Report:
+        return sparsify.explain(made, *args, **options, **kwargs)
 
-@contextlib.contextmanager
-def _dtype(dtype: Any) -> Iterator[None]:
-    """New parameters in this dtype, if it is one."""
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with torch.no_grad():
+        return report(*called(model, wanted)) if ":" in model else of_config(model, wanted, report)

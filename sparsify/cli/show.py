@@ -67,7 +67,8 @@ def show(
 
 def _layers(spec: Spec) -> int:
     """As many layers as show all that the spec's rules tell apart: those that it names, and one more."""
-    named = [rule.layers[-1][1] + 2 for rule in spec.rules if rule.layers]
+    ranges = [pair for rule in spec.rules for pair in rule.layers or ()]
+    named = [last + 2 if last >= 0 else 1 - first for first, last in ranges]
     named += [int(digit) + 2 for rule in spec.rules for digit in re.findall(r"\d(?=[\].])", rule.match)]
     return max([4, *named])
 
@@ -88,7 +89,8 @@ def _sites(
         number = re.search(r"\d+", address)
         return [SiteInfo(address, int(number[0]) if number else None, kind, causal, heads, kv_heads)]
     addresses = [address.replace("{layer}", str(layer)) for layer in range(layers)]
-    return [SiteInfo(name, layer, kind, causal, heads, kv_heads) for layer, name in enumerate(addresses)]
+    what = (kind, causal, heads, kv_heads)
+    return [SiteInfo(name, layer, *what, layers=layers) for layer, name in enumerate(addresses)]
 
 
 def _report(drawn: dict[str, tuple[Pattern, ...]], stem: Path, png: bool) -> None:

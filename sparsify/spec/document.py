@@ -27,7 +27,15 @@ NUMBERS = {
         {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*(,\s*\d+(\s*-\s*\d+)?\s*)*$"},
     ]
 }
-LAYERS = {"anyOf": [*NUMBERS["anyOf"], {"type": "array", "items": NUMBERS, "minItems": 1}]}
+FROM_END = {
+    "anyOf": [
+        {"type": "integer"},
+        {"type": "string", "pattern": r"^\s*-?\d+(\s*-\s*-?\d+)?\s*(,\s*-?\d+(\s*-\s*-?\d+)?\s*)*$"},
+    ]
+}
+LAYERS = {"anyOf": [*FROM_END["anyOf"], {"type": "array", "items": FROM_END, "minItems": 1}]}
+USES = {"anyOf": [*NUMBERS["anyOf"], {"type": "array", "items": NUMBERS, "minItems": 1}]}
+Kind = Literal["self", "cross", "causal", "bidirectional"]
 HEADS = {
     "anyOf": [
         FORM,
@@ -54,10 +62,15 @@ class RuleModel(BaseModel):
 
     match: str = Field("*", min_length=1, description="a glob on the site's address, such as 'model.layers.[0-1].*'")
     layers: Annotated[Any, WithJsonSchema(LAYERS)] = Field(
-        None, description="layer numbers: 3, '0-3,7' or a list of those"
+        None, description="layer numbers: 3, '0-3,7', '-2' or '4--1' (from the end), or a list of those"
     )
-    kind: Literal["self", "cross"] | None = Field(None, description="'self' or 'cross'")
-    causal: bool | None = Field(None, description="true or false: sites with, or without, a causal mask of their own")
+    kind: Kind | list[Kind] | None = Field(
+        None, description="'self', 'cross', 'causal' or 'bidirectional', or a list of those that hold together"
+    )
+    phase: Literal["prefill", "decode"] | None = Field(None, description="'prefill' or 'decode' (one query)")
+    uses: Annotated[Any, WithJsonSchema(USES)] = Field(
+        None, description="which uses of a module that attends more than once, from 0: 3, '0-3,7' or a list of those"
+    )
     heads: Annotated[Any, WithJsonSchema(HEADS)] = Field(
         description="one pattern, or a mapping such as {0-3: dense, rest: streaming}"
     )

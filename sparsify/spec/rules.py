@@ -11,7 +11,7 @@ from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
 from sparsify.spec.document import RuleModel
 from sparsify.spec.forms import Builder
-from sparsify.spec.ranges import Ranges, contains, of_numbers, read_ranges, text_of
+from sparsify.spec.ranges import Ranges, contains, counted, of_numbers, read_ranges, text_of
 from sparsify.spec.source import Path, Source
 from sparsify.walk import variables
 
@@ -22,8 +22,10 @@ REST = "rest"
 class SiteInfo:
     """One attention of a model, as a spec sees it.
 
-    address: the module path, such as `model.layers.3.self_attn`; layer: the layer's number, where it has one;
-    kind: self or cross attention; causal: whether the model's own mask is causal; heads, kv_heads: how many.
+    address: the module path, such as `model.layers.3.self_attn`; layer: the layer's number, where it has one, of so
+    many `layers`, where that is known; use: which attention of that module it is, from 0.
+    kind: self or cross attention; causal: whether the model's own mask is causal; phase: decode is one query;
+    heads, kv_heads: how many.
     """
 
     address: str
@@ -32,6 +34,18 @@ class SiteInfo:
     causal: bool
     heads: int
     kv_heads: int
+    use: int = 0
+    phase: Literal["prefill", "decode"] = "prefill"
+    layers: int | None = None
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The words that a rule's `kind` may use for it."""
+        return self.kind, "causal" if self.causal else "bidirectional"
+
+    def where(self) -> str:
+        """`(self, causal)`: what to know of an address when choosing a rule for it."""
+        return f"({', '.join((*self.kinds, *(['decode'] if self.phase == 'decode' else [])))})"
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Rule:
-    """`groups` for the sites that `match`, `layers`, `kind` and `causal` all accept (None accepts any)."""
+    """`groups` for the sites that `match`, `layers`, `kinds`, `phase` and `uses` all accept (None, () accept any)."""
 
     match: str
     layers: Ranges | None
-    kind: str | None
-    causal: bool | None
+    kinds: tuple[str, ...]
+    phase: str | None
+    uses: Ranges | None
     groups: tuple[Group, ...]
     number: int = field(default=0, compare=False)
     source: Source = field(default_factory=Source, compare=False, repr=False)
@@ -59,18 +74,25 @@ class Rule:
     def read(cls, model: RuleModel, number: int, builder: Builder) -> Rule:
         """The rule of a checked document. Raises SpecError."""
         path = ("sites", number)
-        layers = None if model.layers is None else _ranges(model.layers, (*path, "layers"), builder.source)
+        source = builder.source
+        layers = None if model.layers is None else _ranges(model.layers, (*path, "layers"), source, from_end=True)
+        uses = None if model.uses is None else _ranges(model.uses, (*path, "uses"), source)
+        kinds = [model.kind] if isinstance(model.kind, str) else model.kind or []
         groups = _groups(model.heads, (*path, "heads"), builder)
-        return cls(model.match, layers, model.kind, model.causal, groups, number, builder.source)
+        return cls(model.match, layers, tuple(dict.fromkeys(kinds)), model.phase, uses, groups, number, source)
 
     def accepts(self, site: SiteInfo) -> bool:
         """Whether the rule is for this site."""
         return (
             fnmatchcase(site.address, self.match)
-            and (self.layers is None or (site.layer is not None and contains(self.layers, site.layer)))
-            and self.kind in (None, site.kind)
-            and self.causal in (None, site.causal)
+            and (self.layers is None or self._has_layer(site))
+            and set(self.kinds) <= set(site.kinds)
+            and self.phase in (None, site.phase)
+            and (self.uses is None or contains(self.uses, site.use))
         )
+
+    def _has_layer(self, site: SiteInfo) -> bool:
+        return site.layer is not None and contains(counted(self.layers or (), site.layers), site.layer)
 
     def patterns(self, site: SiteInfo) -> tuple[Pattern, ...]:
         """The pattern of each query head of the site. Raises SpecError when heads are missing or out of range."""
@@ -99,8 +121,9 @@ class Rule:
         fields = {
             "match": self.match,
             "layers": self.layers and text_of(self.layers),
-            "kind": self.kind,
-            "causal": self.causal,
+            "kind": self.kinds[0] if len(self.kinds) == 1 else list(self.kinds) or None,
+            "phase": self.phase,
+            "uses": self.uses and text_of(self.uses),
         }
         shown = {REST if g.heads is None else text_of(g.heads): g.name or forms[id(g.pattern)] for g in self.groups}
         alone = len(shown) == 1 and REST in shown
@@ -131,9 +154,9 @@ def _group(heads: Ranges | None, form: Any, path: Path, builder: Builder) -> Gro
     return Group(heads, builder.pattern(form, path), name)
 
 
-def _ranges(value: object, path: Path, source: Source, at_key: bool = False) -> Ranges:
+def _ranges(value: object, path: Path, source: Source, at_key: bool = False, from_end: bool = False) -> Ranges:
     try:
-        return read_ranges(value)
+        return read_ranges(value, from_end)
     except ValueError as error:
         raise source.error(path, f"{error}, found {value!r}", at_key) from None
 

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from pathlib import Path as File
 from typing import Any
 
+from sparsify.addresses import folded, shape_of
 from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
 from sparsify.spec.document import VERSION, checked
@@ -19,6 +21,7 @@ from sparsify.spec.reader import file_text, read_text
 from sparsify.spec.rules import Rule, SiteInfo
 from sparsify.spec.source import Source, shown
 
+LISTED = 6  # addresses in an error
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -137,30 +140,44 @@ def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo], modules: Sequence[str
     """For each rule that no site uses, what is wrong with it; `sites` are all those of the model.
 
     Where they are those of one graph only, `modules` are the paths of all the model's modules: a rule that fits one of
-    them may have its sites in another graph, and is passed over.
+    them may have its sites in another graph, and is passed over; so is one for a phase that no site is in.
     """
     sites = list(sites)
     first = [next((rule.number for rule in spec.rules if rule.accepts(site)), None) for site in sites]
     messages = []
     for rule in spec.rules:
-        if rule.number in first or any(fnmatchcase(path, rule.match) for path in modules):
+        absent = rule.phase is not None and all(site.phase != rule.phase for site in sites)
+        if rule.number in first or (absent and sites) or any(fnmatchcase(path, rule.match) for path in modules):
             continue
         taken = sorted({n for site, n in zip(sites, first, strict=True) if rule.accepts(site) and n is not None})
         if taken:
             earlier = ", ".join(f"sites[{n}]" for n in taken)
             what = f"the rule is never used: earlier rules ({earlier}) take every site that it matches"
         else:
-            what = f"the rule matches no site; {_listed(sites)}"
+            what = f"the rule matches no site; {_listed(sites, rule.match)}"
         messages.append(str(rule.source.error(("sites", rule.number), what)))
     return messages
 
 
-def _listed(sites: Sequence[SiteInfo]) -> str:
-    names = list(dict.fromkeys(site.address for site in sites))
-    if not names:
+def _listed(sites: Sequence[SiteInfo], match: str) -> str:
+    """The addresses that there are with what they are, those of layers as one, the nearest to `match` first."""
+    if not sites:
         return "the model has none"
-    some = ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
-    return f"the model has {len(names)}: {some}"
+    groups: dict[tuple[str, str], list[SiteInfo]] = {}
+    for site in sites:
+        groups.setdefault((shape_of(site.address), site.where()), []).append(site)
+    shown = {}
+    for (_, where), group in groups.items():
+        address, uses = folded([site.address for site in group]), 1 + max(site.use for site in group)
+        used = f" used {uses} times" if uses > 1 else ""
+        shown[f"{address} {where}{used}"] = max(_likeness(match, site.address) for site in group)
+    names = sorted(shown, key=lambda name: -shown[name])
+    more = f", and {len(names) - LISTED} more like these" if len(names) > LISTED else ""
+    return f"the model has {len(sites)}: {', '.join(names[:LISTED])}{more}"
+
+
+def _likeness(match: str, address: str) -> float:
+    return SequenceMatcher(None, match, address).ratio()
 
 
 def _check_name(name: str, source: Source, extra: Mapping[str, Pattern]) -> None:

@@ -1,0 +1,175 @@
+"""`sparsify bench --lossless`: models without a spec, against the inductor backend, in one process, interleaved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sparsify.bench.measure import Timing, interleaved, timing
+from sparsify.bench.models import Example, ModelCase
+from sparsify.bench.report import SHORT, json_path, machine, write
+from sparsify.explanation import explain
+
+BACKENDS = ("sparsify", "inductor")
+DTYPES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # errors that are rounding alone, of outputs of about 1
+FLOOR = 0.97  # what the zoo may not fall below
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """One case measured. error: the largest difference from the uncompiled model of each backend, over its scale;
+    peak: bytes that one call takes beyond what was there."""
+
+    case: ModelCase
+    dtype: str
+    timings: Mapping[str, Timing]
+    error: Mapping[str, float]
+    peak: Mapping[str, int]
+    sites: int
+    rewritten: int
+
+    @property
+    def right(self) -> bool:
+        """Whether the outputs are those of the model, as near as Inductor's are; a wrong case gets no speed."""
+        return self.error["sparsify"] <= max(2 * self.error["inductor"], DTYPES[self.dtype])
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast sparsify is, or None for a wrong case."""
+        return self.timings["inductor"].median / self.timings["sparsify"].median if self.right else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the case is right and as fast as it has to be."""
+        return self.ratio is not None and self.ratio >= (FLOOR if self.case.zoo else 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "case": self.case.name,
+            "about": self.case.about,
+            "length": self.case.length,
+            "dtype": self.dtype,
+            "right": self.right,
+            "ratio": self.ratio,
+            "error": dict(self.error),
+            "peak_bytes": dict(self.peak),
+            "sites": self.sites,
+            "rewritten": self.rewritten,
+            "seconds": {name: asdict(found) for name, found in self.timings.items()},
+        }
+
+
+def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Lossless:
+    """Compiles the model with both backends, checks the outputs, and times both in turn."""
+    tell(f"{case.name}: making the model")
+    example = _in_dtype(case.make(case.length), dtype)
+    torch._dynamo.reset()
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=64):
+        report = explain(example.model, **example.inputs)
+        truth = example.model(**example.inputs)[0]
+        runs, outputs, first = {}, {}, {}
+        for backend in BACKENDS:
+            tell(f"{case.name}: compiling with {backend}")
+            runs[backend] = _compiled(example, backend)
+            start = time.perf_counter()
+            outputs[backend] = runs[backend]()
+            first[backend] = time.perf_counter() - start
+        tell(f"{case.name}: timing")
+        samples = interleaved(runs, "cpu", repeats, seconds)
+        peak = {name: peak_bytes(run) for name, run in runs.items()}
+    error = {name: _error(found, truth, example.rows) for name, found in outputs.items()}
+    timings = {name: timing(samples[name], first[name]) for name in BACKENDS}
+    return Lossless(case, dtype, timings, error, peak, len(report.sites), len(report.rewritten))
+
+
+def _in_dtype(example: Example, dtype: str) -> Example:
+    kind = getattr(torch, dtype)
+    floats = {
+        name: value.to(kind) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in example.inputs.items()
+    }
+    return Example(example.model.to(kind), floats, example.rows)
+
+
+def _compiled(example: Example, backend: str) -> Callable[[], torch.Tensor]:
+    """A call of the model under a backend, on a copy of its own: neither's compiled code is looked at by the other."""
+    model = copy.deepcopy(example.model)
+    alone = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    run = torch.compile(model, backend=backend, **alone)
+    return lambda: run(**example.inputs)[0]
+
+
+def _error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None) -> float:
+    if rows is not None:
+        found, truth = found[rows], truth[rows]
+    error = (found.double() - truth.double()).abs().max() / truth.double().abs().max()
+    return float(error) if error.isfinite() else float("inf")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """What one call adds to the process's resident memory at its highest, looked at every half a millisecond."""
+    seen, done = [_resident()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.0005):
+            seen.append(_resident())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(seen) - seen[0]
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def table(results: Sequence[Lossless]) -> Table:
+    """One line a case: milliseconds, the ratio, and peak memory and compile time of both."""
+    found = Table(title="lossless: sparsify beside inductor (medians of interleaved repeats)", title_justify="left")
+    for column in ("case", "ms", "inductor", "ratio", "peak MB", "compile s", "sites"):
+        found.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    for result in results:
+        ours, theirs = (result.timings[name] for name in BACKENDS)
+        peak = "/".join(f"{result.peak[name] / 2**20:.0f}" for name in BACKENDS)
+        ratio = "WRONG" if result.ratio is None else f"{result.ratio:.2f}x"
+        found.add_row(
+            f"{result.case.name} {result.case.length} {SHORT.get(result.dtype, result.dtype)}",
+            f"{ours.median * 1e3:.1f}" if result.right else f"error {result.error['sparsify']:.0e}",
+            f"{theirs.median * 1e3:.1f}",
+            ratio,
+            peak,
+            f"{ours.first:.1f}/{theirs.first:.1f}",
+            f"{result.rewritten}/{result.sites}",
+        )
+    return found
+
+
+def write_json(results: Sequence[Lossless], path: Path) -> Path:
+    """Writes machine and results; cases of the same machine that are in the file already and were not run stay."""
+    about = machine("cpu")
+    path = json_path(path, about["machine"] + " lossless")
+    rows = {(row["case"], row["dtype"]): row for row in _kept(path, about["machine"])}
+    rows |= {(result.case.name, result.dtype): result.as_dict() for result in results}
+    return write({"machine": about, "results": list(rows.values())}, path)
+
+
+def _kept(path: Path, name: str) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return found["results"] if found["machine"]["machine"] == name else []

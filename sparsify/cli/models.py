@@ -1,0 +1,224 @@
+"""Models that a command line names: a Hugging Face config, a model type, or a callable of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import InputError, SparsifyError, nearest
+
+LARGE = 6 * 2**30  # bytes of weights that may be made up
+MAPPINGS = (  # what a model type without `architectures` is made as: the first of these that knows its config
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "MODEL_MAPPING",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line says of a Hugging Face model and its inputs."""
+
+    length: int = 512
+    batch: int = 1
+    dtype: str | None = None
+    attn: str = "sdpa"
+    padding: bool = False
+    decode: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a model, its arguments and keyword arguments
+
+
+def overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """`num_hidden_layers=4` and the like as config fields: JSON values, or text. Raises InputError."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise InputError(f"--set: expected NAME=VALUE, such as num_hidden_layers=4, found '{text}'")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def called(name: str, wanted: Wanted) -> Call:
+    """What the user's package.module:callable gives: a model, (model, inputs) or (model, args, kwargs)."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"explain: '{name}' can't be imported: {error}") from None
+    found = function()
+    if not isinstance(found, tuple):
+        if getattr(found, "main_input_name", None) is None:
+            raise InputError(f"explain: {name}() must return (model, inputs), found {type(found).__name__}")
+        return found, (), _inputs(found, wanted)
+    if len(found) not in (2, 3):
+        raise InputError(f"explain: {name}() must return (model, inputs), found {len(found)} values")
+    made, given, *rest = found
+    if isinstance(given, Mapping):
+        return made, (), dict(given)
+    return made, tuple(given) if isinstance(given, tuple | list) else (given,), dict(rest[0]) if rest else {}
+
+
+def of_config(name: str, wanted: Wanted, use: Callable[..., Any]) -> Any:
+    """What `use` makes of a Hugging Face model and its inputs, which are fake where the model's code allows it.
+
+    Raises InputError for what can't be made or run.
+    """
+    from torch._subclasses import fake_tensor
+
+    by_value = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+    try:
+        with fake_tensor.FakeTensorMode():
+            return use(*from_config(name, wanted))
+    except by_value:
+        pass  # the model's code looks at values: it has to run
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise _unusable(name, error) from error
+    with fake_tensor.FakeTensorMode():
+        size = sum(parameter.nbytes for parameter in _made(name, wanted).parameters())
+    if size > LARGE:
+        what = f"its code looks at values, and {size / 2**30:.0f} GiB of weights are too many to run it"
+        raise InputError(f"explain: {name}: {what}; make it smaller: --set num_hidden_layers=2")
+    try:
+        return use(*from_config(name, wanted))
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, error: Exception) -> InputError:
+    hint = "give it with inputs of your own as package.module:callable"
+    return InputError(f"explain: {name}: the model can't be run on made-up inputs: {_line(error)}; {hint}")
+
+
+def from_config(name: str, wanted: Wanted) -> Call:
+    """A Hugging Face model of a config (file, folder or model type) and inputs for it; see `of_config`."""
+    made = _made(name, wanted)
+    return made, (), _inputs(made, wanted)
+
+
+def _made(name: str, wanted: Wanted) -> Any:
+    for noisy in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which warns of itself
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        import transformers
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        raise InputError("explain: a Hugging Face model needs transformers: pip install 'sparsify[demo]'") from None
+    transformers.logging.set_verbosity_error()
+    config = _config(transformers, name, wanted)
+    config._attn_implementation = wanted.attn
+    try:
+        with no_init_weights(), _dtype(wanted.dtype or getattr(config, "dtype", None)):
+            return _class(transformers, config)._from_config(config).eval()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(f"explain: {name}: transformers can't make this model: {_line(error)}") from None
+
+
+def _config(transformers: Any, name: str, wanted: Wanted) -> Any:
+    path = Path(name)
+    file = path / "config.json" if path.is_dir() else path
+    types = transformers.CONFIG_MAPPING
+    try:
+        if file.is_file():
+            return transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, **wanted.overrides)
+        if name in types:
+            return transformers.AutoConfig.for_model(name, **wanted.overrides)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"explain: {name}: transformers can't make this model: {_line(error)}") from None
+    what = "is no config.json, no folder with one, no package.module:callable and no model type of transformers"
+    raise InputError(f"explain: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
+
+
+def _class(transformers: Any, config: Any) -> Any:
+    """The class that the config names, else the fullest one that transformers has for its type."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if named is not None:
+        return named
+    for mapping in MAPPINGS:
+        known = getattr(transformers, mapping)
+        if type(config) in known:
+            found = known[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"no class for {type(config).__name__}")
+
+
+def _inputs(made: Any, wanted: Wanted) -> dict[str, Any]:
+    """Inputs of the sizes that were asked for; without --padding no mask is given, since a user may give none."""
+    import torch
+
+    config, name = made.config, made.main_input_name
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        side = vision.image_size if isinstance(vision.image_size, list | tuple) else (vision.image_size,) * 2
+        return {name: torch.zeros(wanted.batch, getattr(vision, "num_channels", 3), *side, dtype=made.dtype)}
+    tokens = torch.zeros(wanted.batch, wanted.length, dtype=torch.long)
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions
+        features = torch.zeros(wanted.batch, config.num_mel_bins, frames, dtype=made.dtype)
+        given = {name: features, "decoder_input_ids": tokens}
+        return _decoding(made, given) if wanted.decode else given
+    if name != "input_ids":
+        raise InputError(f"explain: {type(made).__name__} reads {name}; give it as package.module:callable")
+    given = {"input_ids": tokens}
+    if wanted.padding:
+        given["attention_mask"] = torch.ones_like(tokens)
+        given["attention_mask"][: (wanted.batch + 1) // 2, : wanted.length // 2] = 0
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens
+    return _decoding(made, given) if wanted.decode else given
+
+
+def _decoding(made: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The last token of the inputs, with a cache of all before it."""
+    import torch
+
+    name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    tokens = given[name]
+    before = given | {name: tokens[:, :-1]}
+    if "attention_mask" in given and name == "input_ids":
+        before["attention_mask"] = given["attention_mask"][:, :-1]
+    with torch.no_grad():
+        out = made(**before, use_cache=True)
+    if getattr(out, "past_key_values", None) is None:
+        raise InputError(f"explain: {type(made).__name__} keeps no cache, so it has no decode step")
+    given = given | {name: tokens[:, -1:], "past_key_values": out.past_key_values, "use_cache": True}
+    if name == "decoder_input_ids":
+        del given[made.main_input_name]
+        given["encoder_outputs"] = (out.encoder_last_hidden_state,)
+    return given
+
+
+@contextlib.contextmanager
+def _dtype(dtype: Any) -> Iterator[None]:
+    """New parameters in this dtype, if it is one."""
+    import torch
+
+    before = torch.get_default_dtype()
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
