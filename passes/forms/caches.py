@@ -9,17 +9,22 @@ from sparsify.passes.nodes import CASTS, COPIES, VIEWS, argument, is_tensor, op,
 from sparsify.walk import substitute, variables
 
 MOVED = (*CASTS, *COPIES, *VIEWS, "transpose", "permute", "expand", "unsqueeze", "squeeze", "repeat_interleave", "mul")
+WRITTEN = ("copy", "index_put", "index_copy", "slice_scatter")
 
 
 def forgets(keys: fx.Node) -> bool:
     """Whether keys (B, H, N, D) are old ones and new ones of which the oldest are, or were, cut off.
 
     As in rolling caches of sliding windows: cat([cache[:, :, 1:], new]), or cat([cache, new]) of which [:, :, -size:]
-    is kept for the next step. Positions among such keys count from the oldest that is left.
+    is kept for the next step, or cache.roll(-1, 2) with the new one written over the last. Positions among such keys
+    count from the oldest that is left.
     """
     node = keys
-    while op(node) in MOVED:
-        node = node.args[0]
+    while op(node).removesuffix("_") in (*MOVED, *WRITTEN):
+        node = node.args[1 if op(node) == "copy_" else 0]
+    if op(node) == "roll":
+        dims = argument(node, "dims")
+        return not dims or len(shape(node)) - 2 in [dim % len(shape(node)) for dim in dims]
     if op(node) == "slice":
         return _cuts_front(node)
     if op(node) != "cat":
