@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-slow wheel-check lint gpu clean
+.PHONY: help demo test test-slow zoo wheel-check lint gpu clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -27,6 +27,10 @@ test: $(STAMP) ## the tests (under 12 minutes on two cores)
 
 test-slow: $(STAMP) ## the exhaustive tests
 	$(BIN)/python -m pytest -m "slow"
+
+zoo: $(STAMP) ## walk every model of tests/zoo, and write the README's table from it (about 20 minutes)
+	$(BIN)/python -m tests.zoo --write
+	$(BIN)/python -m tests.zoo --held-out --no-dynamic --write
 
 wheel-check: $(STAMP) ## build the wheel and use it from outside the checkout
 	tests/check_wheel.sh $(BIN)/python

@@ -1,0 +1,81 @@
+"""Held out: decoders of transformers that the survey page does not name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.zoo.hf import WINDOW, decoder
+
+EAGER = ("eager",)
+ROUTER = {"*.gate": -1, "*.router": -1, "*.mlp": -1}
+MOE = {"others": ROUTER}
+_ROWS = [
+    decoder("apertus"),
+    decoder("arcee"),
+    decoder("bamba", attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1,
+            mamba_expand=2, mamba_chunk_size=8),
+    decoder("biogpt"),
+    decoder("bloom alibi padded", "bloom", only=EAGER, n_layer=1, n_head=2, hidden_size=32),
+    decoder("codegen", only=EAGER, n_embd=32, n_head=4, n_layer=2, rotary_dim=4, n_ctx=64),
+    decoder("cohere2", layer_types=["sliding_attention", "full_attention"]),
+    decoder("ctrl", only=EAGER, n_embd=32, n_head=4, n_layer=2, dff=48),
+    decoder("decision-like gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
+    decoder("diffllama", num_key_value_heads=2),
+    decoder("doge"),
+    decoder("dots1", n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, **MOE),
+    decoder("ernie4_5"),
+    decoder("ernie4_5_moe", moe_num_experts=4, moe_k=2, **MOE),
+    decoder("exaone4", layer_types=["sliding_attention", "full_attention"]),
+    decoder("falcon alibi", "falcon", alibi=True, new_decoder_architecture=False),
+    decoder("gemma3n_text", vocab_size_per_layer_input=99, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+            laurel_rank=4, layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0]),
+    decoder("gemma4_text", layer_types=["sliding_attention", "full_attention"]),
+    decoder("glm", partial_rotary_factor=0.5),
+    decoder("glm4", partial_rotary_factor=0.5),
+    decoder("glm4_moe", n_routed_experts=4, n_group=1, topk_group=1, **MOE),
+    decoder("gpt_bigcode", n_embd=32, n_head=4, n_layer=2),
+    decoder("gpt_neox_japanese", only=EAGER),
+    decoder("granite"),
+    decoder("granitemoe", **MOE),
+    decoder("granitemoeshared", **MOE, shared_intermediate_size=16),
+    decoder("helium"),
+    decoder("hunyuan_v1_dense"),
+    decoder("jamba", attn_layer_offset=1, attn_layer_period=2, expert_layer_period=2, mamba_d_state=8, mamba_dt_rank=4,
+            use_mamba_kernels=False, **MOE),
+    decoder("jetmoe", only=("eager", "sdpa"), kv_channels=8, **MOE),
+    decoder("lfm2", layer_types=["conv", "full_attention"]),
+    decoder("llama4_text", no_rope_layers=[1, 0], attention_chunk_size=WINDOW, interleave_moe_layer_step=1, **MOE,
+            layer_types=["chunked_attention", "full_attention"], intermediate_size_mlp=48),
+    decoder("mamba", only=EAGER),
+    decoder("minimax", layer_types=["linear_attention", "full_attention"], **MOE),
+    decoder("ministral", layer_types=["sliding_attention", "full_attention"]),
+    decoder("modernbert-decoder", local_attention=WINDOW, global_attn_every_n_layers=2),
+    decoder("moshi", ffn_dim=48),
+    decoder("mpt", only=EAGER, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2),
+    decoder("nemotron"),
+    decoder("olmo"),
+    decoder("olmo3", layer_types=["sliding_attention", "full_attention"]),
+    decoder("olmoe", **MOE),
+    decoder("openai-gpt", only=EAGER, n_embd=32, n_head=4, n_layer=2, n_positions=64),
+    decoder("persimmon"),
+    decoder("phi windows", "phi3", sliding_window=WINDOW),
+    decoder("phimoe", **MOE),
+    decoder("qwen2_moe", **MOE, shared_expert_intermediate_size=16),
+    decoder("qwen3_next", linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+            linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+            shared_expert_intermediate_size=16, **MOE),
+    decoder("reformer", only=EAGER, attention_head_size=8, attn_layers=["local", "local"], axial_pos_embds=False,
+            local_attn_chunk_length=8, feed_forward_size=48, is_decoder=True),
+    decoder("rwkv", only=EAGER, attention_hidden_size=32),
+    decoder("seed_oss"),
+    decoder("smollm3", no_rope_layers=[1, 0]),
+    decoder("stablelm"),
+    decoder("starcoder2", sliding_window=WINDOW),
+    decoder("vaultgemma", layer_types=["sliding_attention", "full_attention"], only=EAGER),
+    decoder("xglm", only=EAGER, attention_heads=4, num_layers=2, ffn_dim=48),
+    decoder("xlnet", only=EAGER, n_head=4, n_layer=2, d_inner=48),
+    decoder("zamba2", only=EAGER, num_mem_blocks=1, hybrid_layer_ids=[1], layers_block_type=["mamba", "hybrid"],
+            mamba_d_state=8, n_mamba_heads=4, mamba_ngroups=1, mamba_expand=2, chunk_size=8),
+]  # fmt: skip
+
+ROWS = [replace(row, held_out=True) for row in _ROWS]

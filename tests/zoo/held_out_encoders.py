@@ -1,0 +1,93 @@
+"""Held out: encoders and encoder-decoders of transformers that the survey page does not name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.zoo.hf import LENGTH, TINY, WINDOW, WORDS, draw, encoder, given, hf, ids, padding, translator
+
+EAGER = ("eager",)
+_series = {
+    "past_values": draw(2, 12).abs() + 1,
+    "past_time_features": draw(2, 12, 2),
+    "past_observed_mask": draw(2, 12).abs().gt(0.1).float(),
+    "future_values": draw(2, 4).abs(),
+    "future_time_features": draw(2, 4, 2),
+}
+SERIES = {"prediction_length": 4, "context_length": 9, "lags_sequence": [1, 2, 3], "num_time_features": 2}
+GEMMA = {**TINY, "layer_types": ["sliding_attention", "full_attention"]}
+_ROWS = [
+    encoder("bert-generation"),
+    hf("bros", "encoder", {"plain": given(input_ids=ids, bbox=draw(2, LENGTH, 8))}, only=EAGER, hidden_size=64),
+    encoder("camembert"),
+    encoder("canine", only=EAGER, max_position_embeddings=128, num_hash_buckets=64, num_hash_functions=2,
+            local_transformer_stride=8,            downsampling_rate=4),
+    encoder("convbert", only=EAGER, embedding_size=32, head_ratio=2, conv_kernel_size=3,
+            others={"*.attention.self": 1}),
+    encoder("data2vec-text"),
+    encoder("deberta-v2", only=EAGER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
+    encoder("electra", embedding_size=16),
+    encoder("ernie"),
+    encoder("esm", only=("eager", "sdpa"), mask_token_id=4, position_embedding_type="rotary", token_dropout=False),
+    encoder("eurobert"),
+    encoder("flaubert", only=EAGER, emb_dim=32, n_heads=4, n_layers=2),
+    encoder("funnel", only=EAGER, auto="FunnelModel", block_sizes=[1, 1], num_decoder_layers=1, n_head=4, d_head=8,
+            d_inner=48, d_model=32),
+    encoder("ibert", only=EAGER, quant_mode=False),
+    encoder("jina_embeddings_v3"),
+    encoder("luke", only=EAGER, entity_vocab_size=9, entity_emb_size=8),
+    encoder("megatron-bert", only=EAGER),
+    encoder("mobilebert", only=EAGER, embedding_size=16, intra_bottleneck_size=32, true_hidden_size=32),
+    encoder("mpnet", only=EAGER),
+    encoder("mra", only=EAGER),
+    encoder("nomic_bert"),
+    encoder("nystromformer", only=EAGER, segment_means_seq_len=24, num_landmarks=24, conv_kernel_size=5),
+    encoder("perceiver-free bert decoder", "bert", is_decoder=True),
+    encoder("roberta-prelayernorm"),
+    encoder("roformer", only=EAGER, embedding_size=16),
+    encoder("splinter", only=EAGER),
+    encoder("squeezebert", only=EAGER, embedding_size=32, q_groups=1, k_groups=1, v_groups=1, post_attention_groups=1,
+            intermediate_groups=1, output_groups=1),
+    encoder("tapas", only=EAGER, type_vocab_sizes=[3, 8, 8, 2, 8, 8, 4]),
+    encoder("xlm", only=EAGER, emb_dim=32, n_heads=4, n_layers=2),
+    encoder("xlm-roberta-xl"),
+    encoder("xmod", default_language="en_XX"),
+    encoder("yoso", only=EAGER, use_expectation=True),
+    translator("bigbird_pegasus", only=EAGER, attention_type="original_full"),
+    translator("bigbird_pegasus sparse", "bigbird_pegasus", only=EAGER, attention_type="block_sparse", block_size=2,
+               num_random_blocks=1),
+    translator("blenderbot"),
+    translator("blenderbot-small"),
+    translator("led", only=EAGER, attention_window=WINDOW, max_encoder_position_embeddings=64,
+               max_decoder_position_embeddings=64),
+    translator("longt5", only=EAGER, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3),
+    translator("longt5 global", "longt5", only=EAGER, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3,
+               encoder_attention_type="transient-global", global_block_size=4),
+    translator("marian"),
+    translator("mt5", d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+    translator("mvp", only=EAGER),
+    translator("nllb-moe", only=EAGER, **{"others": {"*.router": -1, "*.ffn*": -1}}),
+    translator("pegasus_x", only=EAGER, block_size=8, num_global_tokens=4),
+    translator("plbart"),
+    translator("prophetnet", only=EAGER, ngram=2, num_encoder_layers=2, num_decoder_layers=2,
+               num_encoder_attention_heads=4, num_decoder_attention_heads=4, decoder_start_token_id=1),
+    translator("switch_transformers", only=EAGER, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+               others={"*.router": -1, "*.mlp": -1}),
+    translator("t5gemma", only=EAGER, encoder=GEMMA, decoder=GEMMA, vocab_size=WORDS),
+    translator("umt5", only=EAGER, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+    hf("informer", "series", {"plain": given(**_series)}, only=EAGER, **SERIES, d_model=16, sampling_factor=1),
+    hf("time_series_transformer", "series", {"plain": given(**_series)}, only=EAGER, **SERIES, d_model=16),
+    hf("patchtst", "series", {"plain": given(past_values=draw(2, 32, 3))}, context_length=32, num_input_channels=3,
+       patch_length=4, patch_stride=4, d_model=32),
+    hf("timesfm", "series", {"plain": given(past_values=draw(2, 32), past_values_padding=draw(2, 32).mul(0).long(),
+       freq=draw(2, 1).mul(0).long())}, patch_length=8, context_length=32, horizon_length=8),
+    hf("decision_transformer", "series", {"padded": given(states=draw(2, 6, 5), actions=draw(2, 6, 3),
+       rewards=draw(2, 6, 1), returns_to_go=draw(2, 6, 1), timesteps=draw(2, 6).mul(0).long(),
+       attention_mask=padding(left=True)[:, 5:11])}, state_dim=5, act_dim=3, hidden_size=32, n_head=4, n_layer=2,
+       max_ep_len=16),
+    hf("musicgen decoder", "speech", {"plain": given(input_ids=ids(2 * LENGTH).reshape(4, LENGTH), use_cache=False,
+       encoder_hidden_states=draw(2, 7, 32), encoder_attention_mask=padding(left=False)[:, :7] * 0 + 1)},
+       auto="MusicgenForCausalLM", model_type="musicgen_decoder", num_codebooks=2, hidden_size=32, ffn_dim=48),
+]  # fmt: skip
+
+ROWS = [replace(row, held_out=True) for row in _ROWS]
