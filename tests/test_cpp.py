@@ -10,11 +10,12 @@ from strategies import BIASES, SINKS, term
 
 from sparsify import bias
 from sparsify import patterns as P
+from sparsify.bias import Term, parse_load
 from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp.source import fill
 from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.errors import InputError
-from sparsify.expr import FALSE
+from sparsify.expr import FALSE, Test
 from sparsify.program import Program
 from sparsify.runtime import toolchain as tools
 from sparsify.text import parse_pred
@@ -88,27 +89,19 @@ def reference(call):
     """What PyTorch itself computes in the same dtype with the same mask, as plain operations where SDPA has none."""
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
-    keep, add = kept(call), torch.zeros((), dtype=call.q.dtype)
-    if call.mask is not None and call.mask.dtype == torch.bool:
-        keep = keep & call.mask
-    elif call.mask is not None:
-        low = torch.finfo(call.q.dtype).min
-        add = torch.where(call.mask.isinf(), call.mask, call.mask.double().clamp(low, -low)).to(call.q.dtype)
-    terms = bias.evaluate(call.program.bias, environment(call))
-    low = torch.finfo(call.q.dtype).min
-    add = add + torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(call.q.dtype)
-    bias_ = add.expand(keep.shape).masked_fill(~keep, -torch.inf)
+    terms, low = bias.evaluate(call.program.bias, environment(call)), torch.finfo(call.q.dtype).min
+    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(call.q.dtype)
+    add = add.masked_fill(~kept(call), -torch.inf)
     cap, sink = call.program.softcap, call.program.sink
+    if cap is None and sink is None:
+        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=add, scale=call.scale)
+        return out.nan_to_num(nan=0.0)
+    scores = call.q @ k.mT * call.scale
+    scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + add
     if sink is not None:
-        logit = bias.evaluate(sink, environment(call)).expand(*keep.shape[:3], 1)
-        scores = call.q @ k.mT * call.scale
-        scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + bias_
-        out = torch.softmax(torch.cat([scores, logit.to(scores.dtype)], -1), -1)[..., : v.shape[2]] @ v
-    elif cap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=bias_, scale=call.scale)
-    else:
-        out = torch.softmax(torch.tanh(call.q @ k.mT * call.scale / cap) * cap + bias_, -1) @ v
-    return out.nan_to_num(nan=0.0)
+        logit = bias.evaluate(sink, environment(call)).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logit.to(scores.dtype)], -1)
+    return (torch.softmax(scores, -1)[..., : v.shape[2]] @ v).nan_to_num(nan=0.0)
 
 
 def check(call):
@@ -126,10 +119,8 @@ def check(call):
 
 
 def kept_pairs(call):
-    """Which pairs have a weight: kept by the rule, by the bias and by the mask tensor."""
-    if call.mask is None:
-        return kept(call) & (bias.evaluate(call.program.bias, environment(call)) != -torch.inf)
-    return kept(call) & (call.mask if call.mask.dtype == torch.bool else call.mask != -torch.inf)
+    """Which pairs have a weight: kept by the rule and by the bias."""
+    return kept(call) & (bias.evaluate(call.program.bias, environment(call)) != -torch.inf)
 
 
 SHAPES = st.tuples(
@@ -138,6 +129,8 @@ SHAPES = st.tuples(
 DRAWN = settings(  # the draws are small already, and shrinking would build kernels
     max_examples=8, database=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+FEW = settings(DRAWN, max_examples=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,13 +189,29 @@ def mask_of(kind, letters, shape, heads, dtype, generator):
 def test_masks(isa, dtype, kind, shape, letters, seed, own, other):
     generator = torch.Generator().manual_seed(seed)
     mask = mask_of(kind, letters, shape, len(MIXED), dtype if own else other, generator)
-    check(launch(Program.of(MIXED, mask=kind), shape, dtype, mask=mask, seed=seed))
+    mask = mask.expand(shape[0], len(MIXED), *shape[2:])  # one program, so one build, for all shapes
+    load = parse_load("_0[b, h, q - N + Nq, k]")
+    if kind == "bool":
+        program = Program.of([keep & Test(load) for keep in MIXED], loads=1)
+    else:
+        program = Program.of(MIXED, loads=1, bias=(Term(loads=(load,)),))
+    check(launch(program, shape, dtype, loads=[mask], seed=seed))
+
+
+def test_a_mask_tensor_is_a_load():
+    shape, offset = (2, 1, 60, 70), 4
+    mask = torch.rand(2, 1, 60, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    load = parse_load(f"_0[b, 0, q - {offset}, k]")
+    as_load = Program.of([keep & Test(load) for keep in MIXED], loads=1)
+    found = CPP.run(launch(Program.of(MIXED, mask="bool"), shape, torch.float32, mask=mask, offset=offset))
+    assert torch.equal(found, CPP.run(launch(as_load, shape, torch.float32, loads=[mask], offset=offset)))
 
 
 @pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])
 def test_rows_at_a_dtypes_lowest_value_are_uniform(low):
     mask = torch.full((70,), low, dtype=torch.float64 if low < -1e39 else torch.float32)
-    call = launch(Program.of([P.dense().keep()], mask="add"), (1, 1, 5, 70), torch.float32, mask=mask)
+    program = Program.of([P.dense().keep()], loads=1, bias=(term(loads="_0[k]"),) * 2)
+    call = launch(program, (1, 1, 5, 70), torch.float32, loads=[mask])
     assert torch.allclose(CPP.run(call), call.v.mean(2, keepdim=True).expand(1, 1, 5, 16), atol=1e-6)
 
 
@@ -259,12 +268,12 @@ def check_bias(terms, sink, dtype, shape, seed, loads, cap=None):
     check(launch(program, shape, dtype, loads=loads, offset=0, seed=seed))
 
 
-ALL_BIASES = list(zip(BIASES | OTHERS, itertools.cycle(SINKS), itertools.cycle(DTYPES), strict=False))
+ALL_BIASES = list(zip({**BIASES, **OTHERS}, itertools.cycle(SINKS), itertools.cycle(DTYPES), strict=False))
 LOAD_DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 
 
 @pytest.mark.parametrize(("name", "sink", "dtype"), ALL_BIASES)
-@DRAWN
+@FEW
 @given(shape=SHAPES, seed=st.integers(0, 99), other=LOAD_DTYPES)
 def test_biases(name, sink, dtype, shape, seed, other):
     loads = bias_loads(shape, len(MIXED), other, torch.Generator().manual_seed(seed))
@@ -273,7 +282,7 @@ def test_biases(name, sink, dtype, shape, seed, other):
     check_bias((BIASES | OTHERS)[name], SINKS[sink], dtype, shape, seed, loads)
 
 
-@DRAWN
+@FEW
 @given(shape=SHAPES, seed=st.integers(0, 99), size=st.sampled_from([1.0, 30.0, torch.inf]))
 def test_biases_and_sinks_elsewhere(isa, shape, seed, size):
     loads = bias_loads(shape, len(MIXED), torch.float32, torch.Generator().manual_seed(seed))
