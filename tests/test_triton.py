@@ -26,8 +26,10 @@ from sparsify.codegen.triton import TritonTarget, printer, ranges, tuning
 from sparsify.codegen.triton.catalogue import ARCHS, entries, programs
 from sparsify.codegen.triton.module import write_once
 from sparsify.codegen.triton.resources import kernel_resources
+from sparsify.codegen.triton.summaries import summary_arguments
 from sparsify.errors import BuildError, InputError
 from sparsify.program import Program
+from sparsify.text import parse_pred
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -97,6 +99,57 @@ def test_a_full_tile_runs_without_masks_and_a_closed_form_without_tests():
     source = TritonTarget().source(programs()["streaming"], torch.bfloat16, 64, 64)
     assert "inside(" in source and "empty_0" not in source
     assert "empty_0" in TritonTarget().source(programs()["column_stride"], torch.bfloat16, 64, 64)
+
+
+def _meta(program: Program, *loads: torch.Tensor, length: int = 8192, q_offset: int = 0) -> Launch:
+    x = torch.empty(2, 1, length, 16, device="meta")
+    return Launch(program, x, x, x, None, loads, q_offset, 1.0)
+
+
+def test_loads_along_keys_are_vectors_of_32_bit_offsets():
+    source = TritonTarget().source(programs()["float_tensor"], torch.bfloat16, 64, 64)
+    assert "(q - q0).to(OFFSETS) * _0_stride_2 + k.to(OFFSETS) * _0_stride_3" in source
+    bias = programs()["float_tensor"].bias
+    program = Program.of([p.causal().keep()], loads=1, bias=bias, target="triton")
+    tensor = torch.empty(2, 1, 40_000, 40_000, device="meta")  # more than 2**31 elements, but not inside a tile
+    launch = _meta(program, tensor, length=40_000)
+    assert not ranges.far(launch, launch.q)
+
+
+def test_only_indices_that_can_be_negative_count_from_the_end():
+    relative, table = programs()["relative"], torch.empty(1, 2 * 8192 - 1, device="meta")
+    program = Program.of(relative.keep[:1], loads=1, bias=relative.bias, target="triton")
+    assert not ranges.wrapped(_meta(program, table))
+    wrapped = ranges.wrapped(_meta(program, table, q_offset=1))
+    assert [str(index) for index in wrapped] == ["Nq + k - q - 1"]
+    assert "element(Nq + k - q - 1" in printer.kernel_source(program, "float32", 16, 16, wrapped)
+    assert printer.kernel_name(program, "float32", 16, 16, wrapped) != printer.kernel_name(program, "float32", 16, 16)
+
+
+def test_distances_are_floats_only_where_floats_are_exact():
+    alibi, slopes = programs()["alibi"], torch.empty(1, device="meta")
+    program = Program.of(alibi.keep[:1], loads=1, bias=alibi.bias, target="triton")
+    assert ranges.exact(_meta(program, slopes)) and not ranges.exact(_meta(program, slopes, length=2**23))
+
+
+def test_summaries_hold_the_extremes_of_blocks():
+    program = Program.of([parse_pred("_0[b, k] == _0[b, q] and _1[k, h]")], loads=2, target="triton")
+    documents, keys = torch.arange(260).view(2, 130), torch.arange(130).view(130, 1) < 128
+    x = torch.zeros(2, 1, 130, 16)
+    found = summary_arguments(Launch(program, x, x, x, None, (documents, keys), 0, 1.0))
+    assert {name: summary.tolist() for name, summary in found.items()} == {
+        "_0_least_1": [[0, 64, 128], [130, 194, 258]],
+        "_0_greatest_1": [[63, 127, 129], [193, 257, 259]],
+        "_1_least_0": [[1], [1], [0]],
+        "_1_greatest_0": [[1], [1], [0]],
+    }
+
+
+def test_conditions_that_no_tile_decides_are_tested_on_every_tile():
+    sources = {name: TritonTarget().source(programs()[name], torch.bfloat16, 64, 64) for name in programs()}
+    assert {name for name, source in sources.items() if "def beside(" in source} >= {"bool_tensor"}
+    assert "def beside(" not in sources["padding"] + sources["documents"] + sources["causal"] + sources["alibi"]
+    assert "SCAN" in sources["padding"] and "SCAN" not in sources["column_stride"]
 
 
 def test_a_missing_hole_and_an_unused_one_both_raise():

@@ -21,14 +21,14 @@ INTERPRETED = Shape(32, 32, 4, 1)
 _HALF = {
     "ampere": {64: Shape(128, 64, 8, 3), 128: Shape(64, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
     "hopper": {64: Shape(128, 64, 8, 3), 128: Shape(128, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
-    "blackwell": {64: Shape(128, 64, 8, 3), 128: Shape(128, 32, 8, 3), 256: Shape(64, 32, 8, 1)},
-    "cdna3": {64: Shape(128, 64, 4, 2), 128: Shape(128, 32, 8, 2), 256: Shape(64, 32, 8, 1)},
+    "blackwell": {64: Shape(128, 64, 8, 2), 128: Shape(128, 32, 8, 3), 256: Shape(64, 32, 8, 1)},
+    "cdna3": {64: Shape(128, 64, 4, 2), 128: Shape(128, 32, 8, 1), 256: Shape(64, 32, 8, 1)},
 }
 # float32 multiplies in float32 ("ieee"), on NVIDIA without tensor cores.
 _FLOAT = {
     "ampere": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 2), 256: Shape(16, 32, 8, 1)},
-    "hopper": {64: Shape(32, 32, 8, 1), 128: Shape(32, 32, 8, 1), 256: Shape(16, 32, 8, 1)},
-    "blackwell": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 1), 256: Shape(16, 32, 8, 1)},
+    "hopper": {64: Shape(32, 32, 8, 1), 128: Shape(32, 32, 8, 3), 256: Shape(16, 32, 8, 1)},
+    "blackwell": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 3), 256: Shape(16, 32, 8, 1)},
     "cdna3": {64: Shape(64, 32, 4, 1), 128: Shape(64, 32, 4, 1), 256: Shape(32, 32, 4, 1)},
 }
 

@@ -75,13 +75,13 @@ def _lossless(case: list[str] | None, dtype: list[str] | None, repeats: int, sec
             for kind in dtype or ("float32",):
                 tell = partial(_describe, progress, task)
                 results.append(lossless.measure(one, kind, repeats, seconds, tell))
+                if json is not None:
+                    lossless.write_json(results[-1:], json)
     console = Console()
     console.print(lossless.table(results))
     for result in results:
         if not result.holds:
             console.print(f"{result.case.name}: not what it has to be", style="red", highlight=False)
-    if json is not None:
-        console.print(f"written to {lossless.write_json(results, json)}", highlight=False)
     if not all(result.right for result in results):
         raise typer.Exit(1)
 

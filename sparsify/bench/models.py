@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class ModelCase:
 
 def _made(name: str, **fields: Any) -> Any:
     """A model of transformers by its class's name, with random weights."""
+    for noisy in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which warns of itself
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import transformers
     except ImportError:
@@ -101,7 +104,9 @@ def _llama(length: int) -> Example:
 
 
 def _gpt2(length: int) -> Example:
-    made = _made("GPT2Model", n_embd=256, n_layer=2, n_head=4, vocab_size=256, n_positions=length)
+    made = _made(
+        "GPT2Model", n_embd=256, n_layer=2, n_head=4, vocab_size=256, n_positions=length, bos_token_id=0, eos_token_id=0
+    )
     return Example(made, {"input_ids": _tokens(1, length), "use_cache": False})
 
 
