@@ -23,6 +23,9 @@ class ChooseTarget:
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
+            if site.sink is not None and site.sink_bias is None:
+                site.refuse("a sink takes part in the softmax, and its form is not recovered")
+                continue
             name = codegen.choose(value(site.q).device.type) if self.target == "auto" else self.target
             site.target = name
             runner = codegen.target(name)

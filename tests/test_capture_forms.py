@@ -285,7 +285,7 @@ def test_heads_that_are_split_between_the_scores_and_the_softmax():
     assert (site.mask_text, site.q.meta["val"].shape[1]) == ("causal & a bias", H)
 
 
-def test_sinks_beside_the_scores_are_refused():
+def test_sinks_beside_the_scores():
     """As GPT-OSS does it: one more column in the softmax, cut off again."""
 
     def function(q, k, v, sink):
@@ -293,4 +293,4 @@ def test_sinks_beside_the_scores_are_refused():
         return scores.softmax(-1)[..., :-1] @ v
 
     (site,) = traced(function, Q, K, V, torch.randn(H, 1, 1)).sites
-    assert "a sink takes part in the softmax" in site.refusal.reason
+    assert site.sink.meta["val"].shape[-3:] == (H, 1, 1) and "cat" in site.form
