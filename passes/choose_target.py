@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparsify import codegen
 from sparsify.passes.nodes import dtype, shape, value
+from sparsify.passes.recover_masks import as_tensor
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.program import Program
@@ -33,6 +34,9 @@ class ChooseTarget:
             if site.refusal is None:
                 sizes = shape(site.q)[3], shape(site.v)[3]
                 site.refusal = runner.refuse(program_of(site), dtype(site.q), *sizes)
+                if site.refusal is not None and site.bias:
+                    as_tensor(site)
+                    site.refusal = runner.refuse(program_of(site), dtype(site.q), *sizes)
 
 
 def program_of(site: Site) -> Program:

@@ -27,7 +27,7 @@ class Functionalise:
         position = {node: i for i, node in enumerate(nodes)}
         sharing = _by_storage(nodes)
         for node in nodes:
-            overload = _functional(node)
+            overload = functional(node)
             written = node.args[0] if overload is not None and node.args else None
             if not isinstance(written, fx.Node) or not is_tensor(written):
                 continue
@@ -43,7 +43,7 @@ class Functionalise:
         capture.graph.eliminate_dead_code()
 
 
-def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
+def functional(node: fx.Node) -> torch._ops.OpOverload | None:
     """The overload without the underscore that computes what an in-place operation writes, if there is one."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":

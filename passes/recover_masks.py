@@ -1,8 +1,7 @@
-"""Recover masks: mask tensors to predicates, and the position of the first query."""
+"""Recover masks: mask tensors to predicates and biases, and the position of the first query."""
 
 from __future__ import annotations
 
-import logging
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -11,89 +10,67 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.errors import Refusal
+from sparsify import bias
 from sparsify.expr import TRUE, And, Expr, Ge, Load, Pred, Var, conjunction
+from sparsify.passes.aliasing import Writes
 from sparsify.passes.masks.describe import describe, load_names
-from sparsify.passes.masks.raise_mask import HINT, RaisedMask, load_tensors, raise_mask
+from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_masks
 from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Mask, Site
-from sparsify.walk import loads, rewrite, substitute, variables
+from sparsify.walk import loads, substitute, variables
 
 Q, K, N, NQ = Var("q"), Var("k"), Var("N"), Var("Nq")
 
 
-log = logging.getLogger("sparsify")
-
-
 @dataclass(frozen=True)
 class RecoverMasks:
-    """Mask tensors to predicates.
+    """Mask tensors to predicates and biases.
 
     Before: sdpa(q, k, v, attn_mask=where(arange(N) <= arange(N)[:, None], 0, -inf)), or is_causal=True.
-    After:  site.keep is `k <= q` and no tensor is left; what can't be raised stays in site.rest as a tensor mask.
+    After:  site.keep is `k <= q`, site.bias and site.sink_bias are empty; what depends on data is in site.loads.
             site.q_offset is the absolute position of query row 0: 0 if it keeps `k <= row`, else Nk - Nq. Where its
             bounds on the keys say something else, the positions of the queries are unknown.
 
-    exact: leave a mask as a tensor that is one only if the integers it is made of are 0 and 1.
+    exact: take no integers for a mask of 0 and 1.
     """
 
     exact: bool = False
 
     def __call__(self, capture: Capture) -> None:
+        known: dict[Any, tuple[RaisedMask, tuple[fx.Node, ...]]] | None = None if Writes(capture.graph) else {}
         for site in capture.open_sites():
-            rows, names = _raised(site, self.exact)
-            site.load_names = names
-            _place(site, rows)
-            tensor = [] if site.rest is None else ["a bias" if site.rest.kind == "add" else "a tensor mask"]
-            words = [] if site.keep == TRUE else [describe(site.keep, names)]
-            site.mask_text = " & ".join(words + tensor) or "none"
+            raised, site.loads = _raised(site, self.exact, known)
+            site.load_names = load_names(raised.loads)
+            site.notes += [f"{name} counts as a mask of 0 and 1" for name in raised.assumed]
+            site.bias, site.sink_bias = raised.bias, raised.sink
+            _place(site, raised.keep & (K <= Q if site.causal else TRUE))
+            site.mask_text = "none" if site.keep == TRUE else describe(site.keep, site.load_names)
 
 
-def _raised(site: Site, exact: bool) -> tuple[Pred, tuple[str, ...]]:
-    """The predicate over query rows that a site's masks come to, and the names of its loads; the rest is kept."""
+def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[RaisedMask, tuple[fx.Node, ...]]:
+    """What a site's masks come to, and the tensors of its loads. Sites that share their masks share those."""
     q, k = shape(site.q), shape(site.k)
-    rows = K <= Q if site.causal else TRUE
-    tensors: list[fx.Node] = []
-    names: list[str] = []
-    rest: list[Mask] = []
-    for mask in site.masks:
-        found = _closed_form(mask.node, (q[0], q[1], q[2], k[2]), site)
-        if found and found.assumed and exact:
-            found = Refusal(f"mask: {found.assumed[0]} may hold other numbers than 0 and 1", mask.node.name, HINT)
-        if not found:
-            site.notes.append(str(found))
-            rest.append(mask)
-            continue
-        site.notes += [f"{name} counts as a mask of 0 and 1" for name in found.assumed]
-        rows &= _renumbered(found.keep, len(tensors))
-        tensors += load_tensors(found, site.output)
-        names += load_names(found.loads)
-        if found.bias is not None:
-            rest.append(Mask("add", found.bias))
-    site.loads = tuple(tensors)
-    site.rest = _combined(rest, site)
-    return rows, tuple(names)
+    sizes = (q[0], q[1], q[2], k[2])
+    masks = tuple(mask.node for mask in site.masks)
+    if not masks and site.sink is None:
+        return RaisedMask(TRUE), ()
+    key = (masks, site.sink, tuple(map(str, sizes)), tuple(_fixed(size) for size in sizes))
+    if known is None or key not in known:
+        raised = raise_masks(masks, site.sink, sizes, site.output, exact)
+        found = raised, load_tensors(raised, site.output)
+        if known is None:
+            return found
+        known[key] = found
+    return known[key]
 
 
-def _closed_form(node: fx.Node, sizes: tuple[Any, ...], site: Site) -> RaisedMask | Refusal:
-    """A mask that fails to be read, for whatever reason, stays a tensor: that is always right."""
-    try:
-        return raise_mask(node, sizes, site.output)
-    except Exception as error:
-        log.warning("the mask %s could not be read; it stays a tensor", node.name, exc_info=True)
-        return Refusal(f"mask: {type(error).__name__}: {error}", node.name, HINT)
-
-
-def _renumbered(keep: Pred, by: int) -> Pred:
-    """Loads `_0`, `_1`, ... as `_by`, `_by+1`, ...: behind those of the masks before."""
-
-    def rename(leaf: Expr) -> Expr | None:
-        if not isinstance(leaf, Load):
-            return None
-        return Load(f"_{int(leaf.source[1:]) + by}", tuple(rewrite(part, rename) for part in leaf.index))
-
-    return rewrite(keep, rename) if by else keep
+def as_tensor(site: Site) -> None:
+    """Makes the additive masks of a site one tensor mask, for a target that adds no biases."""
+    added = [mask.node for mask in site.masks if mask.kind == "add"]
+    total = reduce(lambda a, b: call(site.output, ATEN.add.Tensor, a, b), added)
+    total = total if dtype(total) != torch.float64 else call(site.output, ATEN.to.dtype, total, torch.float32)
+    site.bias, site.rest = (), Mask("add", total)
 
 
 def _place(site: Site, rows: Pred) -> None:
@@ -111,13 +88,16 @@ def _place(site: Site, rows: Pred) -> None:
         begin = site.q_offset = gap
     else:
         begin, site.q_offset = N - NQ, _difference(site.output, site)
-    site.keep = substitute(rows, {"q": Q - begin})
+    row = {"q": Q - begin}
+    site.keep, site.bias = substitute(rows, row), bias.substitute(site.bias, row)
+    if site.sink_bias is not None:
+        site.sink_bias = bias.substitute(site.sink_bias, row)
     if gap == 0 or Q + begin in bounds:
         return
     read = [bound for bound in bounds if loads(bound) and ("q" in variables(bound) or same(q_len, 1))]
     if read:
-        site.position = substitute(read[0], {"q": Q - begin})
-    elif site.rest is not None or any("q" in variables(bound) for bound in bounds):
+        site.position = substitute(read[0], row)
+    elif any(map(_spans, loads(rows) + bias.loads(site.bias))) or any("q" in variables(bound) for bound in bounds):
         site.positions_known = False
 
 
@@ -150,26 +130,9 @@ def causal_bounds(rows: Pred) -> list[Expr]:
     return [bound for bound in found if "k" not in variables(bound) and ("q" in variables(bound) or loads(bound))]
 
 
-def _combined(masks: list[Mask], site: Site) -> Mask | None:
-    """One tensor mask that does what several do."""
-    before = site.output
-    keeps = [mask.node for mask in masks if mask.kind == "bool"]
-    added = [_as_float(mask.node, site) for mask in masks if mask.kind == "add"]
-    keep = reduce(lambda a, b: call(before, ATEN.logical_and.default, a, b), keeps) if keeps else None
-    bias = reduce(lambda a, b: call(before, ATEN.add.Tensor, a, b), added) if added else None
-    if bias is None:
-        return None if keep is None else Mask("bool", keep)
-    if keep is None:
-        return Mask("add", bias)
-    empty = call(before, ATEN.full_like.default, bias, float("-inf"))
-    return Mask("add", call(before, ATEN.where.self, keep, bias, empty))
-
-
-def _as_float(node: fx.Node, site: Site) -> fx.Node:
-    """An additive mask in a dtype that kernels take."""
-    if dtype(node) in (torch.float32, torch.bfloat16, torch.float16):
-        return node
-    return call(site.output, ATEN.to.dtype, node, torch.float32)
+def _spans(load: Load) -> bool:
+    """Whether a load is one of a tensor over queries and keys."""
+    return sum(bool(variables(part) & {"q", "k"}) for part in load.index) > 1
 
 
 def is_causal(site: Site) -> bool:

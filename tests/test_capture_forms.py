@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from captures import compiled, traced
 
 import sparsify
+from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.nodes import op
 from sparsify.patterns import causal, window
 
@@ -145,18 +146,18 @@ def test_one_key_head_for_all():
     assert capture.sites[0].k.meta["val"].shape[1] == 1
 
 
-def test_a_bias_stays_a_tensor_and_its_mask_does_not():
+def test_a_bias_becomes_a_term_beside_its_mask():
     def function(q, k, v, bias):
         scores = q @ k.mT * D**-0.5 + bias
         return scores.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), -1e9).softmax(-1) @ v
 
     (site,) = traced(function, Q, K, V, BIAS).sites
-    assert (site.mask_text, site.rest.kind) == ("causal & a bias", "add")
+    assert (site.mask_text, describe_bias(site.bias, site.load_names)) == ("causal", "bias[h, q, k]")
 
 
 def test_a_bias_that_is_scaled_with_the_scores():
     (site,) = traced(lambda q, k, v, b: ((q @ k.mT + b) * D**-0.5).softmax(-1) @ v, Q, K, V, BIAS).sites
-    assert site.rest.kind == "add"
+    assert site.mask_text == "none" and len(site.bias) == 1
 
 
 def test_a_learned_temperature_goes_onto_the_queries():
@@ -282,7 +283,7 @@ def test_heads_that_are_split_between_the_scores_and_the_softmax():
         return scores.softmax(-1).view(B * H, N, N).bmm(v).view(B, H, N, D)
 
     (site,) = traced(function, Q, K, V, torch.randn(B * H, 1, N)).sites
-    assert (site.mask_text, site.q.meta["val"].shape[1]) == ("causal & a bias", H)
+    assert (site.mask_text, site.q.meta["val"].shape[1]) == ("causal", H)
 
 
 def test_sinks_beside_the_scores():

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrace import Traced, compile_and_trace, trace
 
-from sparsify.errors import Refusal
 from sparsify.passes.masks.check_raised import check_raised
 from sparsify.passes.masks.describe import describe, load_names
+from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask
 from sparsify.text import parse_expr, parse_pred
 
@@ -44,7 +44,7 @@ def inputs(batch: int, heads: int, q_len: int, k_len: int) -> tuple[torch.Tensor
     return torch.randn(batch, heads, q_len, k_len, generator=generator), padding
 
 
-def raised(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> RaisedMask | Refusal:
+def raised(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> RaisedMask:
     """Traced at `sizes` and checked there; a symbolic graph is checked at other sizes as well."""
     found = trace(mask, inputs(*sizes), dynamic)
     result = check(found, sizes)
@@ -53,7 +53,7 @@ def raised(mask: Mask, sizes: tuple[int, int, int, int], dynamic: bool) -> Raise
     return result
 
 
-def check(traced: Traced, sizes: tuple[int, int, int, int]) -> RaisedMask | Refusal:
+def check(traced: Traced, sizes: tuple[int, int, int, int]) -> RaisedMask:
     first, *_, last = traced.gm.graph.nodes
     return check_raised(traced.gm, last.args[0], inputs(*sizes), tuple(first.meta["val"].shape), sizes)
 
@@ -102,7 +102,7 @@ CLOSED: dict[str, tuple[Mask, str]] = {
     "padding as bool": (lambda x, p: (1.0 - p.bool()[:, None, None, :].to(x.dtype)) * MIN, "p_1[b, k]"),
     "padding expanded": (
         lambda x, p: (1.0 - p[:, None, None].expand(-1, 1, x.shape[2], -1)).bool().to(x.dtype) * MIN,
-        "p_1[b, k]",
+        "p_1[b, k] == 1",
     ),
     "sum of two": (
         lambda x, p: square(x, -INF).triu(1) + (1.0 - p[:, None, None].float()) * MIN,
@@ -137,7 +137,7 @@ CLOSED: dict[str, tuple[Mask, str]] = {
         lambda x, p: (rows(x) - columns(x) <= torch.arange(x.shape[1])[:, None, None]) & ~later(x),
         "causal & (q <= h + k)",
     ),
-    "lengths": (lambda x, p: columns(x) < p.sum(-1)[:, None, None, None], "lt[b, k]"),
+    "lengths": (lambda x, p: columns(x) < p.sum(-1)[:, None, None, None], "k < sum(p_1)[b]"),
     "stacked": (lambda x, p: torch.stack([later(x), ~later(x)])[1], "causal"),
     "all ones": (lambda x, p: square(x, 1, torch.bool), "all"),
 }
@@ -151,62 +151,46 @@ def test_closed_form(name: str, dynamic: bool) -> None:
         found = raised(mask, sizes, dynamic)
         assert isinstance(found, RaisedMask), found
         assert describe(found.keep, load_names(found.loads)) == text
-        assert found.bias is None
+        assert found.bias == ()
 
 
-REFUSED: dict[str, tuple[Mask, str]] = {
-    "random": (lambda x, p: torch.rand(x.shape[2], x.shape[3]) > 0.5, "rand"),
-    "scores": (lambda x, p: x > 0, "the floating-point input x_1"),
-    "top scores": (lambda x, p: x >= x.topk(2, -1).values[..., -1:], "the floating-point input x_1"),
-    "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum"),
-    "bias": (lambda x, p: x * 0.5, "the floating-point input x_1"),
-    "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "positions as floating numbers"),
-    "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "values such as -1"),
-    "0 * -inf": (lambda x, p: (1 - square(x).tril()) * -INF, "not numbers"),
+OPEN: dict[str, tuple[Mask, str, str]] = {
+    "random": (lambda x, p: torch.rand(x.shape[2], x.shape[3]) > 2, "(rand > 2)[q, k]", ""),
+    "scores": (lambda x, p: x > 0, "(x_1 > 0)[b, h, q, k]", ""),
+    "top scores": (lambda x, p: x >= x.topk(2, -1).values[..., -1:], "ge[b, h, q, k]", ""),
+    "beside a closed form": (lambda x, p: ~later(x) & (x[:1, :1] > 0), "causal & ((x_1 > 0)[q, k])", ""),
+    "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum(bitwise_not(gt))[q, k] < 3", ""),
+    "bias": (lambda x, p: x * 0.5, "all", "0.5 * x_1[b, h, q, k]"),
+    "beside a bias": (lambda x, p: square(x, -INF).triu(1) + x[:1], "causal", "x_1[h, q, k]"),
+    "bias beside it": (lambda x, p: x[:1] + (square(x, MIN).triu(1)), "causal", "x_1[h, q, k]"),
+    "where of a bias": (lambda x, p: torch.where(later(x), MIN, x[:1]), "causal", "x_1[h, q, k]"),
+    "bias filled": (lambda x, p: x[:1].masked_fill(later(x), MIN), "causal", "x_1[h, q, k]"),
+    "distance as a bias": (lambda x, p: (columns(x) - rows(x)) * 0.5, "all", "0.5 * (k - q)"),
+    "two levels": (lambda x, p: torch.where(later(x), -1.0, 0.0), "all", "-1 where q - k < 0"),
+    "0 * -inf": (lambda x, p: (1 - square(x).tril()) * -INF, "all", "mul[k - q + SHIFT]"),
     "document numbers as floats": (
         lambda x, p: p.cumsum(-1).float()[:, None, None, :] == p.cumsum(-1).float()[:, None, : x.shape[2], None],
-        "may not be 0 or 1",
+        "cumsum(p_1)[b, q] == cumsum(p_1)[b, k]",
+        "",
     ),
     "distance of document numbers": (
         lambda x, p: (p.cumsum(-1)[:, None, None] - p.cumsum(-1)[:, None, : x.shape[2], None]).abs().float() * MIN,
-        "floating numbers",
+        "(cumsum(p_1)[b, q] <= cumsum(p_1)[b, k]) & (cumsum(p_1)[b, k] <= cumsum(p_1)[b, q])",
+        "",
     ),
-    "logarithm": (lambda x, p: square(x).tril().log(), "log"),
-    "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "index_put"),
+    "logarithm": (lambda x, p: square(x).tril().log(), "all", "log[k - q + SHIFT]"),
+    "bool index": (lambda x, p: square(x, 0.0).index_put((later(x),), torch.tensor(-INF)), "causal", ""),
 }
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, dynamic: bool) -> None:
-    mask, reason = REFUSED[name]
+@pytest.mark.parametrize("name", OPEN)
+def test_what_is_open_becomes_loads_and_terms(name: str, dynamic: bool) -> None:
+    mask, keep, bias = OPEN[name]
     found = raised(mask, (2, 3, 7, 7), dynamic)
-    assert isinstance(found, Refusal)
-    assert reason in found.reason
-    assert found.hint
-
-
-def test_a_tensor_over_queries_and_keys_may_stand_beside_a_closed_form() -> None:
-    found = raised(lambda x, p: ~later(x) & (x[:1, :1] > 0), (2, 3, 7, 7), False)
-    assert isinstance(found, RaisedMask)
-    assert describe(found.keep, ["chosen"]) == "causal & chosen[q, k]"
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(
-    "mask",
-    [
-        lambda x, p: square(x, -INF).triu(1) + x[:1],
-        lambda x, p: x[:1] + (square(x, MIN).triu(1)),
-        lambda x, p: torch.where(later(x), MIN, x[:1]),
-        lambda x, p: x[:1].masked_fill(later(x), MIN),
-    ],
-)
-def test_a_bias_is_left_beside_the_predicate(mask: Mask, dynamic: bool) -> None:
-    found = raised(mask, (2, 3, 7, 7), dynamic)
-    assert isinstance(found, RaisedMask)
-    assert describe(found.keep) == "causal"
-    assert found.bias is not None and found.bias.meta["val"].dtype == torch.float32
+    names = load_names(found.loads)
+    assert describe(found.keep, names) == keep
+    assert describe_bias(found.bias, names) == bias.replace("SHIFT", "N - 1" if dynamic else "6")
 
 
 def test_symbolic_lengths_appear_as_n_and_nq() -> None:
@@ -226,8 +210,7 @@ def test_what_is_written_later_is_not_read() -> None:
         return mask
 
     found = raised(counter, (1, 1, 5, 5), False)
-    assert isinstance(found, Refusal)
-    assert "add_ writes into" in found.reason
+    assert describe(found.keep, load_names(found.loads)) == "ge[q, k]"
 
 
 def test_integer_masks_taken_for_0_and_1_are_named() -> None:

@@ -11,7 +11,18 @@ from torch import fx
 
 from sparsify.expr import Expr, Pred, Select, as_expr, constant, maximum, minimum, negate, select
 from sparsify.passes.masks.indices import Index, Rule, argument
-from sparsify.passes.masks.values import Element, Opaque, Pieces, as_bool, as_int, combine, compare, pick
+from sparsify.passes.masks.values import (
+    Element,
+    Opaque,
+    Pieces,
+    Tree,
+    as_bool,
+    as_int,
+    as_pieces,
+    combine,
+    compare,
+    pick,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from sparsify.passes.masks.elements import Elements
@@ -25,21 +36,28 @@ def _operands(el: Elements, node: fx.Node, index: Index, count: int) -> list[Ele
 
 
 def _promoted(el: Elements, found: list[Element]) -> list[Element]:
+    if any(isinstance(x, Tree) for x in found):
+        raise Opaque("floating numbers made of positions or data")  # the caller keeps the operation as it is
     if any(isinstance(x, Pieces) for x in found):
-        return [el.as_pieces(x) for x in found]
+        return [as_pieces(x) for x in found]
     if any(isinstance(x, Expr) for x in found):
         return [as_int(x) for x in found]
     return found
 
 
 def comparison(name: str) -> Rule:
-    return lambda el, node, index: compare(name, *_operands(el, node, index, 2), el.box)
+    def rule(el: Elements, node: fx.Node, index: Index) -> Element:
+        found = [el.broadcast(argument(node, i, other), node, index) for i, other in enumerate(("self", "other"))]
+        return compare(name, *(found if any(isinstance(x, Tree) for x in found) else _promoted(el, found)), el.box)
+
+    return rule
 
 
 def logical(function: Callable[..., Pred]) -> Rule:
     def rule(el: Elements, node: fx.Node, index: Index) -> Element:
         count = len([a for a in node.args if a is not None])
-        return function(*(as_bool(x) for x in _operands(el, node, index, count)))
+        names = ("self", "other")
+        return function(*(as_bool(el.broadcast(argument(node, i, names[i]), node, index)) for i in range(count)))
 
     return rule
 
@@ -73,11 +91,11 @@ def arithmetic(on_ints: Callable[[Elements, Expr, Expr], Expr], on_floats: Calla
     return rule
 
 
-def _product(el: Elements, a: Expr, b: Expr) -> Expr:
+def product(el: Elements, a: Expr, b: Expr) -> Expr:
     """With a choice on one side the product is a choice of products: masks made of 0 and 1 stay predicates."""
     for x, y in ((a, b), (b, a)):
         if isinstance(x, Select):
-            return select(x.condition, _product(el, x.then, y), _product(el, x.other, y))
+            return select(x.condition, product(el, x.then, y), product(el, x.other, y))
     return a * b
 
 
@@ -99,7 +117,7 @@ def divide(el: Elements, node: fx.Node, index: Index) -> Element:
     mode = argument(node, 2, "rounding_mode")
     a, b = _operands(el, node, index, 2)
     if mode is None:
-        return combine(lambda x, y: x / y, el.as_pieces(a), el.as_pieces(b))
+        return combine(lambda x, y: x / y, as_pieces(a), as_pieces(b))
     if isinstance(a, Pieces):
         rounded = math.floor if mode == "floor" else math.trunc
         return combine(lambda x, y: rounded(x / y), a, b)  # type: ignore[arg-type]
@@ -143,13 +161,15 @@ def clamp(el: Elements, node: fx.Node, index: Index) -> Element:
 
 def test(function: Callable[[float], bool]) -> Rule:
     """A test of a floating element; an integer is taken as it is."""
-    return lambda el, node, index: as_bool(combine(function, el.as_pieces(_operands(el, node, index, 1)[0])))
+    return lambda el, node, index: as_bool(combine(function, as_pieces(_operands(el, node, index, 1)[0])))
 
 
 def where(el: Elements, node: fx.Node, index: Index) -> Element:
     if len(node.args) != 3:
         raise Opaque("where with one argument (the positions that hold)")
     condition, then, other = (el.broadcast(arg, node, index) for arg in node.args)
+    if isinstance(then, Tree) or isinstance(other, Tree):
+        return pick(as_bool(condition), then, other)
     return pick(as_bool(condition), *_promoted(el, [then, other]))
 
 
@@ -202,7 +222,7 @@ ARITHMETIC_RULES: dict[str, Rule] = _table(
     ("bitwise_not", bitwise(negate)),
     ("add", arithmetic(_ints["add"], lambda x, y: x + y)),
     ("sub subtract", arithmetic(_ints["sub"], lambda x, y: x - y)),
-    ("mul multiply", arithmetic(_product, operator.mul)),
+    ("mul multiply", arithmetic(product, operator.mul)),
     ("minimum", arithmetic(_ints["minimum"], min)),
     ("maximum", arithmetic(_ints["maximum"], max)),
     ("floor_divide", arithmetic(_quotient, lambda x, y: x // y)),

@@ -1,4 +1,4 @@
-"""Proof by running: a raised mask against the real mask tensor, element by element."""
+"""Proof by running: a raised mask or bias against the real tensor, element by element."""
 
 from __future__ import annotations
 
@@ -8,46 +8,56 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.errors import Refusal
-from sparsify.passes.masks.raise_mask import DROPPED, RaisedMask, raise_mask
+from sparsify import bias as biases
+from sparsify.passes.masks.raise_mask import RaisedMask, raise_mask
+from sparsify.passes.masks.values import DROPPED
 from sparsify.walk import evaluate
 
 
 def check_raised(
     gm: fx.GraphModule, node: fx.Node, inputs: Sequence[Any], shape: tuple[Any, ...], real: tuple[int, int, int, int]
-) -> RaisedMask | Refusal:
+) -> RaisedMask:
     """Raises the mask `node` for scores of `shape` and compares it with what the graph computes from `inputs`.
 
     `real` holds the numbers (B, H, Q, K) that `shape` comes to for these inputs. Returns what `raise_mask` returned.
     Raises AssertionError naming the first element that differs.
     """
     raised = raise_mask(node, shape)
-    if not raised:
-        return raised
     values = Recorder(gm, inputs).values
-    found = evaluate_raised(raised, values, real)
-    mask = values[node].expand(real)
-    bias = torch.zeros(()) if raised.bias is None else values[raised.bias]
-    wanted = mask if mask.dtype == torch.bool else mask > DROPPED
-    differs = (found != wanted) if mask.dtype == torch.bool else (found != wanted) & ~(bias <= DROPPED)
-    if mask.dtype != torch.bool:
-        differs = differs | (found & (mask != bias.expand(real)) & ~(bias <= DROPPED))
-    if differs.any():
-        b, h, q, k = differs.nonzero()[0].tolist()
-        at = (b, h, q, k)
-        raise AssertionError(f"{raised.keep} is {bool(found[at])} at {at}, the mask is {mask[at]}")
+    check_equal(raised, values[node].expand(real), values, real)
     return raised
 
 
-def evaluate_raised(raised: RaisedMask, values: dict[fx.Node, Any], real: tuple[int, int, int, int]) -> torch.Tensor:
-    """The predicate at every element: bool (B, H, Q, K)."""
+def check_equal(
+    raised: RaisedMask, mask: torch.Tensor, values: dict[fx.Node, Any], real: tuple[int, int, int, int]
+) -> None:
+    """AssertionError unless what was raised does to every score what the mask does: bool, or floating to be added."""
+    found, bias = evaluate_raised(raised, values, real)
+    if mask.dtype == torch.bool:
+        differs = found != mask
+    else:
+        kept, within = ~(mask <= DROPPED), torch.finfo(mask.dtype).eps * 4
+        dropped = ~found | (bias <= DROPPED)
+        equal = torch.isclose(bias, mask.double(), rtol=within, atol=within, equal_nan=True)
+        differs = torch.where(kept, dropped | ~equal, ~dropped)
+    if differs.any():
+        b, h, q, k = differs.nonzero()[0].tolist()
+        at = (b, h, q, k)
+        what = f"{raised.keep} is {bool(found[at])} with {raised.bias} = {bias[at]:g}"
+        raise AssertionError(f"{what} at {at}, the mask is {mask[at]}")
+
+
+def evaluate_raised(
+    raised: RaisedMask, values: dict[fx.Node, Any], real: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The predicate (bool) and the bias (float64) at every element: (B, H, Q, K) each."""
     env: dict[str, Any] = {"N": real[3], "Nq": real[2]}
     for axis, name in enumerate("bhqk"):
         env[name] = torch.arange(real[axis]).view([-1 if i == axis else 1 for i in range(4)])
     for number, load in enumerate(raised.loads):
         value = torch.as_tensor(values[load])
         env[f"_{number}"] = value if value.dim() else value.reshape(1)
-    return torch.as_tensor(evaluate(raised.keep, env)).expand(real)
+    return torch.as_tensor(evaluate(raised.keep, env)).expand(real), biases.evaluate(raised.bias, env).expand(real)
 
 
 class Recorder(fx.Interpreter):

@@ -74,6 +74,8 @@ class Words:
             text, other = self.sum(plus, []), f"{sign} {-const}"
         else:
             flip = {">=": "<="}.get(sign, sign)
+            if sign == ">=" and const < 0 and any(isinstance(atom, Load) for _, atom in plus):
+                flip, const = "<", const + 1  # `k < length[b]`
             offset = f" {'+' if const > 0 else '-'} {abs(const)}" if const else ""
             text, other = self.sum(minus, []) or "0", f"{flip} {self.sum(plus, []) or '0'}{offset}"
         return f"{text} {other}"
@@ -84,11 +86,22 @@ class Words:
         text = " ".join(f"{sign} {word}" for sign, word in shown)
         return text.removeprefix("+ ")
 
+    def position(self, index: Expr) -> str:
+        """`k - q + N - 1`: positions first, then sizes, then the number."""
+        if not isinstance(index, Sum):
+            return _plain(to_text(index, PLAIN, self.load))
+        terms = sorted(index.terms, key=lambda term: (term[1] not in map(Var, "bhqk"), -term[0]))
+        plus, minus = ([(abs(c), atom) for c, atom in terms if (c > 0) == up] for up in (True, False))
+        first = [term for term in plus if term[1] in map(Var, "bhqk")] or plus
+        later = [term for term in plus if term not in first]
+        text = " + ".join(part for part in (self.sum(first, minus), self.sum(later, [])) if part)
+        return text + (f" {'+' if index.const > 0 else '-'} {abs(index.const)}" if index.const else "")
+
     def load(self, atom: Expr) -> str | None:
         """`pad[b, k]`: a load by its tensor's name, without the dimensions of size 1."""
         if not isinstance(atom, Load):
             return None
-        shown = [_plain(to_text(i, PLAIN, self.load)) for i in atom.index if i != as_expr(0)]
+        shown = [self.position(i) for i in atom.index if i != as_expr(0)]
         return self.names.get(atom.source, atom.source) + (f"[{', '.join(shown)}]" if shown else "")
 
 
@@ -145,8 +158,10 @@ def load_names(loads: Sequence[fx.Node]) -> tuple[str, ...]:
 
 def _input_name(node: fx.Node) -> str:
     """`attention_mask`, `cumsum(attention_mask)`, `(attention_mask == 0)`; a node's own name without one input."""
+    if "mask_name" in node.meta:
+        return _plain_input(node.meta["mask_name"])
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return re.sub(r"^([lL]_)?((self|kwargs|args)_)*", "", node.name).strip("_") or node.name
+        return _plain_input(node.name)
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if len(tensors) != 1:
         return node.name
@@ -155,3 +170,8 @@ def _input_name(node: fx.Node) -> str:
         return inner
     number = node.args[1] if len(node.args) > 1 and not isinstance(node.args[1], fx.Node) else None
     return f"({inner} {SIGNS[name]} {number})" if name in SIGNS and number is not None else f"{name}({inner})"
+
+
+def _plain_input(name: str) -> str:
+    """An input's name without what Dynamo puts in front of it."""
+    return re.sub(r"^([lL]_)?((self|kwargs|args)_)*", "", name).strip("_") or name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,32 +13,39 @@ from torch._ops import OpOverload
 
 from sparsify.expr import FALSE, TRUE, Eq, Expr, Ge, Load, Not, Test, Var, as_expr, maximum, minimum
 from sparsify.passes.aliasing import Writes
-from sparsify.passes.masks.arithmetic import ARITHMETIC_RULES
+from sparsify.passes.masks.arithmetic import ARITHMETIC_RULES, product
 from sparsify.passes.masks.box import Box
 from sparsify.passes.masks.indices import INDEX_RULES, Index
+from sparsify.passes.masks.memory import place
+from sparsify.passes.masks.products import PRODUCT_RULES
 from sparsify.passes.masks.scalars import Scalars
+from sparsify.passes.masks.shifts import Shifts
 from sparsify.passes.masks.values import (
+    CASTS,
     Element,
     Opaque,
-    Pieces,
+    Tree,
     as_bool,
     as_int,
     as_pieces,
-    assumes_binary,
     combine,
+    pick,
 )  # fmt: skip
+from sparsify.passes.nodes import op
 from sparsify.walk import loads, variables
 
-RULES = INDEX_RULES | ARITHMETIC_RULES
+RULES = INDEX_RULES | PRODUCT_RULES | ARITHMETIC_RULES
 ZERO = as_expr(0)
 LONG_INTS = (torch.int64, torch.int32)
+ELEMENTWISE = ("bucketize", "isin")  # in their first argument; the others they take as a whole
 
 
 class Elements:
     """Elements of the nodes of one graph, as seen by an attention at `site` whose scores are `shape` (B, H, Q, K).
 
-    hidden: for each tensor that became a load, the operation that made it one.
-    assumed: the integer tensors whose elements count as 0 or 1 because they are used as floating numbers.
+    nodes: the tensors that became loads, by name.
+    trees: for loads that an elementwise operation made, that operation over its operands' elements: what can be
+    computed anew over fewer positions.
     """
 
     def __init__(self, site: fx.Node, shape: tuple[int | torch.SymInt, ...]) -> None:
@@ -46,12 +54,15 @@ class Elements:
         lengths = {name: self._length(name, size) for name, size in zip("bhqk", shape, strict=True)}
         self.box = Box(lengths, self.scalars.low)
         self.writes = Writes(site.graph)
-        self.hidden: dict[str, str] = {}
         self.nodes: dict[str, fx.Node] = {}
-        self.assumed: dict[str, None] = {}
-        self._known: dict[tuple[fx.Node, Index, bool], Element] = {}
+        self.trees: dict[Load, Tree] = {}
+        self.shifts = Shifts(self.box, self.trees)
+        self._known: dict[tuple[fx.Node, Index, bool, fx.Node | None], Element] = {}
+        self.device = (
+            next(n for n in site.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)).meta["val"].device
+        )
         self._beyond = False
-        self._readers: list[fx.Node] = [site]
+        self._time = self.writes.position.get(site, len(self.writes.position))
 
     def size(self, value: Any) -> Expr:
         """A size of a tensor as an expression."""
@@ -85,6 +96,18 @@ class Elements:
         """Whether an index runs over both queries and keys."""
         used = frozenset().union(*(variables(i) for i in index))
         return used >= {"q", "k"}
+
+    def is_small(self, entry: Expr) -> bool:
+        """Whether each load in an integer can be made one of a tensor that isn't over both queries and keys."""
+        return all(self.shifts.grid(load) is not None for load in loads(entry))
+
+    def product(self, found: list[Element], node: fx.Node) -> Element:
+        """The product of elements, in the dtype of a node."""
+        if any(isinstance(x, Tree) for x in found):
+            raise Opaque("a product of floating numbers")
+        if self.is_float(node):
+            return combine(lambda *x: reduce(lambda a, b: a * b, x), *map(as_pieces, found))
+        return reduce(lambda a, b: product(self, as_int(a), as_int(b)), found)
 
     def name(self, node: fx.Node) -> str:
         """The operation's name, without the underscore of in-place forms."""
@@ -126,42 +149,93 @@ class Elements:
         finally:
             self._beyond = before
 
-    def fresh(self, node: fx.Node, size: Any) -> Expr:
+    def fresh(self, node: fx.Node, size: Any, dim: int = 0) -> Expr:
         """A new index that runs over a dimension of a node."""
-        name = f"position in {node.name}"
+        name = f"position {dim} in {node.name}"
         self.box.size[name] = self.size(size)
         return Var(name)
 
     def at(self, value: Any, index: Index) -> Element:
-        """The element of a node, or a number itself. Raises Opaque."""
+        """The element of a node, or a number itself, as it is at the time of the operation that reads it. Or Opaque."""
         if not isinstance(value, fx.Node):
             return self.constant(value)
         if not isinstance(value.meta.get("val"), torch.Tensor):
             return self.size(value)
-        write = self.writes.between(value, self._readers[-1])
-        if write is not None:
-            raise Opaque(f"{self.name(write)}_ writes into it in place")
-        key = (value, index, self._beyond)
+        write = self.writes.last(value, self._time)
+        key = (value, index, self._beyond, write)
         if key not in self._known:
-            self._readers.append(value)
-            try:
-                self._known[key] = self._element(value, index)
-            finally:
-                self._readers.pop()
+            self._known[key] = self._read(value, index, write)
         return self._known[key]
+
+    def _read(self, value: fx.Node, index: Index, write: fx.Node | None) -> Element:
+        """A view shows what is in its memory when it is read, not when it was made; the rest is what made it."""
+        target = self.writes.target(value)
+        if target is not None:
+            return self.at(target, index)
+        if self.writes.root(value) is not value:
+            return self._element(value, index)
+        if write is None:
+            with self.during(value):
+                return self._element(value, index)
+        try:
+            return self._written(value, index, write)
+        except Opaque as why:
+            return self._load(value, index, str(why))
+
+    @contextlib.contextmanager
+    def during(self, node: fx.Node) -> Iterator[None]:
+        """Within, tensors are read as they are when a node runs."""
+        before, self._time = self._time, self.writes.position[node]
+        try:
+            yield
+        finally:
+            self._time = before
+
+    def _written(self, root: fx.Node, index: Index, write: fx.Node) -> Element:
+        """The element of memory that was written into: what the last write put there, or what was there before."""
+        view = self.writes.target(write)
+        rule = RULES.get(self.name(write))
+        if view is None or rule is None:
+            raise Opaque(f"{self.name(write)}_ writes into it in place")
+        with self.during(write):
+            inside, at = place(self, view, index)
+            if inside == FALSE:
+                return self.at(root, index)
+            with self.beyond() if inside != TRUE else contextlib.nullcontext():
+                new = self.cast(rule(self, write, at), write)
+            return new if inside == TRUE else pick(inside, new, self.at(root, index))
 
     def _element(self, node: fx.Node, index: Index) -> Element:
         real = _real_constant(node)
         if real is not None:
             return self.cast(self.constant(real), node)
         rule = RULES.get(self.name(node)) if node.op == "call_function" else None
-        if rule is None:
-            return self._load(node, index, f"the {node.op}" if node.op != "call_function" else self.name(node))
+        why = f"the {node.op}" if node.op != "call_function" else self.name(node)
+        if rule is not None:
+            try:
+                return self._smaller(node, index, self.cast(rule(self, node, index), node, index))
+            except Opaque as found:
+                why = str(found)
+        return self._deferred(node, index, why) if is_elementwise(node) else self._load(node, index, why)
+
+    def _deferred(self, node: fx.Node, index: Index, why: str) -> Element:
+        """An elementwise operation that no closed form describes, over the elements of its operands."""
+        tensors: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), lambda arg: tensors.append(arg) if self.dtype(arg) is not None else None)
         try:
-            element = self.cast(rule(self, node, index), node)
-        except Opaque as why:
-            return self._load(node, index, str(why))
-        return self._smaller(node, index, element)
+            first = [
+                self.broadcast(arg, node, index) for arg in tensors[: 1 if self.name(node) in ELEMENTWISE else None]
+            ]
+        except Opaque:
+            return self._load(node, index, why)
+        tree = Tree(node, index, (*first, *tensors[len(first) :]))
+        if self.is_float(node):
+            return tree
+        element = self._load(node, index, why)
+        load = element.load if isinstance(element, Test) else element
+        assert isinstance(load, Load)
+        self.trees[load] = tree
+        return element
 
     def _smaller(self, node: fx.Node, index: Index, element: Element) -> Element:
         """A comparison of data of one side with something: its own bool tensor is a smaller load than what it reads."""
@@ -169,26 +243,34 @@ class Elements:
             return element
         if isinstance(element, Test) or (isinstance(element, Not) and isinstance(element.part, Test)):
             return element
-        if not loads(element) or variables(element) >= {"q", "k"}:
-            return element
+        if not any(variables(load) & {"q", "k"} for load in loads(element)):
+            return element  # a bound for all positions, such as k < length[b]
         try:
             return self._load(node, index, self.name(node))
         except Opaque:
             return element
 
     def _load(self, node: fx.Node, index: Index, why: str) -> Element:
+        """The element as one of the node's own tensor, which the attention reads."""
         dtype = self.dtype(node)
-        if dtype is None or dtype.is_floating_point or dtype.is_complex:
-            raise Opaque(why if node.op == "call_function" else f"the floating-point input {node.name}")
-        write = self.writes.between(node, self.site)
+        if dtype is None or dtype.is_complex:
+            raise Opaque(why)
+        time = self._time if self.writes.root(node) is not node else max(self._time, self.writes.position[node] + 1)
+        write = self.writes.after(node, time, self.site)
         if write is not None:
             raise Opaque(f"{self.name(write)}_ writes into {node.name} before the attention")
         sizes = self.shape(node)
         inside = tuple(self._clamped(i, size) for i, size in zip(index, sizes, strict=True))
         self.nodes[node.name] = node
-        self.hidden[node.name] = why
+        if dtype.is_floating_point:
+            return Tree(node, inside)
         load = Load(node.name, inside or (ZERO,))
         return Test(load) if dtype == torch.bool else load
+
+    def load(self, node: fx.Node, index: Index) -> Element:
+        """The element as a load, where the attention can read the node's tensor. Raises Opaque."""
+        with self.during(node):
+            return self._load(node, index, self.name(node))
 
     def _clamped(self, index: Expr, size: Any) -> Expr:
         """The index kept inside its dimension, where an unused branch of a choice would step out of it."""
@@ -202,18 +284,16 @@ class Elements:
         index = index if self.box.at_least(index, 0) else maximum(index, 0)
         return index if self.box.at_least(limit - index - 1, 0) else minimum(index, limit - 1)
 
-    def as_pieces(self, element: Element) -> Pieces:
-        """The element as a floating number; notes which integer tensors this takes for masks of 0 and 1."""
-        self.assumed.update(dict.fromkeys(load.source for load in assumes_binary(element)))
-        return as_pieces(element)
-
-    def cast(self, element: Element, node: fx.Node) -> Element:
+    def cast(self, element: Element, node: fx.Node, index: Index = ()) -> Element:
         """The element in the dtype of the node's tensor."""
         dtype = self.dtype(node)
         if dtype == torch.bool:
             return as_bool(element)
         if dtype is not None and dtype.is_floating_point:
-            return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), self.as_pieces(element))
+            if isinstance(element, Tree):
+                rounds = self.name(node) in CASTS and element.node is not None and self.dtype(element.node) != dtype
+                return Tree(node, index, (element,)) if rounds else element
+            return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), as_pieces(element))
         found = as_int(element)
         if dtype not in LONG_INTS and not self._fits(found, dtype):
             raise Opaque(f"a cast to {dtype} of what may not fit")
@@ -227,6 +307,15 @@ class Elements:
         low, high = self.box.interval(element)
         info = torch.iinfo(dtype)
         return low is not None and high is not None and info.min <= low and high <= info.max
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an operation gives each element of its result from those at the same place of its tensor arguments."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    name = op(node).removesuffix("_")
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not random and (torch.Tag.pointwise in node.target.tags or name in (*CASTS, *ARITHMETIC_RULES, *ELEMENTWISE))
 
 
 def is_one(size: Any) -> bool:

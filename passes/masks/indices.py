@@ -54,8 +54,15 @@ def source(el: Elements, node: fx.Node, index: Index) -> Element:
 
 
 def reshape(el: Elements, node: fx.Node, index: Index) -> Element:
-    """Sizes are matched from the left in groups of equal product; within a group the flat position decides."""
     old, new = ([el.size(s) for s in el.shape(x)] for x in (node.args[0], node))
+    return el.at(node.args[0], tuple(regrouped(el, old, new, index)))
+
+
+def regrouped(el: Elements, old: list[Expr], new: list[Expr], index: Index) -> list[Expr]:
+    """The index into a tensor of sizes `old` of the element that has `index` when it is seen in sizes `new`.
+
+    Sizes are matched from the left in groups of equal product; within a group the flat position decides.
+    """
     found: list[Expr] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -71,7 +78,7 @@ def reshape(el: Elements, node: fx.Node, index: Index) -> Element:
             first, last = _group(old, i, new, j)
             found += _delinear(el, _linear(index[j:last], new[j:last]), old[i:first])
             i, j = first, last
-    return el.at(node.args[0], tuple(found))
+    return found
 
 
 def _group(old: list[Expr], i: int, new: list[Expr], j: int) -> tuple[int, int]:
@@ -128,12 +135,12 @@ def transpose(el: Elements, node: fx.Node, index: Index) -> Element:
 def slice_(el: Elements, node: fx.Node, index: Index) -> Element:
     dim = argument(node, 1, "dim", 0) % len(index)
     size = el.size(el.shape(node.args[0])[dim])
-    start = _wrapped(el, argument(node, 2, "start") or 0, size)
+    start = wrapped(el, argument(node, 2, "start") or 0, size)
     step = el.scalar(argument(node, 4, "step", 1))
     return el.at(node.args[0], _with(index, dim, start + index[dim] * step))
 
 
-def _wrapped(el: Elements, value: Any, size: Expr) -> Expr:
+def wrapped(el: Elements, value: Any, size: Expr) -> Expr:
     """A position that may count from the end."""
     start = el.scalar(value)
     number = value.meta.get("val") if isinstance(value, fx.Node) else value
@@ -151,14 +158,14 @@ def _with(index: Index, dim: int, value: Expr) -> Index:
 
 def narrow(el: Elements, node: fx.Node, index: Index) -> Element:
     dim = node.args[1] % len(index)  # type: ignore[operator]
-    start = _wrapped(el, node.args[2], el.size(el.shape(node.args[0])[dim]))
+    start = wrapped(el, node.args[2], el.size(el.shape(node.args[0])[dim]))
     return el.at(node.args[0], _with(index, dim, index[dim] + start))
 
 
 def select_(el: Elements, node: fx.Node, index: Index) -> Element:
     sizes = el.shape(node.args[0])
     dim = node.args[1] % len(sizes)  # type: ignore[operator]
-    return el.at(node.args[0], (*index[:dim], _wrapped(el, node.args[2], el.size(sizes[dim])), *index[dim:]))
+    return el.at(node.args[0], (*index[:dim], wrapped(el, node.args[2], el.size(sizes[dim])), *index[dim:]))
 
 
 def flip(el: Elements, node: fx.Node, index: Index) -> Element:
@@ -173,12 +180,12 @@ def roll(el: Elements, node: fx.Node, index: Index) -> Element:
     if dims is None:
         raise Opaque("a roll over all dimensions at once")
     sizes, found = el.shape(node), list(index)
-    for shift, dim in zip(_list(shifts), _list(dims), strict=True):
+    for shift, dim in zip(as_list(shifts), as_list(dims), strict=True):
         found[dim] = el.box.mod(found[dim] - el.scalar(shift), el.size(sizes[dim]))
     return el.at(node.args[0], tuple(found))
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -276,17 +283,16 @@ def index_tensor(el: Elements, node: fx.Node, index: Index) -> Element:
     for i, size in enumerate(sizes):
         if i in given:
             entry = el.at_shared(indices[i], shared, el.shape(node)[at : at + rank])
-            found.append(_gathered(el, entry, el.size(size), index))
+            found.append(gathered(el, entry, el.size(size), index))
         else:
             found.append(next(rest))
     return el.at(base, tuple(found))
 
 
-def _gathered(el: Elements, entry: Element, size: Expr, index: Index) -> Expr:
+def gathered(el: Elements, entry: Element, size: Expr, index: Index) -> Expr:
     """An index read from a tensor: torch counts a negative one from the end."""
-    if not isinstance(entry, Expr):
-        raise Opaque("an index that is not an integer")
-    if loads(entry) and not el.is_large(index):
+    entry = as_int(entry)
+    if loads(entry) and not (el.is_large(index) and el.is_small(entry)):
         raise Opaque("an index that is itself data")  # the gathered tensor is then the smaller load
     return entry if el.box.at_least(entry, 0) else select(entry >= 0, entry, entry + size)
 
@@ -294,13 +300,13 @@ def _gathered(el: Elements, entry: Element, size: Expr, index: Index) -> Expr:
 def index_select(el: Elements, node: fx.Node, index: Index) -> Element:
     dim = node.args[1] % len(index)  # type: ignore[operator]
     size = el.size(el.shape(node.args[0])[dim])
-    return el.at(node.args[0], _with(index, dim, _gathered(el, el.at(node.args[2], (index[dim],)), size, index)))
+    return el.at(node.args[0], _with(index, dim, gathered(el, el.at(node.args[2], (index[dim],)), size, index)))
 
 
 def gather(el: Elements, node: fx.Node, index: Index) -> Element:
     dim = node.args[1] % len(index)  # type: ignore[operator]
     size = el.size(el.shape(node.args[0])[dim])
-    return el.at(node.args[0], _with(index, dim, _gathered(el, el.at(node.args[2], index), size, index)))
+    return el.at(node.args[0], _with(index, dim, gathered(el, el.at(node.args[2], index), size, index)))
 
 
 def triangle(keeps_lower: bool) -> Rule:

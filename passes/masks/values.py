@@ -1,8 +1,9 @@
 """The values that a mask's elements can have, as expressions over the mask's own indices.
 
-An element is a `Pred` (bool), an `Expr` (integer) or `Pieces` (floating: a constant for each of a few predicates that
-exclude each other and cover everything; enough for masks of 0 and -inf, and nothing else). The element functions here
-do what torch does to elements, exactly; what they can't do they refuse by raising `Opaque`.
+An element is a `Pred` (bool), an `Expr` (integer), `Pieces` (floating: a constant for each of a few predicates that
+exclude each other and cover everything; enough for masks of 0 and -inf) or a `Tree` (floating: an operation over other
+elements, or an element of a floating tensor). The element functions here do what torch does to elements, exactly; what
+they can't do they refuse by raising `Opaque`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
 
 from sparsify.expr import (
     FALSE,
     TRUE,
-    Eq,
     Expr,
-    Load,
     Max,
     Min,
     Mul,
-    Not,
     Pred,
     Select,
     Sum,
@@ -33,6 +35,7 @@ from sparsify.expr import (
     select,
 )
 from sparsify.passes.masks.box import Box
+from sparsify.passes.nodes import dtype, is_tensor, op
 from sparsify.walk import substitute
 
 DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype
@@ -46,18 +49,12 @@ class Opaque(Exception):
 
 @dataclass(frozen=True)
 class Pieces:
-    """A floating element: `value` where its predicate holds.
-
-    guessed: it was an integer of a tensor, taken for 0 or 1. That is right for a padding mask on its way to
-    (1 - mask) * min and wrong for a document's number, so such an element may be scaled and shifted, but neither
-    compared nor added to another one, until it has become a mask of 0 and at most DROPPED.
-    """
+    """A floating element: `value` where its predicate holds."""
 
     parts: tuple[tuple[float, Pred], ...]
-    guessed: bool = False
 
     @classmethod
-    def of(cls, parts: list[tuple[float, Pred]], guessed: bool = False) -> Pieces:
+    def of(cls, parts: list[tuple[float, Pred]]) -> Pieces:
         """Pieces of equal value joined and empty ones dropped."""
         found: dict[float, Pred] = {}
         for value, where in parts:
@@ -69,19 +66,79 @@ class Pieces:
         kept = tuple((value, where) for value, where in found.items() if where != FALSE)
         if len(kept) > MAX_PIECES:
             raise Opaque(f"more than {MAX_PIECES} different floating values: a bias, not a mask")
-        return cls(kept, guessed and not all(value == 0 or value <= DROPPED for value, _ in kept))
+        return cls(kept)
 
 
-Element = Pred | Expr | Pieces
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A floating element that no constants describe.
+
+    node, index: where the graph holds it. None and () for a choice, whose operands are a condition and two elements.
+    operands: None for an element of a tensor; else what the operation of `node` takes at this index, in place of each
+    of its tensor arguments: an element, or a node where it takes the tensor as a whole.
+    """
+
+    node: fx.Node | None
+    index: tuple[Expr, ...]
+    operands: tuple[Any, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """The operation; "" for an element of a tensor."""
+        return "" if self.operands is None else "choice" if self.node is None else op(self.node).removesuffix("_")
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the node's call with the operands in their places."""
+        assert self.node is not None and self.operands is not None
+        rest = iter(self.operands)
+        return fx.map_arg((self.node.args, self.node.kwargs), lambda n: next(rest) if is_tensor(n) else n)  # type: ignore[return-value]
+
+
+Element = Pred | Expr | Pieces | Tree
+CASTS = ("to", "_to_copy", "type_as")
+WHOLE_FLOATS = (torch.float32, torch.float64)  # those that hold positions and document numbers exactly (below 2**24)
+_WHOLE: dict[str, Callable[..., Expr]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "rsub": lambda a, b: b - a,
+    "neg": operator.neg,
+}
+
+
+def whole(element: Element | float) -> Expr | None:
+    """A floating element that is a whole number by the way it was made, as an integer; else None."""
+    match element:
+        case Expr():
+            return element
+        case Pred():
+            return select(element, 1, 0)
+        case bool() | int() | float():
+            return as_expr(int(element)) if abs(element) < 2**24 and element == int(element) else None
+        case Pieces(parts):
+            return as_int(element) if all(whole(value) is not None for value, _ in parts) else None
+        case Tree() if element.name in (*CASTS, *_WHOLE) and dtype(element.node) in WHOLE_FLOATS:
+            args, kwargs = element.arguments()
+            if element.name in CASTS:
+                return whole(args[0])
+            found = [whole(arg) for arg in args if not isinstance(arg, fx.Node)]
+            if kwargs or len(found) != len(args) or any(part is None for part in found) or len(args) > 2:
+                return None
+            return _WHOLE[element.name](*found)
+    return None
 
 
 def pick(condition: Pred, then: Element, other: Element) -> Element:
     """`then` where the condition holds, else `other`; both of the wider of the two kinds."""
+    if isinstance(then, Tree) or isinstance(other, Tree):
+        if condition in (TRUE, FALSE) or then is other:
+            return other if condition == FALSE else then
+        return Tree(None, (), (condition, then, other))
     if isinstance(then, Pieces) or isinstance(other, Pieces):
         no = negate(condition)
         then, other = as_pieces(then), as_pieces(other)
         parts = [(v, p & condition) for v, p in then.parts] + [(v, p & no) for v, p in other.parts]
-        return Pieces.of(parts, then.guessed or other.guessed)
+        return Pieces.of(parts)
     if isinstance(then, Expr) or isinstance(other, Expr):
         return select(condition, as_int(then), as_int(other))
     if then == other:
@@ -99,6 +156,8 @@ def as_bool(element: Element) -> Pred:
         return element
     if isinstance(element, Pieces):
         return disjunction(where for value, where in element.parts if value != 0)
+    if isinstance(element, Tree):
+        return as_bool(as_int(element))
     if isinstance(element, Mul):
         return as_bool(element.left) & as_bool(element.right)
     return negate(equal(element, as_expr(0), Box()))
@@ -110,8 +169,8 @@ def as_int(element: Element) -> Expr:
         return element
     if isinstance(element, Pred):
         return select(element, 1, 0)
-    if element.guessed:
-        raise Opaque("an integer cast to floating and back")
+    if isinstance(element, Tree):
+        return _whole_numbers(element)
     if any(math.isinf(value) for value, _ in element.parts):
         raise Opaque("an infinite value cast to an integer")
     result = as_expr(int(element.parts[-1][0]))
@@ -121,7 +180,7 @@ def as_int(element: Element) -> Expr:
 
 
 def as_pieces(element: Element | float) -> Pieces:
-    """The element cast to a float. An integer tensor's element counts as 0 or 1 (`assumes_binary`)."""
+    """The element cast to a float. Raises Opaque for what constants don't describe."""
     match element:
         case Pieces():
             return element
@@ -138,32 +197,15 @@ def as_pieces(element: Element | float) -> Pieces:
             return total
         case Mul(left, right):
             return combine(operator.mul, as_pieces(left), as_pieces(right))
-        case Load():
-            return replace(as_pieces(Not(Eq(element))), guessed=True)
-    raise Opaque(f"positions as floating numbers ({element})")
-
-
-def assumes_binary(element: Element) -> list[Load]:
-    """The integer loads that `as_pieces` takes for 0 or 1: a mask given as numbers."""
-    match element:
-        case Load():
-            return [element]
-        case Sum(_, terms):
-            return [load for _, atom in terms for load in assumes_binary(atom)]
-        case Select(_, then, other) | Mul(then, other):
-            return assumes_binary(then) + assumes_binary(other)
-    return []
+    raise Opaque("floating numbers made of positions or data")
 
 
 def combine(function: Callable[..., float], *parts: Pieces) -> Pieces:
     """A function of floats, applied to every combination of pieces."""
-    guessed = sum(pieces.guessed for pieces in parts)
-    if guessed > 1 and function is not operator.mul:
-        raise Opaque("numbers of two tensors that may not be 0 or 1")
     found: list[tuple[tuple[float, ...], Pred]] = [((), TRUE)]
     for pieces in parts:
         found = [((*values, v), where & p) for values, where in found for v, p in pieces.parts]
-    return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE], guessed > 0)
+    return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE])
 
 
 def _float(function: Callable[..., float], values: tuple[float, ...]) -> float:
@@ -215,12 +257,10 @@ def _splittable(expr: Expr, kinds: tuple[type, ...]) -> tuple[int, Expr] | None:
 
 def compare(name: str, left: Element, right: Element, box: Box) -> Pred:
     """One of eq ne lt le gt ge, elementwise."""
+    if isinstance(left, Tree) or isinstance(right, Tree):
+        left, right = _whole_numbers(left), _whole_numbers(right)
     if isinstance(left, Pieces) or isinstance(right, Pieces):
-        a, b = as_pieces(left), as_pieces(right)
-        with_zero = name in ("eq", "ne") and any([value for value, _ in side.parts] == [0.0] for side in (a, b))
-        if (a.guessed or b.guessed) and not with_zero:
-            raise Opaque("a comparison of numbers that may not be 0 or 1")
-        return as_bool(combine(_ORDER[name], a, b))
+        return as_bool(combine(_ORDER[name], as_pieces(left), as_pieces(right)))
     if isinstance(left, Pred) and isinstance(right, Pred) and name in ("eq", "ne"):
         same = (left & right) | (negate(left) & negate(right))
         return same if name == "eq" else negate(same)
@@ -237,6 +277,13 @@ def compare(name: str, left: Element, right: Element, box: Box) -> Pred:
         case "le":
             return at_least_zero(b - a, box)
     return at_least_zero(b - a - 1, box)
+
+
+def _whole_numbers(element: Element) -> Expr:
+    found = whole(element)
+    if found is None:
+        raise Opaque("floating numbers")
+    return found
 
 
 _ORDER: dict[str, Callable[[float, float], float]] = {
