@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from sparsify.expr import conjunction
+from sparsify.passes.forms.caches import forgets, moves_along
 from sparsify.passes.nodes import same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
@@ -47,6 +48,11 @@ class AttachSpec:
                 site.refuse(
                     "the absolute positions of the queries are not known, and the spec's pattern depends on them",
                     "the mask of this site could not be raised to a closed form",
+                )
+            if not all(moves_along(pattern.keep()) for pattern in patterns or ()) and forgets(site.k):
+                site.refuse(
+                    "the spec's pattern depends on absolute positions, and the cache drops its oldest keys",
+                    "give this site windows, or a cache that keeps all keys",
                 )
             keeps = {rule: conjunction([site.keep, rule]) for rule in rules}
             site.programs = tuple(keeps[rule] for rule in rules) if rules else (site.keep,) * heads

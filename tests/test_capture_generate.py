@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captures import model
+import transformers
+from captures import compiled, model
 
 EAGER = {"target": "null", "inner": "eager"}
 
@@ -89,3 +90,34 @@ def test_generation_recompiles_at_most_twice(name, how, batch, cache):
 @torch.no_grad()
 def test_long_generation_recompiles_at_most_twice(name, how, batch, cache):
     check_generation(name, how, batch, 118, cache)  # as long as the tiny models' positions allow
+
+
+def spec_of(**pattern) -> dict:
+    return {"version": 1, "sites": [{"match": "*", "heads": pattern}]}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_patterns_over_a_cache_that_rolls(cache):
+    """A window means the same wherever the keys begin. Sinks don't: right while nothing was dropped, refused after."""
+    made = model("mistral", "sdpa")
+    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(3))
+    for pattern in ({"window": 3}, {"sinks": 1, "window": 3}):
+        whole = compiled(made, spec=spec_of(**pattern))[0](ids, use_cache=False).logits
+        past = transformers.DynamicCache(config=made.config)
+        if cache == "static":
+            past = transformers.StaticCache(config=made.config, max_cache_len=24)
+        run, recorded = compiled(made, spec=spec_of(**pattern))
+        parts = [run(part, past_key_values=past).logits for part in ids.split([4, *[1] * 8], 1)]
+        refused = {site.refusal.reason for site in recorded.sites if site.refusal is not None}
+        if "sinks" in pattern:
+            assert refused == {"the spec's pattern depends on absolute positions, and the cache drops its oldest keys"}
+        else:
+            assert not refused
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    made = model("llama", "sdpa")
+    run, recorded = compiled(made, spec=spec_of(sinks=1, window=3))
+    past = transformers.DynamicCache(config=made.config)
+    for part in ids.split([4, *[1] * 8], 1):
+        run(part, past_key_values=past)
+    assert all(site.refusal is None for site in recorded.sites)

@@ -128,7 +128,7 @@ _MIXED = [
           **WORDY}),
     mixed("git", {"plain": given(pixel_values=image(), **_words, use_cache=False)}, only=EAGER,
           vision_config=PICTURE, **WORDY),
-    mixed("groupvit", PAIR, only=EAGER, others={"*.assign": -1}, text_config=WORDY,
+    mixed("groupvit", PAIR, only=EAGER, text_config=WORDY,
           vision_config={**PICTURE, "depths": [1, 1, 1],
           "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 0]}),
     mixed("idefics2 vision", {"plain": given(pixel_values=image())}, "idefics3_vision",

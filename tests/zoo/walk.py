@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tests.zoo.anchors import Softmaxes, expected
 from tests.zoo.entry import Call, Variant
 
 LIMIT = 1 << 20
+IN_PLACE = ("setitem", *(name for name in vars(operator) if name.startswith("i") and f"__{name}__" in vars(operator)))
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "special_softmax", "scaled_dot_product_attention")
 
 
@@ -54,13 +56,15 @@ def _alive(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph without what nobody reads: a pooled output that is thrown away is no site."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    graph.eliminate_dead_code(lambda node: node.is_impure() or _enters_region(node))
+    graph.eliminate_dead_code(lambda node: node.is_impure() or _has_effect(node))
     return fx.GraphModule(gm, graph)
 
 
-def _enters_region(node: fx.Node) -> bool:
-    """Whether a call is made for its effect on the calls after it, as those are that enter and leave vmap."""
-    return "functorch" in f"{getattr(node.target, '__module__', '')} {node.target}"
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a call changes a tensor, or the calls after it, as those do that enter and leave vmap."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    changes = name.endswith("_") or name in IN_PLACE or bool(node.kwargs.get("inplace") or node.kwargs.get("out"))
+    return changes or "functorch" in f"{getattr(node.target, '__module__', '')} {node.target}"
 
 
 @dataclass
