@@ -19,7 +19,6 @@ from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.masks.raise_mask import RaisedMask, raise_mask
 
 B, H, Q, K = 2, 4, 9, 9
-MIN = torch.finfo(torch.float32).min
 Mask = Callable[..., torch.Tensor]
 
 
@@ -45,7 +44,11 @@ def bucket(distance: torch.Tensor, both: bool, buckets: int = 32, far: int = 128
 def t5(both: bool) -> Mask:
     def bias(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         values = nn.functional.embedding(bucket(gap(x), both), table).permute(2, 0, 1)[None]
-        return values + torch.where(gap(x) > 0, MIN, 0.0) * (not both) + (1.0 - p[:, None, None, :]) * MIN
+        return (
+            values
+            + torch.where(gap(x) > 0, torch.finfo(torch.float32).min, 0.0) * (not both)
+            + (1.0 - p[:, None, None, :]) * torch.finfo(torch.float32).min
+        )
 
     return bias
 
@@ -57,7 +60,7 @@ def slopes(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tenso
 def bloom(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     positions = ((p.cumsum(-1) - 1) * p)[:, None, :]
     bias = (table[0][None, :, None] * positions).reshape(x.shape[0], x.shape[1], 1, x.shape[3])
-    return bias.masked_fill(gap(x) > 0, MIN)
+    return bias.masked_fill(gap(x) > 0, torch.finfo(torch.float32).min)
 
 
 def swin(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
