@@ -82,7 +82,11 @@ class Words:
 
     def sum(self, plus: list[tuple[int, Expr]], minus: list[tuple[int, Expr]]) -> str:
         words = [("+", c, atom) for c, atom in plus] + [("-", c, atom) for c, atom in minus]
-        shown = [(sign, f"{c}*" * (c != 1) + _plain(to_text(atom, PLAIN, self.load))) for sign, c, atom in words]
+        texts = [(sign, c, _plain(to_text(atom, PLAIN, self.load))) for sign, c, atom in words]
+        shown = [
+            (sign, text if c == 1 else f"{c}*{text if WORD.fullmatch(text) else f'({text})'}")
+            for sign, c, text in texts
+        ]
         text = " ".join(f"{sign} {word}" for sign, word in shown)
         return text.removeprefix("+ ")
 

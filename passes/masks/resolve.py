@@ -120,7 +120,7 @@ class Resolver:
         if tree.name in CASTS:
             return self.added(first, factor)
         alpha = kwargs.get("alpha", 1) if len(rest) < 2 else rest[1]
-        if isinstance(alpha, fx.Node) or set(kwargs) - {"alpha"}:
+        if any(isinstance(part, fx.Node) for part in (first, *rest, alpha)) or set(kwargs) - {"alpha"}:
             raise Opaque(tree.name)
         match tree.name:
             case "neg":
