@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from sparsify.errors import Refusal
@@ -33,9 +34,11 @@ from sparsify.passes.nodes import (
     is_tensor,
     keeps_numbers,
     op,
+    same,
     same_sizes,
     scalar,
     shape,
+    value,
 )
 
 MASKED = -1e4  # a fill or bias at or below this leaves nothing of exp(score)
@@ -135,12 +138,12 @@ class Climb:
 
     def _begin(self, found: Product, node: fx.Node) -> Scores | Refusal:
         scores = Scores(found, found.layout, steps=[found.spelling], path=[node])
-        if found.alpha != 1:
+        if not same(found.alpha, 1):
             _multiply(scores, found.alpha)
         if found.bias is not None:
             bias = Side(found.bias, aligned(found.bias, found.layout))
             scores.masks.append(bias)
-            if found.beta != 1:
+            if not same(value(found.beta), 1):
                 bias.factors.append(("mul", found.beta))
         return scores
 
@@ -365,6 +368,25 @@ def _masked_fill(climb: Climb, node: fx.Node) -> Scores | Refusal:
     return _masked(scores, node.args[1], True, node.args[2], node.args[0], node) if scores else scores
 
 
+def _clamped(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """max(scores, number) where the number is the least that the dtype has: it takes back infinities alone."""
+    if op(node) in ("max", "maximum"):
+        left, right = node.args[0], node.args[1] if len(node.args) > 1 else None
+        inner, least = (right, constant(left)) if constant(left) is not None else (left, constant(right))
+    else:
+        inner, least = node.args[0], constant(argument(node, "min"))
+        least = None if argument(node, "max") is not None else least
+    if not isinstance(least, int | float) or not least <= torch.finfo(dtype(node)).min:
+        return Refusal(f"the scores pass through {op(node)}", str(node), HINT)
+    scores = climb(inner)
+    if not scores:
+        return scores
+    if not same_sizes(shape(inner), shape(node)) or dtype(inner) != dtype(node) or scores.in_tanh:
+        return Refusal(f"the scores pass through {op(node)}", str(node), HINT)
+    scores.fill = max(scores.fill, least)
+    return scores
+
+
 def _index_put(climb: Climb, node: fx.Node) -> Scores | Refusal:
     """scores[mask] = number, with a mask of as many dimensions."""
     indices, given = node.args[1:3]
@@ -445,6 +467,7 @@ _RULES: dict[str, Callable[[Climb, fx.Node], Scores | Refusal]] = {
     **dict.fromkeys(("add", "sub", "subtract", "add_", "sub_"), _added),
     **dict.fromkeys(("masked_fill", "masked_fill_"), _masked_fill),
     "index_put": _index_put,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _clamped),
     "neg": _negated,
     "where": _where,
     "tanh": _tanh,
