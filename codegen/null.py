@@ -41,8 +41,6 @@ class NullTarget:
         for number, keep in enumerate(program.keep):
             heads = [h for h, rule in enumerate(program.heads) if rule == number]
             lines += [f"heads {_ranges(heads)}:", *("  " + line for line in _nest(analyse(keep)))]
-        if program.mask:
-            lines.append(f"mask tensor: {program.mask}, on every tile")
         if program.softcap is not None:
             lines.append(f"softcap: {program.softcap}")
         for name, terms in (("bias", program.bias), ("sink", program.sink or ())):
@@ -124,7 +122,7 @@ def _query_tile(launch: Launch, b: int, h: int, start: int, stop: int) -> torch.
         tile = env | {"k0": low, "k1": high - 1}
         if evaluate(rule.empty, tile):
             continue
-        scores = _scores(launch, q @ k[low:high].T, b, h, slice(start, stop), slice(low, high))
+        scores = _capped(q @ k[low:high].T * launch.scale, program.softcap)
         positions = rows | {"k": torch.arange(low, high)[None]}
         scores = scores + bias.evaluate(program.bias, env | positions)
         if not evaluate(rule.full, tile):
@@ -147,15 +145,7 @@ def _first(sink: bias.Bias | None, env: dict[str, Any], rows: int) -> tuple[torc
     return top, (top > -torch.inf).double()
 
 
-def _scores(launch: Launch, dots: torch.Tensor, b: int, h: int, rows: slice, columns: slice) -> torch.Tensor:
-    """Scaled, capped and masked by the tensor mask."""
+def _capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
     import torch
 
-    scores, cap = dots * launch.scale, launch.program.softcap
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
-    if launch.mask is None:
-        return scores
-    shape = (launch.q.shape[0], launch.q.shape[1], launch.q.shape[2], launch.k.shape[2])
-    mask = launch.mask.expand(shape)[b, h, rows, columns]
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return scores if cap is None else cap * torch.tanh(scores / cap)

@@ -49,12 +49,7 @@ def oracle(launch: Launch) -> torch.Tensor:
         scores = cap * torch.tanh(scores / cap)
     env = environment(launch)
     scores = scores + bias.evaluate(launch.program.bias, env)
-    keep = kept(launch)
-    if launch.mask is not None and launch.mask.dtype == torch.bool:
-        keep = keep & launch.mask
-    elif launch.mask is not None:
-        scores = scores + launch.mask.double()
-    scores = scores.masked_fill(~keep, -torch.inf)
+    scores = scores.masked_fill(~kept(launch), -torch.inf)
     sink = launch.program.sink
     if sink is not None:
         logit = bias.evaluate(sink, env).expand(*scores.shape[:3], 1)

@@ -17,7 +17,6 @@ class Launch:
     """One call of a program.
 
     q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv), of one dtype and device, any strides.
-    mask: None, or a bool or floating tensor that broadcasts to (B, Hq, Nq, Nk), as `program.mask` says.
     loads: the tensors that loads `_0`, `_1`, ... name (bool, integer or, in biases, floating).
     q_offset: the absolute position of the first query.
     scale: multiplies q·k.
@@ -27,7 +26,6 @@ class Launch:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    mask: torch.Tensor | None
     loads: tuple[torch.Tensor, ...]
     q_offset: int
     scale: float

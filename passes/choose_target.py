@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from sparsify import codegen
 from sparsify.passes.nodes import dtype, shape, value
-from sparsify.passes.recover_masks import as_tensor
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.program import Program
@@ -24,9 +23,6 @@ class ChooseTarget:
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
-            if site.sink is not None and site.sink_bias is None:
-                site.refuse("a sink takes part in the softmax, and its form is not recovered")
-                continue
             name = codegen.choose(value(site.q).device.type) if self.target == "auto" else self.target
             site.target = name
             runner = codegen.target(name)
@@ -34,16 +30,12 @@ class ChooseTarget:
             if site.refusal is None:
                 sizes = shape(site.q)[3], shape(site.v)[3]
                 site.refusal = runner.refuse(program_of(site), dtype(site.q), *sizes)
-                if site.refusal is not None and site.bias:
-                    as_tensor(site)
-                    site.refusal = runner.refuse(program_of(site), dtype(site.q), *sizes)
 
 
 def program_of(site: Site) -> Program:
     """The program that a site runs. A symbolic softcap is fixed here, with a guard."""
     return Program.of(
         site.programs,
-        mask=None if site.rest is None else site.rest.kind,
         loads=len(site.loads),
         softcap=None if site.softcap is None else float(site.softcap),
         bias=site.bias,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import fx
 
 from sparsify import bias
@@ -15,9 +13,9 @@ from sparsify.expr import TRUE, And, Expr, Ge, Load, Pred, Var, conjunction
 from sparsify.passes.aliasing import Writes
 from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_masks
-from sparsify.passes.nodes import ATEN, call, dtype, same, shape, size
+from sparsify.passes.nodes import call, same, shape, size
 from sparsify.passes.runner import Capture
-from sparsify.passes.site import Mask, Site
+from sparsify.passes.site import Site
 from sparsify.walk import loads, substitute, variables
 
 Q, K, N, NQ = Var("q"), Var("k"), Var("N"), Var("Nq")
@@ -63,14 +61,6 @@ def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[Rais
             return found
         known[key] = found
     return known[key]
-
-
-def as_tensor(site: Site) -> None:
-    """Makes the additive masks of a site one tensor mask, for a target that adds no biases."""
-    added = [mask.node for mask in site.masks if mask.kind == "add"]
-    total = reduce(lambda a, b: call(site.output, ATEN.add.Tensor, a, b), added)
-    total = total if dtype(total) != torch.float64 else call(site.output, ATEN.to.dtype, total, torch.float32)
-    site.bias, site.rest = (), Mask("add", total)
 
 
 def _place(site: Site, rows: Pred) -> None:

@@ -33,13 +33,12 @@ class MaskCheck:
     sink_bias: Bias | None
     q_offset: int | fx.Node
     loads: tuple[fx.Node, ...]
-    rest: fx.Node | None
 
     def nodes(self) -> list[fx.Node]:
         """The nodes whose values decide."""
         offset = [self.q_offset] if isinstance(self.q_offset, fx.Node) else []
-        others = [node for node in (self.sink, self.rest) if node is not None]
-        return [*self.masks, *self.loads, *others, *offset]
+        sink = [] if self.sink is None else [self.sink]
+        return [*self.masks, *self.loads, *sink, *offset]
 
 
 @dataclass(frozen=True)
@@ -102,5 +101,4 @@ def _check(site: Site, copies: dict[fx.Node, fx.Node] | None) -> MaskCheck:
         sink_bias=site.sink_bias,
         q_offset=of(offset) if isinstance(offset, fx.Node) else offset,
         loads=tuple(of(node) for node in site.loads),
-        rest=None if site.rest is None else of(site.rest.node),
     )

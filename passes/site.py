@@ -40,7 +40,6 @@ class Site:
     loads: the tensors that `_0`, `_1`, ... name there; load_names: what a reader calls them.
     sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
-    rest: the tensor mask that stays (a node) with its kind.
     programs: the final predicate of every query head. dense: why the attention is left to Inductor as it stands, for
     it is faster there; "" if it isn't. notes: what a reader should know of a site that is rewritten.
     """
@@ -68,7 +67,6 @@ class Site:
     sink: fx.Node | None = None
     bias: Bias = ()
     sink_bias: Bias | None = None
-    rest: Mask | None = None
     q_offset: Any = 0
     position: Expr = Var("q")
     positions_known: bool = True

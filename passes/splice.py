@@ -20,7 +20,7 @@ class Splice:
     """Sites to ops.
 
     Before: arange > le > and > where > scaled_dot_product_attention(q, repeated k, repeated v, mask)
-    After:  sparsify.attention(q, k, v, None, [], 0, 0.125, program); what only fed the old attention is gone.
+    After:  sparsify.attention(q, k, v, [], 0, 0.125, program); what only fed the old attention is gone.
     """
 
     def __call__(self, capture: Capture) -> None:
@@ -32,10 +32,8 @@ class Splice:
 def _splice(site: Site) -> None:
     old, made_of = site.output, dtype(site.output)
     q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, site.v))
-    mask = None if site.rest is None else site.rest.node
-    new = call(
-        old, attention, q, k, v, mask, list(site.loads), site.q_offset, float(site.scale), program_of(site).text()
-    )
+    numbers = site.q_offset, float(site.scale), program_of(site).text()
+    new = call(old, attention, q, k, v, list(site.loads), *numbers)
     if site.restore is not None:
         new = site.restore(new)
     if not _same_kind(new, old):

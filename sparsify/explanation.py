@@ -95,7 +95,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
     if site.programs and site.refusal is None and q_len and k_len:
         offset = site.q_offset if isinstance(site.q_offset, int) else _hint(value(site.q_offset))
         density = density_of(site.programs, q_len, k_len, offset)
-    unknown = site.rest is not None or any(loads(rule) for rule in site.programs)
+    unknown = any(loads(rule) for rule in site.programs)
     return SiteReport(
         address=site.address,
         layer=site.layer,

@@ -53,7 +53,7 @@ def attention(
     program = program_text(_rules(pattern, q.shape[1]), kind, index, q.device.type)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return op.attention(q, k, v, None, loads, offset, factor, program)
+    return op.attention(q, k, v, loads, offset, factor, program)
 
 
 def _mask_loads(mask: torch.Tensor, q_offset: int | None) -> list[torch.Tensor]:

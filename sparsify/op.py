@@ -10,20 +10,19 @@ from sparsify.program import Program
 
 LIBRARY = torch.library.Library("sparsify", "DEF")
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] loads, SymInt q_offset, float scale, str program)"
-    " -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt q_offset, float scale, str program) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
-def _attention(q, k, v, mask, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+def _attention(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
     parsed = Program.parse(program)
-    return target(parsed.target).run(Launch(parsed, q, k, v, mask, tuple(loads), q_offset, scale))
+    return target(parsed.target).run(Launch(parsed, q, k, v, tuple(loads), q_offset, scale))
 
 
 @torch.library.register_fake("sparsify::attention", lib=LIBRARY)
-def _fake(q, k, v, mask, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+def _fake(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
     return empty_output(q, v)
 
 

@@ -20,8 +20,8 @@ from sparsify.sizes import size_values
 from sparsify.text import parse_pred, to_text
 from sparsify.walk import loads, variables
 
-VERSION = 2
-MASK_KINDS = (None, "bool", "add")
+VERSION = 3
+MAX_RANK = 4  # of a load: how many dimensions every target can read
 TARGETS = ("cpp", "triton", "null")
 
 
@@ -31,9 +31,8 @@ class Program:
 
     keep: the distinct predicates over b, h, q (absolute), k, N (keys), Nq (queries), sizes and loads `_0[...]`, ...
     heads: for each query head, the index in `keep` of its predicate.
-    mask: the kind of tensor mask given beside: None, "bool" (True keeps) or "add" (added to the scaled scores).
     loads: how many tensors the loads `_0`, `_1`, ... name.
-    softcap: scores become softcap * tanh(score / softcap) after scaling and before the mask (Gemma 2).
+    softcap: scores become softcap * tanh(score / softcap) after scaling and before biases and masks (Gemma 2).
     bias: what is added to the scaled and capped scores, over the same names as `keep`.
     sink: None, or a logit over b, h and q that joins each row's softmax without a value: the sum of the row's weights
     gains exp(sink), so they come to less than 1 (gpt-oss). A row that keeps no key gives 0 all the same.
@@ -42,7 +41,6 @@ class Program:
 
     keep: tuple[Pred, ...]
     heads: tuple[int, ...]
-    mask: str | None = None
     loads: int = 0
     softcap: float | None = None
     bias: Bias = ()
@@ -50,7 +48,7 @@ class Program:
     target: str = "cpp"
 
     def __post_init__(self) -> None:
-        assert self.mask in MASK_KINDS and self.target in TARGETS, self
+        assert self.target in TARGETS, self
         assert all(0 <= rule < len(self.keep) for rule in self.heads), self
 
     @classmethod
@@ -66,7 +64,6 @@ class Program:
                 "version": VERSION,
                 "keep": [to_text(keep) for keep in self.keep],
                 "heads": self.heads,
-                "mask": self.mask,
                 "loads": self.loads,
                 "softcap": self.softcap,
                 "bias": to_data(self.bias),

@@ -101,7 +101,6 @@ def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping
     env: dict[str, Any] = {"N": k_len, "Nq": q_len, "q": rows + offset, "k": torch.arange(k_len, device=device)}
     env |= {f"_{i}": values[node] for i, node in enumerate(item.loads)}
     masks = [values[node].expand(batch, heads, q_len, k_len) for node in item.masks]
-    rest = None if item.rest is None else values[item.rest].expand(batch, heads, q_len, k_len)
     sink = None if item.sink is None else values[item.sink].expand(batch, heads, q_len, 1)
     causal = env["k"] <= rows
     for b, h in _distinct(item, [values[node] for node in item.masks], batch, heads):
@@ -109,8 +108,6 @@ def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping
         parts = [mask[b, h] for mask in masks] + ([causal] if item.causal else [])
         kept = torch.as_tensor(evaluate(item.keep, here), device=device).expand(q_len, k_len)
         bias = biases.evaluate(item.bias, here).to(kept.device)
-        if rest is not None:
-            kept, bias = _with_tensor(kept, bias, rest[b, h])
         found = first_difference(kept, bias, _model_mask(parts, kept))
         if found is not None:
             _raise(item, "mask", (b, h, *found.at), found)
@@ -134,8 +131,8 @@ def _distinct(item: MaskCheck, masks: list[torch.Tensor], batch: int, heads: int
     """The (b, h) to look at: all, or the first where neither side depends on it."""
     tensors = [mask for mask in masks if mask.dim() > 2]
     names = _variables(item)
-    by_head = "h" in names or item.rest is not None or item.sink is not None or any(m.shape[-3] > 1 for m in tensors)
-    by_batch = "b" in names or item.rest is not None or any(m.dim() == 4 and m.shape[0] > 1 for m in tensors)
+    by_head = "h" in names or item.sink is not None or any(m.shape[-3] > 1 for m in tensors)
+    by_batch = "b" in names or any(m.dim() == 4 and m.shape[0] > 1 for m in tensors)
     return [(b, h) for b in range(batch if by_batch else min(batch, 1)) for h in range(heads if by_head else 1)]
 
 
@@ -146,10 +143,6 @@ def _variables(item: MaskCheck) -> set[str]:
 
 def _parts(bias: biases.Bias) -> list[Any]:
     return [part for term in bias for part in (term.integer, term.where, *term.loads)]
-
-
-def _with_tensor(kept: torch.Tensor, bias: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (kept & rest, bias) if rest.dtype == torch.bool else (kept, bias + rest.double())
 
 
 def _model_mask(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

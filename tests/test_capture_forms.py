@@ -115,7 +115,7 @@ def test_before_and_after_a_causal_sdpa():
     assert {op(node) for node in capture.graph.nodes} - {""} == {"sparsify::attention"}
     (node,) = (n for n in capture.graph.nodes if op(n) == "sparsify::attention")
     assert node.args[3:7] == (None, [], 0, D**-0.5)
-    assert '"keep":["(q - k >= 0)"]' in node.args[7]
+    assert '"keep":["(q - k >= 0)"]' in node.args[6]
 
 
 @pytest.mark.parametrize(

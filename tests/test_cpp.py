@@ -73,7 +73,7 @@ def tensor(generator, dtype, *shape):
     return part
 
 
-def launch(program, shape, dtype, head=(16, 16), *, mask=None, loads=(), offset=None, scale=None, seed=0):
+def launch(program, shape, dtype, head=(16, 16), *, loads=(), offset=None, scale=None, seed=0):
     """A launch on drawn tensors; shape is (batch, query heads per KV head, queries, keys)."""
     batch, group, q_len, k_len = shape
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +82,7 @@ def launch(program, shape, dtype, head=(16, 16), *, mask=None, loads=(), offset=
     k = tensor(generator, dtype, batch, heads // group, k_len, head[0])
     v = tensor(generator, dtype, batch, heads // group, k_len, head[1])
     offset = k_len - q_len if offset is None else offset
-    return Launch(program, q, k, v, mask, tuple(loads), offset, head[0] ** -0.5 if scale is None else scale)
+    return Launch(program, q, k, v, tuple(loads), offset, head[0] ** -0.5 if scale is None else scale)
 
 
 def reference(call):
@@ -196,15 +196,6 @@ def test_masks(isa, dtype, kind, shape, letters, seed, own, other):
     else:
         program = Program.of(MIXED, loads=1, bias=(Term(loads=(load,)),))
     check(launch(program, shape, dtype, loads=[mask], seed=seed))
-
-
-def test_a_mask_tensor_is_a_load():
-    shape, offset = (2, 1, 60, 70), 4
-    mask = torch.rand(2, 1, 60, 70, generator=torch.Generator().manual_seed(0)) < 0.5
-    load = parse_load(f"_0[b, 0, q - {offset}, k]")
-    as_load = Program.of([keep & Test(load) for keep in MIXED], loads=1)
-    found = CPP.run(launch(Program.of(MIXED, mask="bool"), shape, torch.float32, mask=mask, offset=offset))
-    assert torch.equal(found, CPP.run(launch(as_load, shape, torch.float32, loads=[mask], offset=offset)))
 
 
 @pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])

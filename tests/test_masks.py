@@ -161,6 +161,7 @@ OPEN: dict[str, tuple[Mask, str, str]] = {
     "beside a closed form": (lambda x, p: ~later(x) & (x[:1, :1] > 0), "causal & ((x_1 > 0)[q, k])", ""),
     "counted": (lambda x, p: (~later(x)).long().cumsum(-1) < 3, "cumsum(bitwise_not(gt))[q, k] < 3", ""),
     "bias": (lambda x, p: x * 0.5, "all", "0.5 * x_1[b, h, q, k]"),
+    "one of five dimensions": (lambda x, p: x[None].cumsum(-1)[0], "all", "select(cumsum(x_1))[b, h, q, k]"),
     "beside a bias": (lambda x, p: square(x, -INF).triu(1) + x[:1], "causal", "x_1[h, q, k]"),
     "bias beside it": (lambda x, p: x[:1] + (square(x, MIN).triu(1)), "causal", "x_1[h, q, k]"),
     "where of a bias": (lambda x, p: torch.where(later(x), MIN, x[:1]), "causal", "x_1[h, q, k]"),

@@ -103,7 +103,7 @@ def test_a_full_tile_runs_without_masks_and_a_closed_form_without_tests():
 
 def _meta(program: Program, *loads: torch.Tensor, length: int = 8192, q_offset: int = 0) -> Launch:
     x = torch.empty(2, 1, length, 16, device="meta")
-    return Launch(program, x, x, x, None, loads, q_offset, 1.0)
+    return Launch(program, x, x, x, loads, q_offset, 1.0)
 
 
 def test_loads_along_keys_are_vectors_of_32_bit_offsets():
@@ -136,7 +136,7 @@ def test_summaries_hold_the_extremes_of_blocks():
     program = Program.of([parse_pred("_0[b, k] == _0[b, q] and _1[k, h]")], loads=2, target="triton")
     documents, keys = torch.arange(260).view(2, 130), torch.arange(130).view(130, 1) < 128
     x = torch.zeros(2, 1, 130, 16)
-    found = summary_arguments(Launch(program, x, x, x, None, (documents, keys), 0, 1.0))
+    found = summary_arguments(Launch(program, x, x, x, (documents, keys), 0, 1.0))
     assert {name: summary.tolist() for name, summary in found.items()} == {
         "_0_least_1": [[0, 64, 128], [130, 194, 258]],
         "_0_greatest_1": [[63, 127, 129], [193, 257, 259]],
@@ -228,7 +228,7 @@ def _unavailable() -> str:
 def _run_here() -> str:
     x = torch.zeros(1, 1, 4, 16)
     try:
-        TritonTarget().run(Launch(Program.of([p.causal().keep()]), x, x, x, None, (), 0, 1.0))
+        TritonTarget().run(Launch(Program.of([p.causal().keep()]), x, x, x, (), 0, 1.0))
     except InputError as error:
         return str(error)
     return "it ran"

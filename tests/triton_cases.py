@@ -35,7 +35,6 @@ class Case:
     dtype: str = "float32"
     batch: int = 1
     q_offset: int | None = None
-    mask: tuple[str, tuple[int, ...]] | None = None
     loads: tuple[tuple[str, tuple[int, ...]], ...] = ()
     softcap: float | None = None
     bias: str = ""  # a name in BIASES
@@ -53,15 +52,13 @@ class Case:
             _tensor(g, (self.batch, h, n, size), dtype, self.layout, device)
             for h, n, size in ((hq, nq, d), (hkv, nk, d), (hkv, nk, dv))
         )
-        mask = None if self.mask is None else _beside(g, *self.mask, dtype).to(device)
         loads = tuple(_load(g, kind, shape).to(device) for kind, shape in self._loads())
-        kind = None if self.mask is None else "bool" if self.mask[0] == "bool" else "add"
         rules = self.pattern if isinstance(self.pattern, tuple) else (self.pattern,) * hq
         keeps = [parse_pred(rule) if isinstance(rule, str) else rule.keep() for rule in rules]
         fields = {"softcap": self.softcap, "bias": BIASES.get(self.bias, ()), "sink": SINKS[self.sink]}
-        program = Program.of(keeps, mask=kind, loads=len(loads), target="triton", **fields)
+        program = Program.of(keeps, loads=len(loads), target="triton", **fields)
         offset = nk - nq if self.q_offset is None else self.q_offset
-        return Launch(program, q, k, v, mask, loads, offset, d**-0.5 if self.scale is None else self.scale)
+        return Launch(program, q, k, v, loads, offset, d**-0.5 if self.scale is None else self.scale)
 
     def _loads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Its own, or those that the drawn biases and sinks name."""
@@ -87,13 +84,6 @@ def _tensor(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, layo
         view.copy_(values)
         return view
     return values
-
-
-def _beside(g: torch.Generator, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    drawn = torch.rand(shape, generator=g)
-    if kind == "bool":
-        return drawn > 0.3
-    return (drawn * 4 - 2).masked_fill(drawn < 0.2, -torch.inf).to(torch.float32 if kind == "float32" else dtype)
 
 
 def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -136,11 +126,7 @@ def _torch(launch: Launch) -> torch.Tensor:
     group = launch.q.shape[1] // launch.k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
     keep = kept(launch)
-    if launch.program.mask == "bool":
-        keep = keep & launch.mask
     bias = torch.zeros(keep.shape, dtype=launch.q.dtype, device=keep.device).masked_fill(~keep, -torch.inf)
-    if launch.program.mask == "add":
-        bias = bias + launch.mask.to(bias.dtype)
     env = environment(launch)
     bias = bias + biases.evaluate(launch.program.bias, env).to(bias.dtype)
     cap, sink = launch.program.softcap, launch.program.sink
@@ -204,12 +190,9 @@ def _mixed() -> list[Case]:
         Case("documents", documents, batch=2, loads=(("int64", (2, 70)), ("int32", (2,)))),
         Case("from_end", "q >= 0 and _0[b, q - k]", lengths=(40, 40), loads=(("bool", (1, 40)),)),
         Case("not_loaded", "k <= q and not _0[h, q // 2, k]", loads=(("bool", (2, 35, 70)),)),
-        Case("bool_mask", C, batch=2, mask=("bool", (2, 1, 70, 70))),
-        Case("key_mask", C, batch=2, mask=("bool", (2, 1, 1, 70))),
-        Case("add_mask", p.window(20), heads=(4, 2), mask=("float32", (4, 70, 70))),
-        Case("add_rows", p.dense(), lengths=(35, 70), mask=("float32", (35, 1))),
+        Case("bool_tensor", "k <= q and _0[b, 0, q, k]", batch=2, loads=(("bool", (2, 1, 70, 70)),)),
         Case("softcap", C, softcap=5.0),
-        Case("softcap_mask", p.window(20), softcap=0.5, mask=("float32", (70, 70))),
+        Case("softcap_tensor", p.window(20), softcap=0.5, bias="tensor", q_offset=0),
         *(Case(f"bias_{name}", p.window(40), heads=(4, 2), batch=2, bias=name, q_offset=0) for name in BIASES),
         *(Case(f"sink_{name}", p.window(9), heads=(2, 1), sink=name, q_offset=0) for name in SINKS if name != "none"),
         Case("minima", C, bias="tensor", loads=MINIMA, q_offset=0),
@@ -259,7 +242,7 @@ def _halves() -> list[Case]:
     """Both 16-bit dtypes over the kinds that differ in them."""
     found = {case.name: case for case in _static() + _mixed()}
     names = ("dense", "streaming", "same_block", "column_stride", "mixture", "gqa", "odd_heads", "decode1", "documents")
-    names += ("bool_mask", "add_mask", "softcap", "before", "bias_alibi", "bias_sum", "sink_by head")
+    names += ("bool_tensor", "bias_tensor", "softcap", "before", "bias_alibi", "bias_sum", "sink_by head")
     return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
 
 

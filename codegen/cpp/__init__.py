@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.launch import Kernel, build, built
-from sparsify.codegen.cpp.masks import launch_without_mask, without_mask
 from sparsify.codegen.cpp.source import DTYPES, Shape, render
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError, Refusal
+from sparsify.program import MAX_RANK
 
 if TYPE_CHECKING:
     import torch
@@ -38,24 +38,22 @@ class CppTarget:
         for what, size in (("head", head_dim), ("value", value_dim)):
             if not 1 <= size <= MAX_SIZE:
                 return Refusal(f"{what} size {size} is outside the C++ target's 1 to {MAX_SIZE}")
-        if any(rank > 4 for rank in program.load_ranks().values()):
-            return Refusal("a mask is indexed by more than 4 dimensions", hint="drop the dimensions of size 1")
+        if any(rank > MAX_RANK for rank in program.load_ranks().values()):
+            return Refusal(f"a load has more than {MAX_RANK} dimensions", hint="drop the dimensions of size 1")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
         """The C++ source for this machine's instruction set (or the one that SPARSIFY_ISA forces)."""
-        return render(without_mask(program), Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
+        return render(program, Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
 
     def run(self, launch: Launch) -> torch.Tensor:
         """Builds the kernel on first use, and runs it. Raises InputError for what `refuse` refuses, and BuildError."""
         if launch.q.device.type != "cpu":
             raise InputError(f"the C++ target runs on cpu tensors, found {launch.q.device}")
-        launch = launch_without_mask(launch)
         return self.kernel(launch.program, launch.q.dtype, launch.q.shape[-1], launch.v.shape[-1]).run(launch)
 
     def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
         """The built kernel. Raises as `run` does."""
-        program = without_mask(program)
         found = built(program, dtype, head_dim, value_dim)
         if found is None:
             refusal = self.refuse(program, dtype, head_dim, value_dim)

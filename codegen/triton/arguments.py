@@ -26,9 +26,6 @@ def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, int
     values: dict[str, Any] = dict(tensors)
     for letter, tensor, axes in zip("qkvo", tensors.values(), ("bhmd", "bhnd", "bhnd", "bhmd"), strict=True):
         values |= _strides(letter, tensor, axes)
-    if launch.mask is not None:
-        mask = launch.mask.expand(batch, heads, q_len, launch.k.shape[2])
-        values |= {"MASK": mask} | _strides("mask", mask, "bhmn")
     values |= load_arguments(launch) | summary_arguments(launch)
     values |= {f"size_{i}": size for i, size in enumerate(program.size_values(launch.k.shape[2]))}
     values |= {

@@ -77,16 +77,12 @@ class Entry:
         k, v = (
             torch.empty(BATCH, LENGTH, HEADS // group, self.head_dim, dtype=dtype, **meta).transpose(1, 2) for _ in "kv"
         )
-        mask = None
-        if self.program.mask:
-            kind = torch.bool if self.program.mask == "bool" else dtype
-            mask = torch.empty(BATCH, 1, self.q_len, LENGTH, dtype=kind, **meta)
         sizes = {"b": BATCH, "h": HEADS, "q": self.q_len, "k": LENGTH, "1": 1, "d": self.q_len + LENGTH - 1}
         loads = tuple(
             torch.empty([sizes[axis] for axis in axes], dtype=getattr(torch, kind or self.dtype), **meta)
             for kind, axes in LOADS.get(self.name, ())
         )
-        return Launch(self.program, q, k, v, mask, loads, LENGTH - self.q_len, self.head_dim**-0.5)
+        return Launch(self.program, q, k, v, loads, LENGTH - self.q_len, self.head_dim**-0.5)
 
 
 def _program(keeps: Pred | tuple[Pred, ...], **fields: Any) -> Program:
@@ -112,8 +108,6 @@ def programs() -> dict[str, Program]:
         "relative": _program(p.dense().keep(), loads=1, bias=_bias("_0[h, k - q + Nq - 1]")),
         "sink": _program(p.window(128).keep(), loads=1, sink=_bias("_0[h]")),
         "softcap": _program(causal, softcap=50.0),
-        "bool_mask": _program(causal, mask="bool"),
-        "add_mask": _program(causal, mask="add"),
     }
 
 
@@ -123,7 +117,7 @@ def entries() -> Iterator[Entry]:
     for name, program in found.items():
         for head_dim in (64, 128):
             yield Entry(name, program, "bfloat16", head_dim)
-    for name in ("causal", "streaming", "mixture", "softcap", "bool_mask", *LOADS):
+    for name in ("causal", "streaming", "mixture", "softcap", *LOADS):
         for head_dim in (64, 128):
             yield Entry(name, found[name], "float16", head_dim)
             yield Entry(name, found[name], "float32", head_dim)

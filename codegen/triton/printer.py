@@ -69,7 +69,7 @@ def units(program: Program) -> str:
     "raw": dot products, scaled inside the exponent; "log2": ready for exp2; "natural": as the model has them, so that
     the finite minima that models add to drop pairs don't overflow.
     """
-    if program.mask == "add" or any(_huge(term) for term in program.bias):
+    if any(_huge(term) for term in program.bias):
         return "natural"
     return "log2" if program.bias or program.softcap is not None else "raw"
 
@@ -108,7 +108,6 @@ def holes(
         "launch_loads": "".join(f"{source}, " for source in (*loads, *found)),
         "launch_scalars": "".join(f"{scalar}, " for scalar in [*sizes, *lengths, *strides]),
         "unspecialised": ", ".join(f'"{number}"' for number in numbers),
-        "mask": program.mask,
         "softcap": program.softcap,
         "ceiling": None if program.softcap is None else program.softcap * unit,
         "bias": printer.bias(program.bias, unit) if program.bias else None,

@@ -45,8 +45,6 @@ def far(launch: Launch, out: torch.Tensor) -> bool:
     """Whether an offset inside a tile can pass 32 bits."""
     inside = (launch.q, launch.k, launch.v, out)
     reach = max(256 * sum(map(abs, tensor.stride()[2:])) for tensor in inside)
-    if launch.mask is not None:
-        reach = max(reach, (launch.k.shape[2] + 256) * sum(map(abs, launch.mask.stride()[-2:])))
     found = wrapped(launch)
     return max([reach, *(_reach(load, launch, found) for load in _pair_loads(launch.program))]) >= INT32
 

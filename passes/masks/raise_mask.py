@@ -36,8 +36,9 @@ from sparsify.expr import TRUE, Expr, Load, Pred, Test, Var, as_expr, eq, negate
 from sparsify.passes.masks.elements import Elements, is_one
 from sparsify.passes.masks.resolve import Resolver, simplified
 from sparsify.passes.masks.values import DROPPED, Opaque, Pieces, as_bool
+from sparsify.program import MAX_RANK
 from sparsify.text import POSITIONS
-from sparsify.walk import rewrite, substitute, variables
+from sparsify.walk import loads, rewrite, substitute, variables
 
 log = logging.getLogger("sparsify")
 Shape = tuple[int | torch.SymInt, ...]
@@ -130,11 +131,14 @@ def _sink(resolver: Resolver, node: fx.Node, index: tuple[Expr, ...]) -> Bias:
 
 
 def _known(el: Elements, found: Any) -> Any:
-    """A predicate or a bias, if all that it names is known where kernels run."""
+    """A predicate or a bias, if all that it names is known where kernels run, and all that it loads can be read."""
     names = biases.variables(found) if isinstance(found, tuple) else variables(found)
     unknown = sorted(names - set(POSITIONS))
     if unknown:
         raise Opaque(f"the size {unknown[0]}, which no node of the graph holds")
+    read = biases.loads(found) if isinstance(found, tuple) else loads(found)
+    if any(len(load.index) > MAX_RANK for load in read):
+        raise Opaque(f"a tensor of more than {MAX_RANK} dimensions")
     return found
 
 

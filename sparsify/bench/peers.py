@@ -45,7 +45,7 @@ class Inputs:
     def launch(self) -> Launch:
         """The call as a program, which the oracle understands."""
         program = Program.of([rule.keep() for rule in self.case.rules], target=codegen.choose(self.q.device.type))
-        return Launch(program, self.q, self.k, self.v, None, (), 0, self.case.head_dim**-0.5)
+        return Launch(program, self.q, self.k, self.v, (), 0, self.case.head_dim**-0.5)
 
 
 def sparsify(inputs: Inputs) -> Run:
@@ -112,7 +112,7 @@ def errors(inputs: Inputs, run: Run) -> tuple[float, float]:
     for head in range(inputs.case.heads):
         q, k, v = inputs.q[:, head : head + 1], *(t[:, head // group : head // group + 1] for t in (inputs.k, inputs.v))
         rule = substitute(launch.program.rule_of(head), {"h": head})
-        one = Launch(Program.of([rule], target=launch.program.target), q, k, v, None, (), 0, launch.scale)
+        one = Launch(Program.of([rule], target=launch.program.target), q, k, v, (), 0, launch.scale)
         truth = oracle(one)
         reference = F.scaled_dot_product_attention(q, k, v, attn_mask=kept(one)).double().nan_to_num(nan=0.0)
         worst = max(worst, (out[:, head : head + 1] - truth).abs().max().item())

@@ -165,7 +165,7 @@ def _tried(name: str, device: str) -> Finding:
     device = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     program = Program.of([((sinks(4) | window(30)) & causal()).keep()] * 2, target=name)
     q, k, v = torch.randn(3, 1, 2, 100, 32, device=device).unbind(0)
-    launch = Launch(program, q, k, v, None, (), 0, 32**-0.5)
+    launch = Launch(program, q, k, v, (), 0, 32**-0.5)
     start = time.perf_counter()
     found = target(name).run(launch)
     error = float((found.double() - oracle(launch)).abs().max())

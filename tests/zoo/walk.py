@@ -192,8 +192,7 @@ def mask_kind(site: Site) -> str:
     "tensor": some of it is read from a tensor over queries and keys.
     """
     found = [*walk.loads(site.keep), *bias.loads(site.bias), *bias.loads(site.sink_bias or ())]
-    rest = getattr(site, "rest", None)
-    return "tensor" if rest is not None or any(map(_is_square, found)) else "data" if found else "closed"
+    return "tensor" if any(map(_is_square, found)) else "data" if found else "closed"
 
 
 def _is_square(load: Load) -> bool:
