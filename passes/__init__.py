@@ -21,6 +21,7 @@ from sparsify.passes.remember_masks import RememberMasks
 from sparsify.passes.runner import Capture, Pass, PassError, PassRecord, run
 from sparsify.passes.settle import Settle
 from sparsify.passes.site import Site
+from sparsify.passes.sizes import Sizes
 from sparsify.passes.splice import Splice
 
 
@@ -40,6 +41,7 @@ def pipeline(
     return (
         Canonicalise(),
         Functionalise(),
+        Sizes(),
         FindSites(),
         CheckSites(),
         RecoverMasks(exact),

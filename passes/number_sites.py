@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from sparsify.addresses import shape_of
 from sparsify.passes.runner import Capture
-from sparsify.passes.site import Site
 
 
 @dataclass(frozen=True)
@@ -26,33 +25,37 @@ class NumberSites:
 
     def __call__(self, capture: Capture) -> None:
         uses: Counter[str] = Counter()
+        stacks, families = _stacks(capture), _families(capture)
         for ordinal, site in enumerate(capture.sites):
             site.use = uses[site.address]
             uses[site.address] += 1
-            site.layer, site.layers = _numbered(site, capture, ordinal)
+            parts = site.address.split(".")
+            places = [i for i, part in enumerate(parts) if part.isdigit()]
+            alike = families.get((capture.classes.get(site.address), shape_of(site.address)), {})
+            if len(places) == 1:
+                site.layer, site.layers = int(parts[places[0]]), stacks.get(".".join(parts[: places[0]]))
+            elif places and site.address in alike:
+                site.layer, site.layers = alike[site.address], len(alike)
+            else:
+                site.layer, site.layers = ordinal, None
 
 
-def _numbered(site: Site, capture: Capture, ordinal: int) -> tuple[int, int | None]:
-    """(the layer, how many there are, if that is known)."""
-    parts = site.address.split(".")
-    places = [i for i, part in enumerate(parts) if part.isdigit()]
-    if len(places) == 1:
-        prefix = ".".join(parts[: places[0]])
-        return int(parts[places[0]]), _children(prefix, capture)
-    alike = _alike(site.address, capture) if places else []
-    if site.address in alike:
-        return alike.index(site.address), len(alike)
-    return ordinal, None
+def _stacks(capture: Capture) -> dict[str, int]:
+    """How many numbered modules stand under a path, for each path that has some."""
+    found: dict[str, int] = {}
+    for path in capture.classes:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                prefix = ".".join(parts[:i])
+                found[prefix] = max(found.get(prefix, 0), int(part) + 1)
+    return found
 
 
-def _children(prefix: str, capture: Capture) -> int | None:
-    """How many numbered modules stand under a path."""
-    start = f"{prefix}." if prefix else ""
-    found = [path.removeprefix(start).split(".")[0] for path in capture.classes if path.startswith(start)]
-    return max((int(part) + 1 for part in found if part.isdigit()), default=None)
-
-
-def _alike(address: str, capture: Capture) -> list[str]:
-    """The paths of the modules of one class that differ from an address in numbers only, in the model's order."""
-    shape, kind = shape_of(address), capture.classes.get(address)
-    return [path for path, cls in capture.classes.items() if cls is kind and shape_of(path) == shape]
+def _families(capture: Capture) -> dict[tuple[object, str], dict[str, int]]:
+    """The modules of one class whose paths differ in numbers only: the place of each, in the model's order."""
+    found: dict[tuple[object, str], dict[str, int]] = {}
+    for path, cls in capture.classes.items():
+        family = found.setdefault((cls, shape_of(path)), {})
+        family[path] = len(family)
+    return found

@@ -85,6 +85,15 @@ def rotated(x, *weights):
     return eager(q, k, v)
 
 
+def rotated_by_complex(x, *weights):
+    """Features in pairs on their way, and keys that several queries share."""
+    q, k, v = (F.linear(x, w[:n]).unflatten(-1, (-1, 4)) for w, n in zip(weights, (16, 8, 8), strict=True))
+    turn = torch.polar(torch.ones(N, 1, 2), torch.arange(N * 2).view(N, 1, 2) * 0.1)
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (2, 2))) * turn).flatten(3) for t in (q, k))
+    k, v = (t.transpose(1, 2)[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+
+
 def over_pixels(q, k, v):
     scores = torch.einsum("bhxyd,bhuvd->bhxyuv", q, k) * 0.2
     weights = softmax(scores.flatten(-2), -1).view_as(scores)
@@ -161,6 +170,7 @@ CASES = {
     "weights of heads": (weights_of_heads, (X[0], *(drawn(2, C, D) for _ in range(3)))),
     "convolved": (convolved, (drawn(2, C, 2, 3), *W)),
     "rotated": (rotated, X),
+    "rotated by complex numbers": (rotated_by_complex, X),
     "pixels": (over_pixels, PIXELS),
     "several letters": (several_letters, (Q, K, V)),
     "merged, biased apart": (merged, (Q, K, V, drawn(H, N, M))),

@@ -124,6 +124,24 @@ def scaled_infinite_fill(q, k, v):
     return torch.softmax((q @ k.mT).masked_fill(FUTURE, NEG) * 1e-3, -1) @ v
 
 
+def least_taken(s):
+    return torch.max(s.masked_fill(FUTURE, NEG), torch.tensor(torch.finfo(torch.float32).min))
+
+
+def sunk(q, k, v, sink):
+    s = torch.cat([q @ k.mT, sink.view(1, -1, 1, 1).expand(B, -1, N, -1)], -1)
+    return torch.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1] @ v
+
+
+def sunk_in_front(q, k, v, sinks):
+    return torch.softmax(torch.cat([sinks.expand(B, -1, N, -1), q @ k.mT], -1), -1)[..., 2:] @ v
+
+
+def softmax_plus_one(q, k, v):
+    e = (q @ k.mT * 0.1).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
 def numbered(m):
     return (1.0 - m[:B, None, None, :].float()) * -1e9
 
@@ -161,6 +179,15 @@ ROW = [Q[:, :, :1], K, V]
         refused("scores as integers", scores(lambda s: (s * 8).to(torch.int64).to(s.dtype)), because="cast"),
         refused("scores clamped", scores(lambda s: s.clamp(max=1)), because="clamp"),
         rewritten("factor as an integer", scores(lambda s: s * torch.tensor(2.7).to(torch.int64))),
+        rewritten("least number taken", scores(least_taken)),
+        rewritten("clamped at the least number", scores(lambda s: s.clamp(min=NEG))),
+        refused("clamped at a number", scores(lambda s: s.clamp(min=-1e5)), because="clamp"),
+        refused("larger of two scores", scores(lambda s: torch.maximum(s, s * 2)), because="max"),
+        rewritten("mask expanded as the scores", scores(lambda s: s.masked_fill(FUTURE[None].expand_as(s), NEG))),
+        rewritten("mask made like the scores", scores(lambda s: s + torch.zeros_like(s).masked_fill(FUTURE, NEG))),
+        rewritten("sink beside", sunk, *INPUTS, BIAS.flatten()[:H]),
+        rewritten("two sinks in front", sunk_in_front, *INPUTS, BIAS.flatten()[: H * 2].view(1, H, 1, 2)),
+        rewritten("softmax plus one", softmax_plus_one),
         refused("small fill scaled down", scaled_fill, because="-10"),
         rewritten("infinite fill scaled down", scaled_infinite_fill),
         rewritten("a mask by fmod", masked(lambda: torch.fmod(torch.where(GAP < 0, -1e9, 0.0), 2e9))),

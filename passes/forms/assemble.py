@@ -60,7 +60,9 @@ def assemble(site: Site, parts: Parts) -> None:
     if set(flat(parts.output)) != {*batch, *rows, *values}:
         raise Unplaced("the product with the values sums over something else than the keys")
     heads = _heads(site, parts, batch, inner, rows, chains[0])
-    rest = tuple(axis for axis in leaves(batch) if axis not in heads)
+    # On the way to what the heads are made of, views may have split what tensors run over.
+    batch, rows, keys, inner, values = map(leaves, (batch, rows, keys, inner, values))
+    rest = tuple(axis for axis in batch if axis not in heads)
     shared = _shared(heads, chains[1], chains[2])
     site.q = placed(*_chosen(chains[0], (rest, heads, rows, inner)), (rest, heads, rows, inner), before, (0, 1, 2, 3))
     for name, chain, groups in (

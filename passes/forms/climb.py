@@ -10,12 +10,12 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.forms.axes import EXPANDS, PERMUTES, REGROUPS, Layout, aligned, flat
-from sparsify.passes.forms.masking import added, index_put, masked_fill, where
+from sparsify.passes.forms.masking import added, clamped, index_put, masked_fill, where
 from sparsify.passes.forms.products import MATMULS, Factor, Product, product
 from sparsify.passes.forms.scaling import dropout, negated, scaled, tanh, through, view
 from sparsify.passes.forms.scores import HINT, MIXERS, Scores, Side, mixed_heads, multiply, of_pairs
 from sparsify.passes.forms.sinks import concatenated
-from sparsify.passes.nodes import CASTS, COPIES, is_tensor, op
+from sparsify.passes.nodes import CASTS, COPIES, is_tensor, op, same, value
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Climb:
 
     def _begin(self, found: Product, node: fx.Node) -> Scores | Refusal:
         scores = Scores(found, found.layout, steps=[found.spelling], path=[node])
-        if found.alpha != 1:
+        if not same(found.alpha, 1):
             multiply(scores, found.alpha)
         if found.bias is not None:
             bias = Side(found.bias, aligned(found.bias, found.layout))
             scores.masks.append(bias)
-            if found.beta != 1:
+            if not same(value(found.beta), 1):
                 bias.factors.append(("mul", found.beta))
         return scores
 
@@ -102,6 +102,7 @@ RULES: dict[str, Callable[[Climb, fx.Node], Scores | Refusal]] = {
     **dict.fromkeys(("add", "sub", "subtract", "add_", "sub_"), added),
     **dict.fromkeys(("masked_fill", "masked_fill_"), masked_fill),
     "index_put": index_put,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), clamped),
     "neg": negated,
     "where": where,
     "tanh": tanh,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.forms.axes import EXPANDS, Dim, leaves
 from sparsify.passes.forms.scores import HINT, MASKED, Scores, side_of
-from sparsify.passes.nodes import CASTS, COPIES, argument, constant, dtype, is_tensor, op, shape
+from sparsify.passes.nodes import CASTS, COPIES, argument, constant, dtype, is_tensor, op, same_sizes, shape
 
 if TYPE_CHECKING:
     from sparsify.passes.forms.climb import Climb
@@ -82,6 +83,25 @@ def _plain(node: Any) -> Any:
 def masked_fill(climb: Climb, node: fx.Node) -> Scores | Refusal:
     scores = climb(node.args[0])
     return _masked(scores, node.args[1], True, node.args[2], node.args[0], node) if scores else scores
+
+
+def clamped(climb: Climb, node: fx.Node) -> Scores | Refusal:
+    """max(scores, number) where the number is the least that the dtype has: it takes back infinities alone."""
+    if op(node) in ("max", "maximum"):
+        left, right = node.args[0], node.args[1] if len(node.args) > 1 else None
+        inner, least = (right, constant(left)) if constant(left) is not None else (left, constant(right))
+    else:
+        inner, least = node.args[0], constant(argument(node, "min"))
+        least = None if argument(node, "max") is not None else least
+    if not isinstance(least, int | float) or not least <= torch.finfo(dtype(node)).min:
+        return Refusal(f"the scores pass through {op(node)}", str(node), HINT)
+    scores = climb(inner)
+    if not scores:
+        return scores
+    if not same_sizes(shape(inner), shape(node)) or dtype(inner) != dtype(node) or scores.in_tanh:
+        return Refusal(f"the scores pass through {op(node)}", str(node), HINT)
+    scores.fill = max(scores.fill, least)
+    return scores
 
 
 def index_put(climb: Climb, node: fx.Node) -> Scores | Refusal:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.passes.forms.axes import Axis, Layout
-from sparsify.passes.nodes import argument, is_tensor, op, same, shape
+from sparsify.passes.nodes import argument, is_tensor, op, same, shape, value
 
 MATMULS = ("matmul", "bmm", "mm", "__matmul__", "__rmatmul__")
 
@@ -28,7 +28,7 @@ class Product:
     """left times right, summed over the axes that both have and `layout`, the result's, has not.
 
     alone: for each dimension of the result, which factor alone it comes from by its place or letter: 0, 1, or None
-    where it is of both. alpha and bias are baddbmm's; beta multiplies the bias.
+    where it is of both. alpha (a number) and bias are baddbmm's; beta (a number or its node) multiplies the bias.
     """
 
     left: Factor
@@ -54,8 +54,8 @@ def product(node: Any) -> Product | None:
     if name in ("baddbmm", "addmm"):
         found = _matmul(node.args[1], node.args[2], node)
         if found is not None:
-            found.alpha, found.beta = argument(node, "alpha", 1), argument(node, "beta", 1)
-            found.bias = node.args[0] if found.beta != 0 else None
+            found.alpha, found.beta = value(argument(node, "alpha", 1)), argument(node, "beta", 1)
+            found.bias = None if same(value(found.beta), 0) else node.args[0]
         return found
     if name == "linear" and argument(node, "bias") is None and is_tensor(node.args[1]):
         rank = len(shape(node.args[0]))

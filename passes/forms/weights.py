@@ -132,7 +132,7 @@ def _product(user: fx.Node, node: fx.Node) -> tuple[fx.Node, Product, int] | Non
     elif op(user) not in PRODUCTS:
         return None
     found = product(user)
-    if found is None or found.alpha != 1 or found.bias is not None:
+    if found is None or not same(found.alpha, 1) or found.bias is not None:
         return None
     mine = [i for i, factor in enumerate(found.factors) if factor.node is node]
     if len(mine) != 1:

@@ -1,0 +1,48 @@
+"""The passes' cost: linear in the number of sites, counted in calls of Python functions, as times would be noise."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from captures import GROUPED, Recorded
+
+OURS = "/passes/"
+
+
+def capture(layers: int, attention: str) -> tuple[int, int]:
+    """(sites rewritten, calls of functions of the passes) for a Llama with a padded batch."""
+    config = transformers.LlamaConfig(**GROUPED | {"num_hidden_layers": layers}, attn_implementation=attention)
+    model = transformers.LlamaForCausalLM(config).eval()
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[0, :3] = 0
+    calls = 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and OURS in frame.f_code.co_filename
+
+    recorded = Recorded()
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        sys.setprofile(count)
+        try:
+            return recorded(gm, inputs)
+        finally:
+            sys.setprofile(None)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.ones(2, 12, dtype=torch.long), attention_mask=padding)
+    return sum(site.open for site in recorded.sites), calls
+
+
+@pytest.mark.parametrize(("attention", "layers"), [("eager", 4), ("sdpa", 16)])
+def test_the_work_grows_with_the_number_of_sites_and_no_faster(attention, layers):
+    (few, little), (many, more) = capture(layers, attention), capture(4 * layers, attention)
+    assert (few, many) == (layers, 4 * layers)
+    assert more <= 4 * little
