@@ -30,6 +30,7 @@ from sparsify.passes.masks.values import (
     as_pieces,
     combine,
     pick,
+    rounded,
 )  # fmt: skip
 from sparsify.passes.nodes import op
 from sparsify.walk import loads, variables
@@ -298,7 +299,7 @@ class Elements:
             if isinstance(element, Tree):
                 rounds = self.name(node) in CASTS and element.node is not None and self.dtype(element.node) != dtype
                 return Tree(node, index, (element, *node.all_input_nodes[1:])) if rounds else element
-            return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), as_pieces(element))
+            return rounded(as_pieces(element), dtype)
         found = as_int(element)
         if dtype not in LONG_INTS and not self._fits(found, dtype):
             raise Opaque(f"a cast to {dtype} of what may not fit")

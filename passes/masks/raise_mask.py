@@ -80,8 +80,9 @@ def raise_masks(
     """What masks do together to scores of `shape` (B, H, Q, K), read by the attention at `site`.
 
     Their tensors broadcast to `shape`; those that are added may be of any dtype, and True then counts as 1. That of
-    `sink` broadcasts to (B, H, Q, 1). `site` matters for what is written in place between a mask and the attention, and new
-    nodes go in front of it; without one, the end of the graph. The graph gains nodes only where a table is needed.
+    `sink` broadcasts to (B, H, Q, 1). `site` matters for what is written in place between a mask and the attention,
+    and new nodes go in front of it; without one, the end of the graph. The graph gains nodes only where a table is
+    needed.
     """
     site = site or next(reversed(masks[0].node.graph.nodes))
     el = Elements(site, shape)
