@@ -12,6 +12,7 @@ from sparsify import bias
 from sparsify.codegen.target import Launch
 from sparsify.expr import TRUE, constant
 from sparsify.patterns.tiles import Band, TileRule, analyse
+from sparsify.ranges import text_of
 from sparsify.text import to_text
 from sparsify.walk import evaluate
 
@@ -39,8 +40,8 @@ class NullTarget:
         """The loop nest as text."""
         lines = [f"attention of {str(dtype).removeprefix('torch.')}, head size {head_dim}, value size {value_dim}"]
         for number, keep in enumerate(program.keep):
-            heads = [h for h, rule in enumerate(program.heads) if rule == number]
-            lines += [f"heads {_ranges(heads)}:", *("  " + line for line in _nest(analyse(keep)))]
+            heads = text_of(program.heads_of(number))
+            lines += [f"heads {heads}:", *("  " + line for line in _nest(analyse(keep)))]
         if program.softcap is not None:
             lines.append(f"softcap: {program.softcap}")
         for name, terms in (("bias", program.bias), ("sink", program.sink or ())):
@@ -78,16 +79,6 @@ def _interval(band: Band) -> str:
     high = "Nk" if band.high is None else to_text(band.high)
     unless = to_text(band.unless)
     return f"[{low}, {high})" + ("" if unless == "False" else f" unless {unless}")
-
-
-def _ranges(heads: list[int]) -> str:
-    runs: list[list[int]] = []
-    for head in heads:
-        if runs and runs[-1][1] == head - 1:
-            runs[-1][1] = head
-        else:
-            runs.append([head, head])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def key_tiles(rule: TileRule, env: dict[str, Any], k_len: int, width: int) -> list[tuple[int, int]]:

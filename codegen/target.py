@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what kernels compute in, and its short name
+
+
 @dataclass(frozen=True)
 class Launch:
     """One call of a program.
@@ -33,6 +36,11 @@ class Launch:
     def empty_output(self) -> torch.Tensor:
         """An output (B, Hq, Nq, Dv) laid out as (B, Nq, Hq, Dv): what a model's own transpose-and-reshape wants."""
         return empty_output(self.q, self.v)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

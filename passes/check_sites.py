@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.op import DTYPES
 from sparsify.passes.nodes import ancestors, is_tensor, op, same, shape, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from sparsify.passes.aliasing import Writes
 from sparsify.passes.forms.arrange import Unplaced
 from sparsify.passes.forms.assemble import Parts, assemble, zero_dimensional
 from sparsify.passes.forms.axes import leaves
+from sparsify.passes.forms.climb import Climb, reaches_product
 from sparsify.passes.forms.roles import roles
-from sparsify.passes.forms.scores import Climb, MixedHeads, Scores, reaches_product
+from sparsify.passes.forms.scores import MixedHeads, Scores
 from sparsify.passes.forms.sdpa import from_sdpa
 from sparsify.passes.forms.softmaxes import Softmax, softmax
 from sparsify.passes.forms.sources import kind_of, projected, weights_of
@@ -46,7 +47,6 @@ class FindSites:
 
 def _add(site: Site, node: fx.Node, capture: Capture) -> None:
     site.address = module_path(node, capture.names) or capture.home
-    site.layer = _layer(site.address, len(capture.sites))
     if site.refusal is None:
         site.kind = kind_of(site.q, site.k)
     capture.sites.append(site)
@@ -62,12 +62,6 @@ def _inside(node: fx.Node) -> list[Site]:
         reason = f"the attention is inside a graph that {getattr(node.target, '_name', node.name)} calls"
         site.refuse(reason, "call the module without it, or under torch.no_grad() if it is a checkpoint")
     return sites
-
-
-def _layer(address: str, ordinal: int) -> int:
-    """The one integer of the module path, else the site's place in the graph."""
-    numbers = [int(part) for part in address.split(".") if part.isdigit()]
-    return numbers[0] if len(numbers) == 1 else ordinal
 
 
 class Finder:

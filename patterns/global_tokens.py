@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsify.errors import PatternError
 from sparsify.expr import Expr, Pred, disjunction
 from sparsify.patterns.pattern import K, Pattern, Q
+from sparsify.ranges import of_numbers
 
 MAX_RUNS = 64  # each run of neighbouring positions costs every kernel a comparison or two per tile
 
@@ -19,27 +20,14 @@ class GlobalTokens(Pattern):
     positions: tuple[int, ...]
 
     def keep(self) -> Pred:
-        return disjunction(_inside(axis, run) for axis in (Q, K) for run in _runs(self.positions))
+        return disjunction(_inside(axis, run) for axis in (Q, K) for run in of_numbers(self.positions))
 
     def __str__(self) -> str:
         return f"global_tokens({list(self.positions)})"
 
 
 def _inside(axis: Expr, run: tuple[int, int]) -> Pred:
-    return (axis >= run[0]) & (axis < run[1])
-
-
-def _runs(positions: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Half-open runs of neighbouring positions."""
-    start = previous = None
-    for position in positions:
-        if start is None or position != previous + 1:
-            if start is not None:
-                yield start, previous + 1
-            start = position
-        previous = position
-    if start is not None:
-        yield start, previous + 1
+    return (axis >= run[0]) & (axis <= run[1])
 
 
 def global_tokens(positions: Iterable[int]) -> Pattern:
@@ -48,7 +36,7 @@ def global_tokens(positions: Iterable[int]) -> Pattern:
     if not isinstance(found, list) or not all(isinstance(p, int) and not isinstance(p, bool) and p >= 0 for p in found):
         raise PatternError(f"global_tokens.positions: expected non-negative integers, found {positions!r}")
     pattern = GlobalTokens(tuple(sorted(set(found))))
-    runs = len(list(_runs(pattern.positions)))
+    runs = len(of_numbers(pattern.positions))
     if runs > MAX_RUNS:
         raise PatternError(f"global_tokens.positions: expected at most {MAX_RUNS} runs of neighbours, found {runs}")
     return pattern

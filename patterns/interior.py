@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.expr import FALSE, TRUE, And, Bound, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum
-from sparsify.patterns.tiles import MAX_BANDS, _limits, _unwrap, always, bounds, never
+from sparsify.patterns.tiles import MAX_BANDS, always, bounds, limits, never, unwrap
 from sparsify.walk import data_bounds, variables
 
 Interval = tuple[Expr | None, Expr | None]
@@ -40,7 +40,7 @@ def has_gaps(pred: Pred) -> bool:
     if never(pred) == FALSE:
         return False
     found, complete = _alternatives(pred)
-    return not complete or any("k" in variables(p) and _limits(p) == (None, None) for parts in found for p in parts)
+    return not complete or any("k" in variables(p) and limits(p) == (None, None) for parts in found for p in parts)
 
 
 def _alternatives(pred: Pred) -> tuple[list[list[Pred]], bool]:
@@ -106,5 +106,5 @@ def _solve(expr: Expr) -> Interval | None:
     limit = bounds(expr - atom * coefficient)
     if limit is None:
         return None
-    found = _unwrap(atom, -limit[0], None) if coefficient == 1 else _unwrap(atom, None, limit[0])
+    found = unwrap(atom, -limit[0], None) if coefficient == 1 else unwrap(atom, None, limit[0])
     return None if found == (None, None) else found

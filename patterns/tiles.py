@@ -232,7 +232,7 @@ def _band(parts: list[Pred]) -> Band:
     high: Expr | None = None
     rest = []
     for part in parts:
-        limit = _limits(part)
+        limit = limits(part)
         if limit == (None, None):
             rest.append(part)
         if limit[0] is not None:
@@ -243,7 +243,7 @@ def _band(parts: list[Pred]) -> Band:
     return Band(low, high, unless)
 
 
-def _limits(part: Pred) -> tuple[Expr | None, Expr | None]:
+def limits(part: Pred) -> tuple[Expr | None, Expr | None]:
     """(low, high) of the keys for which a condition can hold for some query of the tile."""
     match part:
         case Ge(expr):
@@ -264,10 +264,10 @@ def _solve(expr: Expr) -> tuple[Expr | None, Expr | None]:
     limit = bounds(expr - atom * coefficient)
     if limit is None:
         return None, None
-    return _unwrap(atom, -limit[1], None) if coefficient == 1 else _unwrap(atom, None, limit[1])
+    return unwrap(atom, -limit[1], None) if coefficient == 1 else unwrap(atom, None, limit[1])
 
 
-def _unwrap(atom: Expr, low: Expr | None, high: Expr | None) -> tuple[Expr | None, Expr | None]:
+def unwrap(atom: Expr, low: Expr | None, high: Expr | None) -> tuple[Expr | None, Expr | None]:
     """From low <= atom <= high to the interval of k, through `(k + c) // divisor` with a divisor free of q and k."""
     if atom == Var("k"):
         return low, None if high is None else high + 1

@@ -12,12 +12,11 @@ from sparsify import codegen, env, op
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError
 from sparsify.expr import Test
+from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.sizes import LIMIT
 from sparsify.text import parse_pred
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(

@@ -8,6 +8,7 @@ from sparsify.codegen import Launch, target
 from sparsify.codegen.target import empty_output
 from sparsify.program import Program
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of q, k and v
 LIBRARY = torch.library.Library("sparsify", "DEF")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt q_offset, float scale, str program) -> Tensor",

@@ -16,6 +16,7 @@ from sparsify.bias import Bias, from_data, to_data
 from sparsify.bias import parts as bias_parts
 from sparsify.errors import InputError
 from sparsify.expr import Expr, Pred
+from sparsify.ranges import Ranges, of_numbers
 from sparsify.sizes import size_values
 from sparsify.text import parse_pred, to_text
 from sparsify.walk import loads, variables
@@ -82,13 +83,17 @@ class Program:
         """The predicate of a query head."""
         return self.keep[self.heads[head]]
 
+    def heads_of(self, number: int) -> Ranges:
+        """The query heads that have predicate `number` of `keep`."""
+        return of_numbers(head for head, rule in enumerate(self.heads) if rule == number)
+
     def uses(self, *names: str) -> bool:
         """Whether any predicate or bias mentions one of these variables."""
-        return any(variables(part) & set(names) for part in self._parts())
+        return any(variables(part) & set(names) for part in self.parts())
 
     def sizes(self) -> list[str]:
         """The size variables of all predicates, in a fixed order: the scalars that a kernel takes."""
-        names = frozenset().union(*(variables(part) for part in self._parts()))
+        names = frozenset().union(*(variables(part) for part in self.parts()))
         return sorted(name for name in names if name.startswith("size("))
 
     def size_values(self, n: int) -> list[int]:
@@ -98,9 +103,10 @@ class Program:
 
     def load_ranks(self) -> dict[str, int]:
         """How many indices each load takes, by source name."""
-        return {load.source: len(load.index) for part in self._parts() for load in loads(part)}
+        return {load.source: len(load.index) for part in self.parts() for load in loads(part)}
 
-    def _parts(self) -> list[Expr | Pred]:
+    def parts(self) -> list[Expr | Pred]:
+        """Every expression and predicate in the program."""
         return [*self.keep, *bias_parts(self.bias), *bias_parts(self.sink or ())]
 
 

@@ -6,9 +6,9 @@ import io
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsify.addresses import runs
 from sparsify.errors import Refusal
 from sparsify.patterns import Pattern
+from sparsify.ranges import of_numbers, text_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -70,7 +70,7 @@ class SiteReport:
             groups.setdefault(str(pattern).removesuffix("()"), []).append(head)
         if len(groups) <= 1:
             return next(iter(groups), "")
-        return "; ".join(f"{runs(heads)}: {text}" for text, heads in groups.items())
+        return "; ".join(f"{text_of(of_numbers(heads))}: {text}" for text, heads in groups.items())
 
     def density_text(self) -> str:
         if self.density is None:

@@ -78,10 +78,12 @@ def to_text(
     node: Expr | Pred, ops: Mapping[str, str] = PYTHON, leaf: Callable[[Expr], str | None] | None = None
 ) -> str:
     """The node in the language of an op table; `leaf(atom)`, where it isn't None, names a variable or a load."""
-    return _Printer(ops, leaf or (lambda atom: None)).text(node)
+    return Printer(ops, leaf or (lambda atom: None)).text(node)
 
 
-class _Printer:
+class Printer:
+    """Prints nodes by an op table; subclasses print some kinds of nodes their own way."""
+
     def __init__(self, ops: Mapping[str, str], leaf: Callable[[Expr], str | None]) -> None:
         self.ops, self.leaf = ops, leaf
 

@@ -10,7 +10,6 @@ from torch import fx
 
 from sparsify import bias as biases
 from sparsify.errors import VerifyError
-from sparsify.expr import Pred
 from sparsify.passes import Capture
 from sparsify.passes.masks.compare import Difference, first_difference
 from sparsify.passes.remember_masks import MaskCheck
@@ -136,13 +135,8 @@ def _distinct(item: MaskCheck, masks: list[torch.Tensor], batch: int, heads: int
     return [(b, h) for b in range(batch if by_batch else min(batch, 1)) for h in range(heads if by_head else 1)]
 
 
-def _variables(item: MaskCheck) -> set[str]:
-    parts: list[Pred] = [item.keep, *(part for bias in (item.bias, item.sink_bias or ()) for part in _parts(bias))]
-    return {name for part in parts for name in variables(part)}
-
-
-def _parts(bias: biases.Bias) -> list[Any]:
-    return [part for term in bias for part in (term.integer, term.where, *term.loads)]
+def _variables(item: MaskCheck) -> frozenset[str]:
+    return variables(item.keep) | biases.variables((*item.bias, *(item.sink_bias or ())))
 
 
 def _model_mask(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

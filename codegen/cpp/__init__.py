@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.launch import Kernel, build, built
-from sparsify.codegen.cpp.source import DTYPES, Shape, render
-from sparsify.codegen.target import Launch
+from sparsify.codegen.cpp.source import Shape, render
+from sparsify.codegen.target import DTYPES, Launch, dtype_name
 from sparsify.errors import InputError, Refusal
 from sparsify.program import MAX_RANK
 
@@ -33,7 +33,7 @@ class CppTarget:
 
     def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
         """Why the program can't run here: a dtype or a head size that no kernel is printed for, or None."""
-        if str(dtype).removeprefix("torch.") not in DTYPES:
+        if dtype_name(dtype) not in DTYPES:
             return Refusal(f"the C++ target has no kernels for {dtype}", hint=f"it has {', '.join(DTYPES)}")
         for what, size in (("head", head_dim), ("value", value_dim)):
             if not 1 <= size <= MAX_SIZE:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.source import Shape, render
-from sparsify.codegen.target import Launch
+from sparsify.codegen.target import Launch, dtype_name
 from sparsify.errors import BuildError, Refusal
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -
 
 def _source(load: torch.Tensor) -> tuple[Source, torch.Tensor]:
     """A tensor that predicates or biases load from; other types than the kernels know are widened."""
-    if str(load.dtype).removeprefix("torch.") not in LOAD_TYPES:
+    if dtype_name(load.dtype) not in LOAD_TYPES:
         load = load.double() if load.is_floating_point() else load.long()
-    kind, pad = LOAD_TYPES.index(str(load.dtype).removeprefix("torch.")), (0,) * (4 - load.dim())
+    kind, pad = LOAD_TYPES.index(dtype_name(load.dtype)), (0,) * (4 - load.dim())
     return Source(load.data_ptr(), kind, (*load.shape, *pad), (*load.stride(), *pad)), load

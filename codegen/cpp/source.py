@@ -12,6 +12,7 @@ from jinja2 import meta
 
 from sparsify.codegen.cpp.biases import print_biases
 from sparsify.codegen.cpp.rules import Names, max_bands, max_facts, print_rules
+from sparsify.codegen.target import DTYPES, dtype_name
 from sparsify.expr import TRUE, Pred, Sum, Var, constant
 from sparsify.patterns.tiles import BLOCK
 from sparsify.runtime import Isa
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from sparsify.program import Program
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SKELETON = "kernel.cpp.jinja"
 KEYS = 64  # of a key tile: one bit each in a row's mask
 BLOCK_ROWS, BLOCKS = 6, 16  # rows of a register block, and blocks of a query tile
@@ -44,7 +44,7 @@ class Shape:
 
     @classmethod
     def of(cls, dtype: torch.dtype, head_dim: int, value_dim: int) -> Shape:
-        return cls(DTYPES[str(dtype).removeprefix("torch.")], head_dim, value_dim)
+        return cls(DTYPES[dtype_name(dtype)], head_dim, value_dim)
 
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from sparsify.codegen.triton.summaries import Summary, of_keys
 from sparsify.expr import TRUE, Bound, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
 from sparsify.patterns.tiles import BLOCK
 from sparsify.program import Program
-from sparsify.text import _Printer
+from sparsify.text import Printer
 from sparsify.walk import variables
 
 # Division and remainder truncate in Triton: `floor_div` and `floor_mod` are helpers in the skeleton.
@@ -77,7 +77,7 @@ def rank(node: Any) -> int:
     return ("q" in names) + 2 * ("k" in names)
 
 
-class TritonPrinter(_Printer):
+class TritonPrinter(Printer):
     """Prints sizes and loads by the names of the kernel's arguments, and makes tests of loads boolean.
 
     `wrapped` holds the indices over queries or keys that can be negative in a launch: those count from the end.

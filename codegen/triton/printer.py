@@ -9,16 +9,17 @@ from importlib import resources
 from typing import Any
 
 from sparsify.bias import Term
+from sparsify.codegen.target import DTYPES
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
 from sparsify.codegen.triton.summaries import gaps, scanned, split, summaries
 from sparsify.expr import TRUE, Expr
 from sparsify.patterns.interior import interiors
 from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Program
+from sparsify.ranges import text_of
 from sparsify.text import to_text
 from sparsify.walk import variables
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LOG2_E = 1.4426950408889634
 HUGE = 1e30  # a factor beyond it is there to drop pairs
 
@@ -121,7 +122,7 @@ def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, An
     closed, beside = split(pred)
     rule, inside = analyse(pred), [] if gaps(pred) else interiors(closed)
     return {
-        "heads": _ranges(program, number),
+        "heads": text_of(program.heads_of(number)),
         "text": to_text(pred),
         "keep": "" if pred == TRUE else f" & {text(pred)}",
         "beside": "" if beside == TRUE else f" & {text(beside)}",
@@ -138,22 +139,8 @@ def _interval(low: Expr | None, high: Expr | None, text: Any) -> dict[str, str]:
     return {"low": "0" if low is None else text(low), "high": "N" if high is None else text(high)}
 
 
-def _runs(program: Program, number: int) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for head in (h for h, rule in enumerate(program.heads) if rule == number):
-        if runs and runs[-1][1] == head - 1:
-            runs[-1] = (runs[-1][0], head)
-        else:
-            runs.append((head, head))
-    return runs
-
-
-def _ranges(program: Program, number: int) -> str:
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in _runs(program, number))
-
-
 def _heads_test(program: Program, number: int) -> str:
-    tests = [f"(h == {a})" if a == b else f"((h >= {a}) & (h <= {b}))" for a, b in _runs(program, number)]
+    tests = [f"(h == {a})" if a == b else f"((h >= {a}) & (h <= {b}))" for a, b in program.heads_of(number)]
     return " | ".join(tests) or "False"
 
 

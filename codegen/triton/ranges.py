@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparsify import bias
 from sparsify.codegen.triton.expressions import NEVER_NEGATIVE, affine, rank
 from sparsify.expr import (
     And,
@@ -64,12 +63,7 @@ def _reach(load: Load, launch: Launch, wrapped: frozenset[Expr]) -> int:
 @functools.lru_cache(maxsize=1024)
 def _pair_loads(program: Program) -> tuple[Load, ...]:
     """The loads that are read at queries or keys."""
-    return tuple(dict.fromkeys(load for part in parts(program) for load in loads(part) if rank(load)))
-
-
-def parts(program: Program) -> list[Expr | Pred]:
-    """Every expression and predicate in a program."""
-    return [*program.keep, *bias.parts(program.bias), *bias.parts(program.sink or ())]
+    return tuple(dict.fromkeys(load for part in program.parts() for load in loads(part) if rank(load)))
 
 
 def wrapped(launch: Launch) -> frozenset[Expr]:
@@ -112,7 +106,7 @@ def _low(index: Expr) -> Expr | None:
 def large(launch: Launch) -> bool:
     """Whether some part of a predicate, a bias or an index can pass 32 bits; 64-bit loads widen by themselves."""
     limits = _limits(launch, 0)
-    return any(_magnitude(part, limits) >= INT32 for part in parts(launch.program))
+    return any(_magnitude(part, limits) >= INT32 for part in launch.program.parts())
 
 
 def exact(launch: Launch) -> bool:

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsify.codegen.target import dtype_name
 from sparsify.codegen.triton.catalogue import ARCHS, Entry, entries
 from sparsify.codegen.triton.tuning import launch_shape
 from sparsify.errors import BuildError
@@ -82,7 +83,7 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     from sparsify.codegen.triton.arguments import arguments
     from sparsify.codegen.triton.target import kernel
 
-    dtype, head_dim, value_dim = str(launch.q.dtype).removeprefix("torch."), launch.q.shape[3], launch.v.shape[3]
+    dtype, head_dim, value_dim = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
     shape = launch_shape(dtype, head_dim, value_dim, launch.q.shape[2], arch)
     values = arguments(launch, launch.empty_output(), shape.block_m, shape.block_n, False)
     function = kernel(launch)

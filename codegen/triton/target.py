@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.target import Launch
+from sparsify.codegen.target import DTYPES, Launch, dtype_name
 from sparsify.codegen.triton import printer
 from sparsify.codegen.triton.arguments import arguments
 from sparsify.codegen.triton.module import import_source
@@ -44,8 +44,8 @@ class TritonTarget:
 
     def refuse(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
         """Why this program can't run: only the dtype and the head sizes have limits."""
-        if _dtype_name(dtype) not in printer.DTYPES:
-            return Refusal(f"the triton target can't run {_dtype_name(dtype)}", hint="use float32, bfloat16 or float16")
+        if dtype_name(dtype) not in DTYPES:
+            return Refusal(f"the triton target can't run {dtype_name(dtype)}", hint="use float32, bfloat16 or float16")
         if not 1 <= max(head_dim, value_dim) <= MAX_HEAD_DIM:
             return Refusal(
                 f"head size {max(head_dim, value_dim)} is above the {MAX_HEAD_DIM} that the triton target can hold",
@@ -55,7 +55,7 @@ class TritonTarget:
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
         """The generated module."""
-        return printer.kernel_source(program, _dtype_name(dtype), head_dim, value_dim)
+        return printer.kernel_source(program, dtype_name(dtype), head_dim, value_dim)
 
     def run(self, launch: Launch) -> torch.Tensor:
         out = launch.empty_output()
@@ -65,7 +65,7 @@ class TritonTarget:
         if launch.scale <= 0:  # the kernel takes the largest score before it scales
             launch = replace(launch, q=-launch.q if launch.scale < 0 else launch.q * 0, scale=-launch.scale or 1.0)
         arch = None if interpreting() else architecture(launch.q.device.index)
-        shape = launch_shape(_dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3], launch.q.shape[2], arch)
+        shape = launch_shape(dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3], launch.q.shape[2], arch)
         values = arguments(launch, out, shape.block_m, shape.block_n, interpreting())
         grid = (values["q_tiles"] * values["all_heads"],)
         with _on_device(launch.q):
@@ -87,7 +87,7 @@ class TritonTarget:
 def kernel(launch: Launch) -> Any:
     """The jitted kernel of a launch, from the cache or newly written."""
     sizes = launch.q.shape[3], launch.v.shape[3]
-    return _kernel(launch.program, _dtype_name(launch.q.dtype), *sizes, wrapped(launch))
+    return _kernel(launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,7 +120,3 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     import torch
 
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,13 +12,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from sparsify.codegen.target import DTYPES
 from sparsify.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from sparsify.bench.cases import Case
     from sparsify.bench.measure import Result
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
@@ -104,7 +103,7 @@ def _cases(
     from sparsify.bench.cases import WINDOWS, grid
 
     _check_dtypes(dtype)
-    asked = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or DTYPES[:2], heads, kv_heads)
+    asked = grid(pattern or ["window512"], length or [4096], head_dim or [64], dtype or [*DTYPES][:2], heads, kv_heads)
     if any(option is not None for option in (pattern, length, head_dim, dtype)):
         return asked
     return tuple(replace(case, heads=heads, kv_heads=kv_heads) for case in WINDOWS)

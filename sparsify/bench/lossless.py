@@ -24,7 +24,7 @@ from sparsify.bench.report import SHORT, json_path, machine, write
 from sparsify.explanation import explain
 
 BACKENDS = ("sparsify", "inductor")
-DTYPES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # errors that are rounding alone, of outputs of about 1
+ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # errors that are rounding alone, of outputs of about 1
 FLOOR = 0.97  # what the zoo may not fall below
 
 
@@ -44,7 +44,7 @@ class Lossless:
     @property
     def right(self) -> bool:
         """Whether the outputs are those of the model, as near as Inductor's are; a wrong case gets no speed."""
-        return self.error["sparsify"] <= max(2 * self.error["inductor"], DTYPES[self.dtype])
+        return self.error["sparsify"] <= max(2 * self.error["inductor"], ROUNDING[self.dtype])
 
     @property
     def ratio(self) -> float | None:

@@ -10,7 +10,7 @@ from sparsify.errors import InputError
 from sparsify.expr import TRUE, Pred
 from sparsify.patterns import Pattern, causal
 from sparsify.pictures.raster import Raster, raster
-from sparsify.spec.ranges import of_numbers, text_of
+from sparsify.ranges import of_numbers, text_of
 from sparsify.walk import variables
 
 MANY = 8  # in rows of more heads than this, neighbours that keep the same share one panel

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
+from sparsify.ranges import Ranges, contains, counted, of_numbers, read_ranges, text_of
 from sparsify.spec.document import RuleModel
 from sparsify.spec.forms import Builder
-from sparsify.spec.ranges import Ranges, contains, counted, of_numbers, read_ranges, text_of
 from sparsify.spec.source import Path, Source
 from sparsify.walk import variables
 

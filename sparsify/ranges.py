@@ -1,4 +1,4 @@
-"""Sets of head or layer numbers, as people write them: `5`, `"0-3"`, `"0-3,7"`."""
+"""Sets of numbers, of heads or layers mostly, as people write them: `5`, `"0-3"`, `"0-3,7"`."""
 
 from __future__ import annotations
 
