@@ -41,6 +41,7 @@ from sparsify.walk import substitute
 DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype
 MAX_PIECES = 8
 MAX_SPLITS = 6
+MAX_CHOICES = 4
 
 
 class Opaque(Exception):
@@ -231,9 +232,13 @@ def at_least_zero(expr: Expr, box: Box, splits: int = MAX_SPLITS) -> Pred:
 
 
 def equal(left: Expr, right: Expr, box: Box, splits: int = MAX_SPLITS) -> Pred:
-    """left == right, with choices taken apart; a bool tensor's element compared with 0 or 1 is a test."""
+    """left == right, with choices taken apart; a bool tensor's element compared with 0 or 1 is a test.
+
+    Many choices stay, as in numbers of regions that are compared: taken apart they are a case for each combination.
+    """
     gap = left - right
-    split = _splittable(gap, (Select,)) if splits else None
+    many = isinstance(gap, Sum) and sum(isinstance(atom, Select) for _, atom in gap.terms) > MAX_CHOICES
+    split = _splittable(gap, (Select,)) if splits and not many else None
     if split is None:
         return box.decide(eq(gap, 0))
     factor, atom = split
