@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.expr import FALSE, TRUE, And, Bound, Eq, Expr, Ge, Or, Pred, Sum, conjunction, maximum, minimum
-from sparsify.patterns.tiles import MAX_BANDS, always, bounds, limits, never, unwrap
+from sparsify.expr import FALSE, TRUE, And, Bound, Eq, Expr, Ge, Or, Pred, conjunction, maximum, minimum
+from sparsify.patterns.tiles import MAX_BANDS, always, limits, never, solve
 from sparsify.walk import data_bounds, variables
 
 Interval = tuple[Expr | None, Expr | None]
@@ -97,14 +97,6 @@ def _kept_by_all(part: Pred) -> Interval | None:
 
 
 def _solve(expr: Expr) -> Interval | None:
-    """Like `tiles._solve`, but for every query instead of for some."""
-    terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
-    with_k = [(c, atom) for c, atom in terms if "k" in variables(atom)]
-    if len(with_k) != 1 or abs(with_k[0][0]) != 1:
-        return None
-    coefficient, atom = with_k[0]
-    limit = bounds(expr - atom * coefficient)
-    if limit is None:
-        return None
-    found = unwrap(atom, -limit[0], None) if coefficient == 1 else unwrap(atom, None, limit[0])
+    """The keys where expr >= 0 for every query of the tile."""
+    found = solve(expr, every=True)
     return None if found == (None, None) else found

@@ -247,15 +247,16 @@ def limits(part: Pred) -> tuple[Expr | None, Expr | None]:
     """(low, high) of the keys for which a condition can hold for some query of the tile."""
     match part:
         case Ge(expr):
-            return _solve(expr)
+            return solve(expr)
         case Eq(expr):
-            low, high = _solve(expr), _solve(-expr)
+            low, high = solve(expr), solve(-expr)
             return low[0] if low[0] is not None else high[0], low[1] if low[1] is not None else high[1]
     return None, None
 
 
-def _solve(expr: Expr) -> tuple[Expr | None, Expr | None]:
-    """Solves expr >= 0 for k where k occurs once, alone or inside floored divisions: (low, high excluded)."""
+def solve(expr: Expr, every: bool = False) -> tuple[Expr | None, Expr | None]:
+    """Solves expr >= 0, for some query of the tile or for every one, where k occurs once, alone or inside floored
+    divisions: (low, high excluded)."""
     terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
     with_k = [(c, atom) for c, atom in terms if "k" in variables(atom)]
     if len(with_k) != 1 or abs(with_k[0][0]) != 1:
@@ -264,10 +265,11 @@ def _solve(expr: Expr) -> tuple[Expr | None, Expr | None]:
     limit = bounds(expr - atom * coefficient)
     if limit is None:
         return None, None
-    return unwrap(atom, -limit[1], None) if coefficient == 1 else unwrap(atom, None, limit[1])
+    side = limit[0] if every else limit[1]
+    return _unwrap(atom, -side, None) if coefficient == 1 else _unwrap(atom, None, side)
 
 
-def unwrap(atom: Expr, low: Expr | None, high: Expr | None) -> tuple[Expr | None, Expr | None]:
+def _unwrap(atom: Expr, low: Expr | None, high: Expr | None) -> tuple[Expr | None, Expr | None]:
     """From low <= atom <= high to the interval of k, through `(k + c) // divisor` with a divisor free of q and k."""
     if atom == Var("k"):
         return low, None if high is None else high + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
     placed = options.spec is None or not root.partial or root.guard()
     run_passes(capture, options, placed)
     locate(capture)
-    if options.spec is not None:
-        check_rules(options.spec, list(capture.classes), capture.sites)
+    if options.spec is not None and capture.sites and capture.classes:
+        check_rules(options.spec, capture.sites, list(capture.classes))
     return capture
 
 
@@ -83,15 +83,15 @@ def give_up(capture: Capture, gm: fx.GraphModule, error: PassError, strict: bool
         log.debug("the pass failed with", exc_info=error)
 
 
-def check_rules(spec: Any, modules: list[str], sites: list[Site]) -> None:
-    """Raises SpecError for a rule that fits no module of the model.
+def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> None:
+    """Raises SpecError for a rule that none of all sites uses.
 
-    A graph may hold some of a model's sites only (graph breaks, decoding without the encoder), so a rule without a site
-    in this one is no mistake yet; `sparsify.explain` sees them all and decides.
+    modules: given where the sites are those of one graph only (graph breaks, decoding without the encoder): then a rule
+    that fits one of these is no mistake yet; `sparsify.explain` sees all sites and decides.
     """
     from sparsify.spec import unmatched_rules
 
-    wrong = unmatched_rules(spec, [info(site) for site in sites], modules) if sites and modules else []
+    wrong = unmatched_rules(spec, [info(site) for site in sites], modules)
     if wrong:
         raise SpecError(wrong[0])
 

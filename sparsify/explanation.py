@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.backend import captured, errors_as_they_are, report_refusals
-from sparsify.errors import SpecError
+from sparsify.backend import captured, check_rules, errors_as_they_are, report_refusals
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
-from sparsify.passes.attach_spec import info, phase
+from sparsify.passes.attach_spec import phase
 from sparsify.passes.density import density_of
 from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.nodes import value
@@ -61,20 +60,10 @@ def explain(
     with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
         torch.compile(model, backend=record, **alone)(*args, **kwargs)
     if options.spec is not None:
-        _check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
+        check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
     if strict:
         report_refusals([site for capture, _ in captures for site in capture.sites], strict=True)
     return report_of(captures)
-
-
-def _check_rules(spec: Any, sites: list[Site]) -> None:
-    """Now that all sites are known: a rule for none of them is a mistake."""
-    from sparsify.spec import unmatched_rules
-
-    infos = [info(site) for site in sites]
-    wrong = unmatched_rules(spec, infos)
-    if wrong:
-        raise SpecError(wrong[0])
 
 
 def report_of(captures: list[tuple[Capture, int]]) -> Report:

@@ -12,14 +12,34 @@ Here they are built. `sparsify.text` writes and reads them, `sparsify.walk` subs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, dataclass_transform
 
 __all__ = [
     "FALSE", "TRUE", "And", "Bound", "Eq", "Expr", "FloorDiv", "Ge", "Load", "Max", "Min", "Mod", "Mul", "Not", "Or",
     "Pred", "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq", "floordiv",
     "maximum", "minimum", "mod", "negate", "select",
 ]  # fmt: skip
+
+
+@dataclass_transform(frozen_default=True)
+def node(cls: type[Any]) -> Any:
+    """A frozen dataclass whose hash and text are computed once: trees are looked up and sorted again and again."""
+    made: Any = dataclass(frozen=True)(cls)
+    made.__hash__, made.__repr__ = _once("_hash", made.__hash__), _once("_text", made.__repr__)
+    made.__reduce__ = lambda self: (made, tuple(getattr(self, name) for name in made.__match_args__))
+    return made
+
+
+def _once(name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def found(self: Any) -> Any:
+        held = self.__dict__
+        if name not in held:
+            held[name] = compute(self)
+        return held[name]
+
+    return found
 
 
 class Expr:
@@ -69,14 +89,14 @@ class Expr:
         return to_text(self)
 
 
-@dataclass(frozen=True)
+@node
 class Var(Expr):
     """A position (`b`, `h`, `q`, `k`), a tile bound, or a scalar known at launch."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@node
 class Sum(Expr):
     """const + Σ coefficient · atom, atoms sorted by text and coefficients non-zero. A constant has no terms."""
 
@@ -84,7 +104,7 @@ class Sum(Expr):
     terms: tuple[tuple[int, Expr], ...] = ()
 
 
-@dataclass(frozen=True)
+@node
 class Mul(Expr):
     """A product of two expressions neither of which is a constant."""
 
@@ -92,7 +112,7 @@ class Mul(Expr):
     right: Expr
 
 
-@dataclass(frozen=True)
+@node
 class FloorDiv(Expr):
     """left // right, with right > 0."""
 
@@ -100,7 +120,7 @@ class FloorDiv(Expr):
     right: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Mod(Expr):
     """left mod right in 0 .. right-1, with right > 0."""
 
@@ -108,7 +128,7 @@ class Mod(Expr):
     right: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Min(Expr):
     """The smaller of two."""
 
@@ -116,7 +136,7 @@ class Min(Expr):
     right: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Max(Expr):
     """The larger of two."""
 
@@ -124,7 +144,7 @@ class Max(Expr):
     right: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Select(Expr):
     """`then` where the predicate holds, else `other`."""
 
@@ -133,7 +153,7 @@ class Select(Expr):
     other: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Load(Expr):
     """An element of a tensor known at launch: `source[index...]` (a bool counts as 0 or 1)."""
 
@@ -141,7 +161,7 @@ class Load(Expr):
     index: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Bound(Expr):
     """The least or the greatest element of a load while its index at `axis` runs on to `last` (included).
 
@@ -179,42 +199,42 @@ class Pred:
         return to_text(self)
 
 
-@dataclass(frozen=True)
+@node
 class And(Pred):
     """All of the parts hold; no part is itself an And. Without parts: TRUE."""
 
     parts: tuple[Pred, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Or(Pred):
     """One of the parts holds; no part is itself an Or. Without parts: FALSE."""
 
     parts: tuple[Pred, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Ge(Pred):
     """expr >= 0."""
 
     expr: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Eq(Pred):
     """expr == 0."""
 
     expr: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Not(Pred):
     """Not an Eq or a Test: everything else negates into itself."""
 
     part: Eq | Test
 
 
-@dataclass(frozen=True)
+@node
 class Test(Pred):
     """A load of a bool tensor."""
 

@@ -10,11 +10,10 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses import FakeTensorMode
 
-from sparsify.backend import report_refusals, run_passes
-from sparsify.errors import InputError, SpecError
+from sparsify.backend import check_rules, report_refusals, run_passes
+from sparsify.errors import InputError
 from sparsify.options import Options
 from sparsify.passes import Capture
-from sparsify.passes.attach_spec import info
 
 
 def rewrite(
@@ -41,7 +40,8 @@ def rewrite(
     capture = Capture(lifted, [*inputs, *values])
     with torch.no_grad(), tracing(TracingContext(mode)):
         run_passes(capture, chosen, placed=True)
-    _check_rules(chosen.spec, capture)
+    if chosen.spec is not None and not capture.failure:
+        check_rules(chosen.spec, capture.sites)
     report_refusals(capture.sites, chosen.strict)
     return _with_attributes(capture.module, module, held)
 
@@ -89,16 +89,6 @@ def _attribute(module: Any, name: str) -> Any:
     for part in name.split("."):
         module = getattr(module, part)
     return module
-
-
-def _check_rules(spec: Any, capture: Capture) -> None:
-    if spec is None or capture.failure:
-        return
-    from sparsify.spec import unmatched_rules
-
-    wrong = unmatched_rules(spec, [info(site) for site in capture.sites])
-    if wrong:
-        raise SpecError(wrong[0])
 
 
 def _with_attributes(rewritten: fx.GraphModule, module: fx.GraphModule, held: list[str]) -> fx.GraphModule:

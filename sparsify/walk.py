@@ -85,13 +85,28 @@ def substitute(node: Any, values: Mapping[str, Expr | int]) -> Any:
 
 
 def _leaves(node: Any) -> list[Expr]:
-    found: dict[Expr, None] = {}
+    """The variables, loads and bounds in a node, each before what is in it."""
+    seen: dict[Any, None] = {}
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current not in seen:
+            seen[current] = None
+            queue.extend(reversed(_parts(current)))
+    return [leaf for leaf in seen if isinstance(leaf, Var | Load | Bound)]
 
-    def note(leaf: Expr) -> None:
-        found[leaf] = None
 
-    rewrite(node, note)
-    return list(found)
+def _parts(node: Any) -> tuple[Any, ...]:
+    match node:
+        case Load(_, parts) | And(parts) | Or(parts):
+            return parts
+        case Sum(_, terms):
+            return tuple(atom for _, atom in terms)
+        case Bound(load, _, last, _):
+            return load, last
+        case Var():
+            return ()
+    return tuple(getattr(node, name) for name in node.__match_args__)
 
 
 def variables(node: Any) -> frozenset[str]:

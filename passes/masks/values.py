@@ -41,6 +41,7 @@ from sparsify.walk import substitute
 DROPPED = -1e4  # what an additive mask drops: exp(-10000) is 0 in every dtype
 MAX_PIECES = 8
 MAX_SPLITS = 6
+MAX_CHOICES = 4
 
 
 class Opaque(Exception):
@@ -208,6 +209,17 @@ def combine(function: Callable[..., float], *parts: Pieces) -> Pieces:
     return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE])
 
 
+def rounded(element: Element, dtype: torch.dtype | None) -> Element:
+    """An element in a floating dtype; in any other it is what it was. Raises Opaque for what constants can't say."""
+    if dtype is None or not dtype.is_floating_point:
+        return element
+    if isinstance(element, Pieces):
+        return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), element)
+    if dtype in WHOLE_FLOATS:
+        return element  # whole numbers, or as exact as the element's own dtype
+    return rounded(as_pieces(element), dtype)
+
+
 def _float(function: Callable[..., float], values: tuple[float, ...]) -> float:
     try:
         return float(function(*values))
@@ -231,9 +243,13 @@ def at_least_zero(expr: Expr, box: Box, splits: int = MAX_SPLITS) -> Pred:
 
 
 def equal(left: Expr, right: Expr, box: Box, splits: int = MAX_SPLITS) -> Pred:
-    """left == right, with choices taken apart; a bool tensor's element compared with 0 or 1 is a test."""
+    """left == right, with choices taken apart; a bool tensor's element compared with 0 or 1 is a test.
+
+    Many choices stay, as in numbers of regions that are compared: taken apart they are a case for each combination.
+    """
     gap = left - right
-    split = _splittable(gap, (Select,)) if splits else None
+    many = isinstance(gap, Sum) and sum(isinstance(atom, Select) for _, atom in gap.terms) > MAX_CHOICES
+    split = _splittable(gap, (Select,)) if splits and not many else None
     if split is None:
         return box.decide(eq(gap, 0))
     factor, atom = split
