@@ -100,24 +100,26 @@ def _broadcasts(sizes: tuple[Any, ...], full: tuple[Any, ...]) -> bool:
 def _check_mutations(site: Site, order: dict[fx.Node, int], writes: list[tuple[fx.Node, fx.Node]]) -> None:
     """Refuses where memory is written in place that the attention read before, or that holds its scores.
 
-    A rewritten site reads its inputs where its output was made, and has no scores that somebody could write to.
+    A rewritten site reads its inputs where its output was made, and has no scores that somebody could write to. What it
+    reads may be made anew of what the old one read: so each tensor counts from its first use in the old one on.
     order: of the graph's nodes. writes: nodes that write in place, and the tensors that they write to.
     """
     if not any(order[writer] < order[site.output] for writer, _ in writes):
         return
     reads = [site.q, site.k, site.v, *(mask.node for mask in site.masks), *([site.sink] if site.sink else [])]
+    reads += site.restored_with
     before = ancestors(*reads).union(reads)
-    inside = [node for node in ancestors(site.output) if node not in before]
+    inside = {node for node in ancestors(site.output) if node not in before}
     since = {node: order[node] for node in inside}
-    for node in reads:
-        uses = [order[user] for user in node.users if user in since or user is site.output]
+    for node in before:
+        uses = [order[user] for user in node.users if is_tensor(user) and (user in inside or user is site.output)]
         if uses:
             since[node] = min(uses)
     for writer, written in writes:
         if order[writer] > order[site.output]:
             break
         for node, start in since.items():
-            if start < order[writer] and writer not in since and shares_storage(node, written):
+            if start < order[writer] and writer not in inside and shares_storage(node, written):
                 site.refuse(f"{node.name} is changed in place by {writer.name} while the attention reads it")
 
 

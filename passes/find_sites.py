@@ -161,4 +161,6 @@ def _read(site: Site, found: Softmax, scores: Scores, way: Descent) -> Parts:
         site.sink = zero_dimensional(found.sink, site.output)
     if any(leaves(over) not in ((), leaves(parts.keys), leaves(scores.layout[found.dim])) for over in scores.maxima):
         raise Unplaced("a maximum over something else than the keys is taken off the scores")
+    if any(set(leaves(over)) & set(leaves(parts.keys)) for over in scores.stretched):
+        raise Unplaced("the scores are shifted and then multiplied by a tensor that differs from key to key")
     return parts

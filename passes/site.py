@@ -32,7 +32,8 @@ class Site:
     anchor: the SDPA or softmax node. output: the node whose value is the attention's output, in any layout.
     q (B, Hq, Nq, D), k and v (B, Hkv, Nk, ...): nodes, with repeated KV heads taken back.
     heads_known: dimension 1 of q is the heads, for all that can be seen; they may be in the batch.
-    restore: makes the output of the op's result (B, Hq, Nq, Dv), with new nodes in front of the output.
+    restore: makes the output of the op's result (B, Hq, Nq, Dv), with new nodes in front of the output, of the result
+    and the nodes `restored_with`.
     scale: a float or a symbolic float; causal: SDPA's flag, k <= row.
     keep: the model's own mask over b, h, q (absolute), k, N, Nq and loads, once it is recovered.
     q_offset: the absolute position of query row 0, an int or a node; position: a query's position for patterns, over
@@ -60,6 +61,7 @@ class Site:
     causal: bool = False
     heads_known: bool = True
     restore: Callable[[fx.Node], fx.Node] | None = None
+    restored_with: list[fx.Node] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     keep: Pred = TRUE
     loads: tuple[fx.Node, ...] = ()

@@ -116,6 +116,22 @@ def cached(q, k, v):
     return out
 
 
+def by_letters(write):
+    """Attention over (B, N, H, D), for which a site's tensors are made anew; `write` comes before the softmax."""
+
+    def attention(q, k, v, mask):
+        s = torch.einsum("bqhd,bkhd->bhqk", q, k).masked_fill(mask, NEG)
+        write(q, k, v, mask)
+        return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(s, -1), v)
+
+    return attention
+
+
+def gated_twice(q, k, v, gate):
+    w = torch.softmax(q @ k.mT, -1) * gate
+    return (w * gate.add_(1.0)) @ v
+
+
 def scaled_fill(q, k, v):
     return torch.softmax((q @ k.mT).masked_fill(FUTURE, -1e4) * 1e-3, -1) @ v
 
@@ -131,6 +147,12 @@ def least_taken(s):
 def sunk(q, k, v, sink):
     s = torch.cat([q @ k.mT, sink.view(1, -1, 1, 1).expand(B, -1, N, -1)], -1)
     return torch.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1] @ v
+
+
+def sunk_after_a_shift(q, k, v, sink):
+    s = q @ k.mT
+    s = torch.cat([s - s.amax(-1, keepdim=True), sink.view(1, -1, 1, 1).expand(B, -1, N, -1)], -1)
+    return torch.softmax(s, -1)[..., :-1] @ v
 
 
 def sunk_in_front(q, k, v, sinks):
@@ -149,6 +171,7 @@ def numbered(m):
 WIDER = [t[:1] for t in INPUTS]
 ONE_HEAD = [t[:, :1] for t in INPUTS]
 ROW = [Q[:, :, :1], K, V]
+LETTERS = [torch.randn(B, N, H, D, generator=RANDOM) for _ in range(3)] + [FUTURE.clone()]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +188,11 @@ ROW = [Q[:, :, :1], K, V]
         refused("written transposed", scores(write_transposed), because="in place"),
         refused("written through a view", scores(write_through_view), because="in place"),
         rewritten("filled in place", scores(lambda s: s.masked_fill_(FUTURE, NEG))),
+        refused("queries written", by_letters(lambda q, k, v, m: q.mul_(3)), *LETTERS, because="in place"),
+        refused("some keys written", by_letters(lambda q, k, v, m: k[:, :4].zero_()), *LETTERS, because="in place"),
+        rewritten("values written before", by_letters(lambda q, k, v, m: v[:, :4].zero_()), *LETTERS),
+        refused("mask written", by_letters(lambda q, k, v, m: m.fill_(False)), *LETTERS, because="in place"),
+        refused("gate written", gated_twice, *INPUTS, BIAS[0, :, :1, :1].clone(), because="in place"),
         refused("weights set", weights(zero_columns), because="weights are also used"),
         refused("weights set through a view", weights(zero_view), because="weights are also used"),
         rewritten("weights cleared after", weights_after),
@@ -173,6 +201,16 @@ ROW = [Q[:, :, :1], K, V]
         refused("maximum over queries", scores(lambda s: s - s.amax(-2, keepdim=True)), because="max"),
         rewritten("maximum over keys", scores(lambda s: s - s.amax(-1, keepdim=True))),
         rewritten("maximum and its index", scores(lambda s: s - s.max(-1, keepdim=True)[0])),
+        refused("larger of scores and another", scores(lambda s: s - torch.max(s, FUTURE * 1.0)), because="scores"),
+        refused("shifted before tanh", scores(lambda s: torch.tanh(s + 1) * 5), because="before tanh"),
+        refused("shifted before factors of keys", scores(lambda s: (s + 1) * PADDING[0].float()), because="shifted"),
+        refused(
+            "maximum off before factors of keys",
+            scores(lambda s: (s - s.amax(-1, keepdim=True)) * PADDING[0].float()),
+            because="shifted",
+        ),
+        rewritten("shifted before factors of heads", scores(lambda s: (s + 1) * BIAS[0, :, :1, :1])),
+        refused("shifted beside a sink", sunk_after_a_shift, *INPUTS, BIAS.flatten()[:H], because="shifted"),
         rewritten("maximum of everything", scores(lambda s: s - s.max())),
         refused("maximum of heads", scores(lambda s: s - s.amax((1, -1), keepdim=True) * 1), because=""),
         refused("index of the maximum", scores(lambda s: s - s.max(-1, keepdim=True)[1]), because=""),

@@ -181,6 +181,7 @@ def _way_back(site: Site, parts: Parts, groups: tuple[Dim, ...]) -> None:
         return moved(new, groups, output, before)
 
     site.restore = restore
+    site.restored_with = [node for node in (*(factor for _, factor in factors), *fills) if isinstance(node, fx.Node)]
 
 
 def _row_mask(side: Side, parts: Parts, groups: tuple[Dim, ...], before: fx.Node) -> fx.Node | None:

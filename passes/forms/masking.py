@@ -11,10 +11,12 @@ from torch import fx
 from sparsify.errors import Refusal
 from sparsify.passes.forms.axes import EXPANDS, Dim, leaves
 from sparsify.passes.forms.scores import HINT, MASKED, Scores, side_of
-from sparsify.passes.nodes import CASTS, COPIES, argument, constant, dtype, is_tensor, op, same_sizes, shape
+from sparsify.passes.nodes import ATEN, CASTS, COPIES, argument, constant, dtype, is_tensor, op, same_sizes, shape
 
 if TYPE_CHECKING:
     from sparsify.passes.forms.climb import Climb
+
+MAXIMA = (ATEN.amax.default, ATEN.max.default, ATEN.max.dim)
 
 
 def added(climb: Climb, node: fx.Node) -> Scores | Refusal:
@@ -63,7 +65,7 @@ def _maximum(node: Any, inner: Any, scores: Scores) -> Dim | None:
         at, node = argument(node, "dim") % len(shape(node)), node.args[0]
         while op(node) in through or (op(node) == "getitem" and node.args[1] == 0):
             node = node.args[0]
-    if op(node) not in ("amax", "max") or _plain(node.args[0]) is not _plain(inner):
+    if getattr(node, "target", None) not in MAXIMA or _plain(node.args[0]) is not _plain(inner):
         return None
     dims = argument(node, "dim", ())
     dims = [dims] if isinstance(dims, int) else list(dims)

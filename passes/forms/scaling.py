@@ -9,7 +9,7 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.forms.axes import forward
-from sparsify.passes.forms.scores import MASKED, Scores, multiply, side_of
+from sparsify.passes.forms.scores import HINT, MASKED, Scores, multiply, side_of
 from sparsify.passes.nodes import COPIES, argument, dtype, is_tensor, keeps_numbers, op, same_sizes, scalar, shape
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def scaled(climb: Climb, node: fx.Node) -> Scores | Refusal:
         return side
     if any(mask.kind == "bool" for mask in scores.masks) or scores.softcap is not None or scores.in_tanh or scores.sink:
         return Refusal("the scores are multiplied by a tensor after their mask or softcap", str(node))
+    if scores.shifted:
+        scores.stretched += side.layout
     for mask in scores.masks:
         mask.factors.append((name, side))
     scores.multipliers.append(side)
@@ -102,6 +104,8 @@ def tanh(climb: Climb, node: fx.Node) -> Scores | Refusal:
         return scores
     if scores.masks or scores.softcap is not None or scores.in_tanh or scores.sink:
         return Refusal("tanh comes after the mask or after another tanh", str(node))
+    if scores.shifted:
+        return Refusal("something is added to the scores before tanh", str(node), HINT)
     scores.in_tanh = True
     scores.steps.append("tanh")
     return scores

@@ -49,7 +49,9 @@ class Scores:
     multipliers: tensors that multiply the scores before their masks.
     fill: the highest number that masked scores were filled with, scaled as they are.
     path: the nodes from the product on that hold the scores.
-    maxima: what the maxima that were taken off run over: nothing to a softmax over that. shifted: there was one.
+    maxima: what the maxima that were taken off run over: nothing to a softmax over that. shifted: there was one, or a
+    number was added: nothing to a softmax, but to what does more than scale. stretched: what tensors that multiplied
+    the scores after that run over.
     """
 
     product: Product
@@ -65,6 +67,7 @@ class Scores:
     path: list[fx.Node] = field(default_factory=list)
     maxima: list[Dim] = field(default_factory=list)
     shifted: bool = False
+    stretched: list[Dim] = field(default_factory=list)
 
 
 class MixedHeads(Refusal):

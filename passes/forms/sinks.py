@@ -26,6 +26,9 @@ def concatenated(climb: Climb, node: fx.Node) -> Scores | Refusal:
         return climb(parts[0]) if not found else Refusal("the scores are concatenated twice", str(node), HINT)
     ((at, scores),) = found.items()
     dim = argument(node, "dim", 0) % len(scores.layout)
+    if scores.shifted:
+        hint = "put the sinks beside them first, then take the maximum of both off"
+        return Refusal("the scores were shifted before sinks were put beside them", str(node), hint)
     other, keys = parts[1 - at], leaves(scores.layout[dim])
     if scores.in_tanh or scores.sink or not _is_keys(scores, keys):
         return Refusal("something is put beside the scores that is no sink", str(node), HINT)
