@@ -27,6 +27,8 @@ def op(node: Any) -> str:
     target = node.target
     if target is operator.getitem:
         return "getitem"
+    if target is ATEN.view.dtype:
+        return "view_dtype"  # not the same numbers in another shape, but the same bytes as other numbers
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name
         return name.removeprefix("aten::")

@@ -50,7 +50,7 @@ def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[Rais
     """What a site's masks come to, and the tensors of its loads. Sites that share their masks share those."""
     q, k = shape(site.q), shape(site.k)
     sizes = (q[0], q[1], q[2], k[2])
-    masks = tuple(mask.node for mask in site.masks)
+    masks = tuple(site.masks)
     if not masks and site.sink is None:
         return RaisedMask(TRUE), ()
     key = (masks, site.sink, tuple(map(str, sizes)), tuple(_fixed(size) for size in sizes))

@@ -12,7 +12,7 @@ from sparsify.expr import Pred
 from sparsify.passes.check_sites import mutations, shares_storage
 from sparsify.passes.nodes import ancestors, shape
 from sparsify.passes.runner import Capture
-from sparsify.passes.site import Site
+from sparsify.passes.site import Mask, Site
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MaskCheck:
     text: str
     sizes: tuple[int | torch.SymInt, ...]
     causal: bool
-    masks: tuple[fx.Node, ...]
+    masks: tuple[Mask, ...]
     sink: fx.Node | None
     keep: Pred
     bias: Bias
@@ -38,7 +38,7 @@ class MaskCheck:
         """The nodes whose values decide."""
         offset = [self.q_offset] if isinstance(self.q_offset, fx.Node) else []
         sink = [] if self.sink is None else [self.sink]
-        return [*self.masks, *self.loads, *sink, *offset]
+        return [*(mask.node for mask in self.masks), *self.loads, *sink, *offset]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _check(site: Site, copies: dict[fx.Node, fx.Node] | None) -> MaskCheck:
         text=site.mask_text,
         sizes=(batch, heads, q_len, k_len),
         causal=site.causal,
-        masks=tuple(of(mask.node) for mask in site.masks),
+        masks=tuple(Mask(mask.kind, of(mask.node)) for mask in site.masks),
         sink=None if site.sink is None else of(site.sink),
         keep=site.keep,
         bias=site.bias,

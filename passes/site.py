@@ -13,11 +13,11 @@ from sparsify.errors import Refusal
 from sparsify.expr import TRUE, Expr, Pred, Var
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mask:
     """One mask of a site, as the graph has it. `node` broadcasts to (B, H, Nq, Nk).
 
-    kind: "bool" (True keeps) or "add" (added to the scaled scores).
+    kind: "bool" (True keeps) or "add" (added to the scaled scores, whatever its dtype).
     """
 
     kind: Literal["bool", "add"]

@@ -13,6 +13,7 @@ from sparsify.errors import VerifyError
 from sparsify.passes import Capture
 from sparsify.passes.masks.compare import Difference, first_difference
 from sparsify.passes.remember_masks import MaskCheck
+from sparsify.passes.site import Mask
 from sparsify.walk import evaluate, variables
 
 
@@ -95,14 +96,14 @@ def _sizes(graph: fx.Graph, inputs: Sequence[Any]) -> dict[Any, int]:
 def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping[Any, int]) -> None:
     batch, heads, q_len, k_len = (_number(size, symbols, item) for size in item.sizes)
     offset = values[item.q_offset] if isinstance(item.q_offset, fx.Node) else item.q_offset
-    device = values[item.masks[0]].device if item.masks else None
+    device = values[item.masks[0].node].device if item.masks else None
     rows = torch.arange(q_len, device=device).view(-1, 1)
     env: dict[str, Any] = {"N": k_len, "Nq": q_len, "q": rows + offset, "k": torch.arange(k_len, device=device)}
     env |= {f"_{i}": values[node] for i, node in enumerate(item.loads)}
-    masks = [values[node].expand(batch, heads, q_len, k_len) for node in item.masks]
+    masks = [_effect(mask, values[mask.node]).expand(batch, heads, q_len, k_len) for mask in item.masks]
     sink = None if item.sink is None else values[item.sink].expand(batch, heads, q_len, 1)
     causal = env["k"] <= rows
-    for b, h in _distinct(item, [values[node] for node in item.masks], batch, heads):
+    for b, h in _distinct(item, [values[mask.node] for mask in item.masks], batch, heads):
         here = env | {"b": b, "h": h}
         parts = [mask[b, h] for mask in masks] + ([causal] if item.causal else [])
         kept = torch.as_tensor(evaluate(item.keep, here), device=device).expand(q_len, k_len)
@@ -137,6 +138,13 @@ def _distinct(item: MaskCheck, masks: list[torch.Tensor], batch: int, heads: int
 
 def _variables(item: MaskCheck) -> frozenset[str]:
     return variables(item.keep) | biases.variables((*item.bias, *(item.sink_bias or ())))
+
+
+def _effect(mask: Mask, tensor: torch.Tensor) -> torch.Tensor:
+    """A mask as a bool tensor that keeps or a floating one that is added: what it does, not its dtype, decides."""
+    if mask.kind == "bool":
+        return tensor.bool()
+    return tensor if tensor.is_floating_point() else tensor.float()
 
 
 def _model_mask(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

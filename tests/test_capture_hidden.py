@@ -11,6 +11,7 @@ from captures import Recorded, compiled, model, traced
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from sparsify.passes.canonical.interpreter import bound
 from sparsify.passes.nodes import op
 
 B, H, N, D = 2, 4, 19, 8
@@ -241,3 +242,14 @@ def test_flex_attention_whose_blocks_come_from_another_graph():
     torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=1e-5)
     assert [str(site.refusal) for site in recorded.sites] == ["None"]
     assert recorded.sites[0].address.endswith("layers.0.self_attn") and "window(6)" in recorded.sites[0].mask_text
+
+
+@pytest.mark.parametrize("kept", [0, 5, 9])
+def test_arguments_of_fused_operators_are_bound_by_name(kept):
+    """However many are given by position."""
+    wanted = ("q", "k", "v", 8, 2, "w", "b", "ow", "ob", "mask", True, True, 1)
+    names = ["query", "key", "value", "embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"]
+    named = dict(zip(names, wanted[:9], strict=True))
+    for target in (torch._native_multi_head_attention, torch.ops.aten._native_multi_head_attention.default):
+        rest = {"mask_type": 1} | {name: named[name] for name in reversed(names[kept:])} | {"mask": "mask"}
+        assert bound(target, wanted[:kept], rest) == wanted

@@ -123,6 +123,27 @@ def lengths(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tens
     return (torch.arange(x.shape[3]) < p.sum(-1)[:, None])[:, None, None, :]
 
 
+def rewritten(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Distances that a list names, which then changes."""
+    far = torch.tensor([3, 5, -7, 2]) + p[0, 0]
+    mask = torch.isin(gap(x), far)
+    far.add_(1)
+    return mask
+
+
+def edges(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """As `rewritten`, by edges of intervals."""
+    found = table[:5, 0].clone().sort().values
+    bias = table[torch.bucketize(gap(x).float() * 0.3, found), 1]
+    found.add_(2.5)
+    return bias
+
+
+def cast_like(x: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """A cast whose dtype another tensor gives."""
+    return table[gap(x).abs().clamp(max=7)].permute(2, 0, 1).to(torch.float64).type_as(x).exp()
+
+
 # name: mask, keep in words (None where it is long), bias in words, shapes of loads
 CASES: dict[str, tuple[Mask, str | None, str, list[tuple[int, ...]]]] = {
     "t5 encoder": (t5(True), "p_1[b, k]", "table_1[h, k - q + 8]", [(B, K), (H, Q + K - 1)]),
@@ -142,6 +163,9 @@ CASES: dict[str, tuple[Mask, str | None, str, list[tuple[int, ...]]]] = {
     "written": (written, None, "", []),
     "shifted windows": (shifted_windows, None, "", []),
     "outer": (outer, "causal & p_1[b, k] & p_1[b, q]", "", [(B, K)]),
+    "rewritten": (rewritten, "isin[q, k]", "", [(Q, K)]),
+    "edges": (edges, "all", "index[q, k]", [(Q, K)]),
+    "cast like": (cast_like, "all", "table_1[h, k - q + 8]", [(H, Q + K - 1)]),
     "lengths": (lengths, "k < sum(p_1)[b]", "", [(B,)]),
 }
 

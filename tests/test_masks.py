@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrace import Traced, compile_and_trace, trace
 
+from sparsify.expr import TRUE
 from sparsify.passes.masks.check_raised import check_raised
 from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.describe_bias import describe_bias
-from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask
+from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask, raise_masks
 from sparsify.text import parse_expr, parse_pred
 
 MIN, INF = torch.finfo(torch.float32).min, float("inf")
@@ -337,3 +338,37 @@ def test_models(name: str, attention: str, padded: bool, dynamic: bool, texts: l
     found = [check_raised(traced.gm, node, traced.inputs, shape, real) for traced, node, shape, real in sites]
     assert len(found) == 2 and all(found)
     assert [describe(mask.keep, ["1"]) for mask in found] == (texts if len(texts) == 2 else texts * 2)
+
+
+def bits(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return torch.where(columns(x) < 3, 1.0, 0.0).view(torch.int32) <= 1
+
+
+AS_TORCH_ROUNDS: dict[str, Mask] = {
+    "number to float32": lambda x, p: torch.where(later(x), 0.2, 0.7) >= 0.7,
+    "number to bfloat16": lambda x, p: square(x, -10000.0, torch.bfloat16).triu(1) != -10000.0,
+    "tensor without dimensions": lambda x, p: torch.where(later(x), 0.2, 0.7) >= torch.tensor(0.7, dtype=torch.float64),
+    "wider of two": lambda x, p: square(x, 0.7).tril() >= square(x, 0.7, torch.float64),
+    "operand of arithmetic": lambda x, p: torch.where(later(x), 0.2, 0.7) - 0.7 >= 0,
+    "cumsum of halves": lambda x, p: torch.full((x.shape[3],), 0.5).cumsum(0) > rows(x),
+    "cumsum to a float": lambda x, p: square(x, 1, torch.int64).cumsum(1, dtype=torch.float32) * 0.5 > rows(x),
+    "the bits of numbers": bits,
+    "accumulated": lambda x, p: torch.index_put(square(x), (later(x),), torch.tensor(1.0), accumulate=True) < 2,
+}
+
+
+@pytest.mark.parametrize("name", AS_TORCH_ROUNDS)
+def test_numbers_are_what_torch_makes_of_them(name: str) -> None:
+    raised(AS_TORCH_ROUNDS[name], (2, 3, 9, 9), dynamic=False)
+
+
+def test_a_sink_that_cannot_be_read_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    traced = trace(lambda x, p: torch.zeros(1, 3, 1, 1), inputs(2, 3, 9, 9), False)
+    first, *_, last = traced.gm.graph.nodes
+    monkeypatch.setattr("sparsify.passes.masks.elements.Elements.at", broken)
+    found = raise_masks([], last.args[0], tuple(first.meta["val"].shape), last)
+    assert found.keep == TRUE and found.loads == (last.args[0],)
+    assert [term.loads for term in found.sink or ()] == [(parse_expr("_0[0, h, 0, 0]"),)]

@@ -97,3 +97,16 @@ def test_integers_that_are_no_mask_are_found():
     torch.testing.assert_close(
         run(Q, K, V, torch.ones(B, N, dtype=torch.long)), F.scaled_dot_product_attention(Q, K, V)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("given", [False, True], ids=["from positions", "from a tensor"])
+@torch.no_grad()
+def test_what_is_added_counts_as_numbers(dtype, given):
+    def function(q, k, v, same):
+        groups = torch.arange(N) // 4
+        added = same if given else (groups == groups[:, None]).to(dtype)
+        return torch.softmax(q @ k.mT + added, -1) @ v
+
+    same = torch.randint(0, 2, (N, N), generator=torch.Generator().manual_seed(5)).to(dtype)
+    torch.testing.assert_close(verifying(function)(Q, K, V, same), function(Q, K, V, same), atol=1e-5, rtol=1e-5)

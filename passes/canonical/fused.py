@@ -16,7 +16,7 @@ def open_encoder_layer(node: fx.Node, args: tuple[Any, ...], whole: torch.Tensor
     """`torch._transformer_encoder_layer_fwd` (B, N, E), as nn.TransformerEncoderLayer states it. Nested: None."""
     source, embedding, heads, *weights = args[:7]
     gelu, before, eps, gain_1, shift_1, gain_2, shift_2, up, up_bias, down, down_bias = args[7:18]
-    mask, kind = (*args[18:], None, None)[:2]
+    mask, kind = args[18:20]
     if source.is_nested or source.dim() != 3:
         return None
 
@@ -45,7 +45,7 @@ def open_encoder_layer(node: fx.Node, args: tuple[Any, ...], whole: torch.Tensor
 def open_multi_head(node: fx.Node, args: tuple[Any, ...], whole: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """`torch._native_multi_head_attention` (B, N, E). None where it is nested, or its weights are used as well."""
     query, key, value, _, heads, *weights = args[:9]
-    mask, _, _, kind = (*args[9:], None, True, True, None)[:4] if len(args) < 13 else args[9:13]
+    mask, _, _, kind = args[9:13]
     weights_used = any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users)
     if weights_used or any(tensor.is_nested or tensor.dim() != 3 for tensor in (query, key, value)):
         return None

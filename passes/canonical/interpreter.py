@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ class Interpreter(fx.Interpreter):
                 return Interpreter(call.graph, self.followed).run(*call.operands)
         result = super().call_function(target, args, kwargs)
         if target in OPENED and self.node is not None:
-            opened = OPENED[target](self.node, args + tuple(kwargs.values()), result)
+            opened = OPENED[target](self.node, bound(target, args, kwargs), result)
             result = result if opened is None else opened
         with torch._C.DisableTorchFunction():
             if target is ENTER_AUTOCAST:
@@ -84,6 +85,17 @@ class Interpreter(fx.Interpreter):
     def leave(self) -> None:
         while self.entered:
             EXIT_AUTOCAST(self.entered.pop())
+
+
+def bound(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of a call in the order that its operator declares, with the defaults of those that aren't given."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        found = inspect.signature(target.__call__).bind(*args, **kwargs)
+        found.apply_defaults()
+        return found.args
+    operator = target if isinstance(target, torch._ops.OpOverload) else getattr(torch.ops.aten, target.__name__).default
+    declared = operator._schema.arguments[len(args) :]
+    return (*args, *(kwargs.get(arg.name, arg.default_value) for arg in declared))
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

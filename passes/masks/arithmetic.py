@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from sparsify.expr import Expr, Pred, Select, as_expr, constant, maximum, minimum, negate, select
@@ -22,17 +23,39 @@ from sparsify.passes.masks.values import (
     combine,
     compare,
     pick,
+    rounded,
 )  # fmt: skip
+from sparsify.passes.nodes import value
 
 if TYPE_CHECKING:
     from sparsify.passes.masks.elements import Elements
 
 
 def _operands(el: Elements, node: fx.Node, index: Index, count: int) -> list[Element]:
-    """The first arguments, broadcast and promoted to one kind."""
-    names = ("self", "other")
-    found = [el.broadcast(argument(node, i, names[i % 2]), node, index) for i in range(count)]
-    return _promoted(el, found)
+    """The first arguments, broadcast, promoted to one kind and rounded as torch rounds them before it computes."""
+    return _promoted(el, _given(el, node, index, count, computes_in=el.is_float(node)))
+
+
+def _given(el: Elements, node: fx.Node, index: Index, count: int, computes_in: bool) -> list[Element]:
+    """The first arguments, broadcast, in the dtype that torch promotes them to; arithmetic on halves is in float32."""
+    given = [argument(node, i, ("self", "other")[i % 2]) for i in range(count)]
+    dtype = common_dtype(given)
+    if computes_in and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    return [rounded(el.broadcast(arg, node, index), dtype) for arg in given]
+
+
+def common_dtype(given: list[Any]) -> torch.dtype | None:
+    """What torch promotes the arguments of an elementwise operation to: numbers give way to tensors of their kind."""
+    values = [_plain(value(arg)) for arg in given]
+    if not any(isinstance(found, torch.Tensor) for found in values):
+        return None
+    return torch.result_type(values[0], values[-1])
+
+
+def _plain(found: Any) -> Any:
+    """A symbolic number as some number of its type."""
+    return 1 if isinstance(found, torch.SymInt) else 1.0 if isinstance(found, torch.SymFloat) else found
 
 
 def _promoted(el: Elements, found: list[Element]) -> list[Element]:
@@ -47,7 +70,7 @@ def _promoted(el: Elements, found: list[Element]) -> list[Element]:
 
 def comparison(name: str) -> Rule:
     def rule(el: Elements, node: fx.Node, index: Index) -> Element:
-        found = [el.broadcast(argument(node, i, other), node, index) for i, other in enumerate(("self", "other"))]
+        found = _given(el, node, index, 2, computes_in=False)
         return compare(name, *(found if any(isinstance(x, Tree) for x in found) else _promoted(el, found)), el.box)
 
     return rule

@@ -30,6 +30,7 @@ from sparsify.passes.masks.values import (
     as_pieces,
     combine,
     pick,
+    rounded,
 )  # fmt: skip
 from sparsify.passes.nodes import op
 from sparsify.walk import loads, variables
@@ -113,9 +114,9 @@ class Elements:
         """The operation's name, without the underscore of in-place forms."""
         target = node.target
         if isinstance(target, OpOverload):
-            name = target._schema.name.split("::")[-1]
+            name = op(node)
             if target.namespace != "aten":
-                return target._schema.name
+                return name
             return name if name.startswith("__") else name.removesuffix("_")
         return getattr(target, "__name__", str(target))
 
@@ -222,13 +223,14 @@ class Elements:
         """An elementwise operation that no closed form describes, over the elements of its operands."""
         tensors: list[fx.Node] = []
         fx.map_arg((node.args, node.kwargs), lambda arg: tensors.append(arg) if self.dtype(arg) is not None else None)
+        split = 1 if self.name(node) in ELEMENTWISE else len(tensors)
         try:
-            first = [
-                self.broadcast(arg, node, index) for arg in tensors[: 1 if self.name(node) in ELEMENTWISE else None]
-            ]
+            for arg in tensors[split:]:
+                self._check_unwritten(arg, self.writes.position[node])
+            first = [self.broadcast(arg, node, index) for arg in tensors[:split]]
         except Opaque:
             return self._load(node, index, why)
-        tree = Tree(node, index, (*first, *tensors[len(first) :]))
+        tree = Tree(node, index, (*first, *tensors[split:]))
         if self.is_float(node):
             return tree
         element = self._load(node, index, why)
@@ -256,9 +258,7 @@ class Elements:
         if dtype is None or dtype.is_complex:
             raise Opaque(why)
         time = self._time if self.writes.root(node) is not node else max(self._time, self.writes.position[node] + 1)
-        write = self.writes.after(node, time, self.site)
-        if write is not None:
-            raise Opaque(f"{self.name(write)}_ writes into {node.name} before the attention")
+        self._check_unwritten(node, time)
         sizes = self.shape(node)
         inside = tuple(self._clamped(i, size) for i, size in zip(index, sizes, strict=True))
         self.nodes[node.name] = node
@@ -266,6 +266,12 @@ class Elements:
             return Tree(node, inside)
         load = Load(node.name, inside or (ZERO,))
         return Test(load) if dtype == torch.bool else load
+
+    def _check_unwritten(self, node: fx.Node, time: int) -> None:
+        """Raises Opaque where the attention would no longer read what a tensor holds at a time."""
+        write = self.writes.after(node, time, self.site)
+        if write is not None:
+            raise Opaque(f"{self.name(write)}_ writes into {node.name} before the attention")
 
     def load(self, node: fx.Node, index: Index) -> Element:
         """The element as a load, where the attention can read the node's tensor. Raises Opaque."""
@@ -292,8 +298,8 @@ class Elements:
         if dtype is not None and dtype.is_floating_point:
             if isinstance(element, Tree):
                 rounds = self.name(node) in CASTS and element.node is not None and self.dtype(element.node) != dtype
-                return Tree(node, index, (element,)) if rounds else element
-            return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), as_pieces(element))
+                return Tree(node, index, (element, *node.all_input_nodes[1:])) if rounds else element
+            return rounded(as_pieces(element), dtype)
         found = as_int(element)
         if dtype not in LONG_INTS and not self._fits(found, dtype):
             raise Opaque(f"a cast to {dtype} of what may not fit")

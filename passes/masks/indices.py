@@ -232,6 +232,8 @@ def diff(el: Elements, node: fx.Node, index: Index) -> Element:
 
 def cumsum(el: Elements, node: fx.Node, index: Index) -> Element:
     """Of what doesn't change along the dimension (the packed-sequence number of positions that count up by one)."""
+    if el.is_float(node) or el.is_float(node.args[0]):
+        raise Opaque("a cumsum of floating numbers")
     dim = node.args[1] % len(index)  # type: ignore[operator]
     along = el.fresh(node, el.shape(node)[dim])
     element = as_int(el.at(node.args[0], _with(index, dim, along)))

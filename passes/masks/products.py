@@ -24,7 +24,12 @@ def embedding(el: Elements, node: fx.Node, index: Index) -> Element:
 def index_put(el: Elements, node: fx.Node, index: Index) -> Element:
     """x[mask] = number, with a mask over the first dimensions."""
     base, (mask, *others), value = node.args[0], list(node.args[1]), node.args[2]  # type: ignore[arg-type]
-    if others or el.dtype(mask) != torch.bool or el.shape(value) not in ((), (1,)) or argument(node, 3, "", False):
+    if (
+        others
+        or el.dtype(mask) != torch.bool
+        or el.shape(value) not in ((), (1,))
+        or argument(node, 3, "accumulate", False)
+    ):
         raise Opaque("numbers put at positions that are data")
     chosen = as_bool(el.at(mask, index[: len(el.shape(mask))]))
     return pick(chosen, el.cast(el.at(value, (ZERO,) * len(el.shape(value))), node), el.at(base, index))

@@ -22,8 +22,9 @@ average over everything when its mask is finite, NaN when it is -inf, and 0 here
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ from torch import fx
 
 from sparsify import bias as biases
 from sparsify.bias import Bias, Term
-from sparsify.expr import TRUE, Expr, Load, Pred, Test, Var, as_expr, eq, negate
+from sparsify.expr import TRUE, Expr, Load, Pred, Select, Test, Var, as_expr, eq, negate
 from sparsify.passes.masks.elements import Elements, is_one
 from sparsify.passes.masks.resolve import Resolver, simplified
-from sparsify.passes.masks.values import DROPPED, Opaque, Pieces, as_bool
+from sparsify.passes.masks.values import DROPPED, Element, Opaque, Pieces, as_bool, as_pieces
+from sparsify.passes.site import Mask
 from sparsify.program import MAX_RANK
 from sparsify.text import POSITIONS
 from sparsify.walk import loads, rewrite, substitute, variables
@@ -67,25 +69,27 @@ class RaisedMask:
 
 
 def raise_mask(node: fx.Node, shape: Shape, site: fx.Node | None = None, exact: bool = False) -> RaisedMask:
-    """What one mask does. See `raise_masks`."""
-    return raise_masks([node], None, shape, site, exact)
+    """What one mask does: one that keeps where it is bool (or uint8), else one to be added. See `raise_masks`."""
+    kept = node.meta["val"].dtype in (torch.bool, torch.uint8)
+    return raise_masks([Mask("bool" if kept else "add", node)], None, shape, site, exact)
 
 
 def raise_masks(
-    masks: Sequence[fx.Node], sink: fx.Node | None, shape: Shape, site: fx.Node | None = None, exact: bool = False
+    masks: Sequence[Mask], sink: fx.Node | None, shape: Shape, site: fx.Node | None = None, exact: bool = False
 ) -> RaisedMask:
     """What masks do together to scores of `shape` (B, H, Q, K), read by the attention at `site`.
 
-    Their tensors are bool (True keeps) or floating (added to the scores) and broadcast to `shape`; that of `sink`
-    broadcasts to (B, H, Q, 1). `site` matters for what is written in place between a mask and the attention, and new
-    nodes go in front of it; without one, the end of the graph. The graph gains nodes only where a table is needed.
+    Their tensors broadcast to `shape`; those that are added may be of any dtype, and True then counts as 1. That of
+    `sink` broadcasts to (B, H, Q, 1). `site` matters for what is written in place between a mask and the attention,
+    and new nodes go in front of it; without one, the end of the graph. The graph gains nodes only where a table is
+    needed.
     """
-    site = site or next(reversed(masks[0].graph.nodes))
+    site = site or next(reversed(masks[0].node.graph.nodes))
     el = Elements(site, shape)
     resolver = Resolver(el, shape, exact)
     keep, terms = TRUE, ()
-    for node in masks:
-        kept, added = _mask(resolver, node, _top_index(el, node, shape))
+    for mask in masks:
+        kept, added = _mask(resolver, mask, _top_index(el, mask.node, shape))
         keep, terms = keep & kept, terms + added
     found = None if sink is None else _sink(resolver, sink, (*_top_index(el, sink, shape)[:-1], as_expr(0)))
     return _named(resolver, el.box.decide(keep), terms, found)
@@ -99,35 +103,71 @@ def _top_index(el: Elements, node: fx.Node, shape: Shape) -> tuple[Expr, ...]:
     return tuple(as_expr(0) if s else Var(name) for s, name in zip(stretched, names, strict=True))
 
 
-def _mask(resolver: Resolver, node: fx.Node, index: tuple[Expr, ...]) -> tuple[Pred, Bias]:
+def _mask(resolver: Resolver, mask: Mask, index: tuple[Expr, ...]) -> tuple[Pred, Bias]:
     el = resolver.el
-    try:
-        element = el.at(node, index)
-        if el.is_bool(node):
+
+    def read() -> tuple[Pred, Bias]:
+        element = el.at(mask.node, index)
+        if mask.kind == "bool":
             return _known(el, resolver.resolved(as_bool(element))), ()
-        keep, bias = resolver.added(element)
+        keep, bias = resolver.added(_number(element))
         return _known(el, keep), _known(el, bias)
-    except Exception as error:  # the tensor itself is always right
-        if not isinstance(error, Opaque):
-            log.warning("the mask %s could not be read; it stays a tensor", node.name, exc_info=True)
-        el.nodes[node.name] = node
-        load = Load(node.name, index or (as_expr(0),))
-        if el.dtype(node) == torch.bool:
-            return Test(load), ()
-        return (TRUE, (Term(1.0, (load,)),)) if el.is_float(node) else (negate(eq(load, 0)), ())
+
+    found = _attempt(mask.node, read)
+    if found is not None:
+        return found
+    load = _whole(el, mask.node, index)
+    if mask.kind == "add":
+        return TRUE, (_whole_term(el, mask.node, load),)
+    return Test(load) if el.dtype(mask.node) == torch.bool else negate(eq(load, 0)), ()
 
 
 def _sink(resolver: Resolver, node: fx.Node, index: tuple[Expr, ...]) -> Bias:
     """The terms of a sink: a logit as it is, -inf and all."""
-    element = resolver.el.at(node, index)
-    if not isinstance(element, Pieces):
-        keep, terms = resolver.added(element)
-        if keep == TRUE:
-            return terms
-    elif all(value > DROPPED for value, _ in element.parts):
-        return tuple(Term(value, where=where) for value, where in element.parts if value)
-    resolver.el.nodes[node.name] = node
-    return (Term(1.0, (Load(node.name, index or (as_expr(0),)),)),)
+    el = resolver.el
+
+    def read() -> Bias | None:
+        element = _number(el.at(node, index))
+        if not isinstance(element, Pieces):
+            keep, terms = resolver.added(element)
+            return _known(el, terms) if keep == TRUE else None
+        if any(value <= DROPPED for value, _ in element.parts):
+            return None
+        return _known(el, tuple(Term(value, where=where) for value, where in element.parts if value))
+
+    found = _attempt(node, read)
+    return (_whole_term(el, node, _whole(el, node, index)),) if found is None else found
+
+
+def _attempt(node: fx.Node, read: Callable[[], Any]) -> Any:
+    """What a tensor was read as, or None: the tensor itself is always right."""
+    try:
+        return read()
+    except Exception as error:
+        if not isinstance(error, Opaque):
+            log.warning("the mask %s could not be read; it stays a tensor", node.name, exc_info=True)
+        return None
+
+
+def _number(element: Element) -> Element:
+    """An element that is added: True is 1, and integers that are a choice of a few are constants."""
+    if isinstance(element, Pred | Select):
+        with contextlib.suppress(Opaque):
+            return as_pieces(element)
+    return element
+
+
+def _whole(el: Elements, node: fx.Node, index: tuple[Expr, ...]) -> Load:
+    """A load of a mask's own tensor."""
+    el.nodes[node.name] = node
+    return Load(node.name, index or (as_expr(0),))
+
+
+def _whole_term(el: Elements, node: fx.Node, load: Load) -> Term:
+    """What adds a tensor of any dtype."""
+    if el.is_float(node):
+        return Term(1.0, (load,))
+    return Term(1.0, where=Test(load)) if el.dtype(node) == torch.bool else Term(1.0, integer=load)
 
 
 def _known(el: Elements, found: Any) -> Any:

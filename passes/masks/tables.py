@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sparsify.passes.masks.elements import Elements
 
 BINARY: dict[type, tuple[Any, Callable[..., Any]]] = {
+    Sum: (ATEN.add.Tensor, operator.add),
     Mul: (ATEN.mul.Tensor, operator.mul),
     FloorDiv: (ATEN.floor_divide.default, operator.floordiv),
     Mod: (ATEN.remainder.Tensor, operator.mod),
@@ -210,7 +211,7 @@ class _Printer:
         return self.call(ATEN.to.dtype, made, torch.int64) if is_tensor(made) and dtype(made) != torch.int64 else made
 
     def binary(self, kind: type, a: Any, b: Any) -> Any:
-        on_tensors, on_numbers = BINARY.get(kind, (ATEN.add.Tensor, operator.add))
+        on_tensors, on_numbers = BINARY[kind]
         if is_tensor(a) or is_tensor(b):
             return self.call(on_tensors, self.tensor(a), self.tensor(b))
         return self.numbers(on_numbers, a, b)

@@ -209,6 +209,17 @@ def combine(function: Callable[..., float], *parts: Pieces) -> Pieces:
     return Pieces.of([(_float(function, values), where) for values, where in found if where != FALSE])
 
 
+def rounded(element: Element, dtype: torch.dtype | None) -> Element:
+    """An element in a floating dtype; in any other it is what it was. Raises Opaque for what constants can't say."""
+    if dtype is None or not dtype.is_floating_point:
+        return element
+    if isinstance(element, Pieces):
+        return combine(lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).item(), element)
+    if dtype in WHOLE_FLOATS:
+        return element  # whole numbers, or as exact as the element's own dtype
+    return rounded(as_pieces(element), dtype)
+
+
 def _float(function: Callable[..., float], values: tuple[float, ...]) -> float:
     try:
         return float(function(*values))
