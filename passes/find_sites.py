@@ -155,6 +155,7 @@ def _read(site: Site, found: Softmax, scores: Scores, way: Descent) -> Parts:
         scores.softcap = 1.0
     site.scale, site.softcap = scores.scale, scores.softcap
     parts = roles(scores, scores.layout[found.dim], way)
+    _check_norm(found, scores, way, parts)
     if found.sink is not None:
         if scores.shifted or parts.sink is not None:
             raise Unplaced("a number is added to the sum of exponentials from which a maximum was taken off")
@@ -164,3 +165,13 @@ def _read(site: Site, found: Softmax, scores: Scores, way: Descent) -> Parts:
     if any(set(leaves(over)) & set(leaves(parts.keys)) for over in scores.stretched):
         raise Unplaced("the scores are shifted and then multiplied by a tensor that differs from key to key")
     return parts
+
+
+def _check_norm(found: Softmax, scores: Scores, way: Descent, parts: Parts) -> None:
+    """Raises Unplaced where exponentials are divided by other sums than those of their own rows."""
+    if found.norm is None:
+        return
+    divided = scores.layout if found.divisor is not None else parts.output
+    divisor = found.divisor or way.divisor
+    if divisor is None or not found.norm.fits(divisor, scores.layout, found.dim, divided):
+        raise Unplaced("the exponentials of the scores are divided by sums that are not those of their rows")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from sparsify.op import attention
 from sparsify.passes.choose_target import program_of
-from sparsify.passes.nodes import ATEN, call, dtype, op, same, same_sizes, shape, size, value
+from sparsify.passes.forms.axes import EXPANDS, PERMUTES, REGROUPS
+from sparsify.passes.nodes import ATEN, CASTS, COPIES, call, dtype, op, same, same_sizes, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 
@@ -41,10 +43,12 @@ def _splice(site: Site) -> None:
 
 def rewritten(site: Site, values: fx.Node) -> fx.Node:
     """New nodes that compute a site's output by the op, with values (B, Hkv, Nk, Dv) in the place of v."""
-    before, made_of = site.output, dtype(site.output)
+    before, made_of = site.output, _computed_in(site)
     q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, values))
     numbers = site.q_offset, float(site.scale), program_of(site).text()
     new = call(before, attention, q, k, v, list(site.loads), *numbers)
+    if made_of != dtype(before):
+        new = call(before, ATEN.to.dtype, new, dtype(before))
     return new if site.restore is None else site.restore(new)
 
 
@@ -52,8 +56,27 @@ def same_kind(new: fx.Node, old: fx.Node) -> bool:
     return dtype(new) == dtype(old) and value(new).device == value(old).device and same_sizes(shape(new), shape(old))
 
 
-def _prepared(node: fx.Node, site: Site, made_of) -> fx.Node:  # type: ignore[no-untyped-def]
-    """q, k or v in the dtype of the output (autocast makes them differ) and in q's batch size."""
+def _computed_in(site: Site) -> torch.dtype:
+    """The output's dtype, where q, k and v lose nothing in it; else the widest of theirs: scores of float32 whose
+    weights were cast down are still made of float32."""
+    made_of = dtype(site.output)
+    for node in (site.q, site.k, site.v):
+        if not _fits(node, made_of):
+            made_of = torch.promote_types(made_of, dtype(node))
+    return made_of
+
+
+def _fits(node: fx.Node, wanted: torch.dtype) -> bool:
+    """Whether a tensor is one of a dtype, or was just cast from it."""
+    while torch.promote_types(dtype(node), wanted) != wanted:
+        if op(node) not in (*CASTS, *COPIES, *REGROUPS, *PERMUTES, *EXPANDS):
+            return False
+        node = node.args[0]
+    return True
+
+
+def _prepared(node: fx.Node, site: Site, made_of: torch.dtype) -> fx.Node:
+    """q, k or v in one dtype (autocast makes them differ) and in q's batch size."""
     if dtype(node) != made_of:
         node = call(site.output, ATEN.to.dtype, node, made_of)
     if not same(shape(node)[0], shape(site.q)[0]):

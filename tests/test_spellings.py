@@ -136,6 +136,24 @@ def scaled_fill(q, k, v):
     return torch.softmax((q @ k.mT).masked_fill(FUTURE, -1e4) * 1e-3, -1) @ v
 
 
+def by_sums(divide, after=False):
+    """Exponentials over their sums, of as many queries as keys: a sum of another row fits, too."""
+
+    def attention(q, k, v):
+        e = (q[0, 0] @ k[0, 0].mT * 0.25).exp()
+        return divide(e @ v[0, 0, :, :1].expand(N, N), e.sum(-1)) if after else divide(e, e.sum(-1)) @ v[0, 0]
+
+    return attention
+
+
+def undone(number):
+    return scores(lambda s: s.masked_fill(FUTURE, number) - number * FUTURE)
+
+
+def wide_scores(q, k, v):
+    return torch.softmax(q @ k.mT * 9, -1).to(torch.bfloat16) @ v.to(torch.bfloat16)
+
+
 def scaled_infinite_fill(q, k, v):
     return torch.softmax((q @ k.mT).masked_fill(FUTURE, NEG) * 1e-3, -1) @ v
 
@@ -226,6 +244,14 @@ LETTERS = [torch.randn(B, N, H, D, generator=RANDOM) for _ in range(3)] + [FUTUR
         rewritten("sink beside", sunk, *INPUTS, BIAS.flatten()[:H]),
         rewritten("two sinks in front", sunk_in_front, *INPUTS, BIAS.flatten()[: H * 2].view(1, H, 1, 2)),
         rewritten("softmax plus one", softmax_plus_one),
+        refused("sums of columns", by_sums(lambda e, total: e / total), because="not those of their rows"),
+        refused("sums transposed", by_sums(lambda e, t: e / t[:, None].mT), because="not those of their rows"),
+        refused("sums inverted", by_sums(lambda e, t: e * t.reciprocal()), because="not those of their rows"),
+        refused("sums of columns after", by_sums(lambda e, t: e / t, after=True), because="not those of their rows"),
+        rewritten("sums of rows", by_sums(lambda e, t: e / t[:, None].expand_as(e))),
+        rewritten("sums of rows after", by_sums(lambda e, t: e / t[:, None], after=True)),
+        refused("fill undone", undone(-1e4), because="undo"),
+        refused("large fill undone", undone(-1e9), because="undo"),
         refused("small fill scaled down", scaled_fill, because="-10"),
         rewritten("infinite fill scaled down", scaled_infinite_fill),
         rewritten("a mask by fmod", masked(lambda: torch.fmod(torch.where(GAP < 0, -1e9, 0.0), 2e9))),
@@ -343,6 +369,15 @@ def test_a_spec_means_positions_and_heads_or_is_refused(function, inputs, rule, 
         torch.testing.assert_close(
             found, F.scaled_dot_product_attention(*inputs, attn_mask=wanted), atol=2e-5, rtol=2e-5
         )
+
+
+def test_scores_stay_as_wide_as_they_are():
+    exact = torch.softmax(Q @ K.mT * 9, -1) @ V.bfloat16().float()
+    with torch.no_grad():
+        run, recorded = compiled(wide_scores)
+        found = run(*INPUTS)
+    assert recorded.sites[0].refusal is None and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
 
 
 def test_a_look_ahead_is_not_called_causal():

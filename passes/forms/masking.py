@@ -16,6 +16,7 @@ from sparsify.passes.nodes import ATEN, CASTS, COPIES, argument, constant, dtype
 if TYPE_CHECKING:
     from sparsify.passes.forms.climb import Climb
 
+UNDONE = -1e30  # no tensor that is added undoes a fill this low
 MAXIMA = (ATEN.amax.default, ATEN.max.default, ATEN.max.dim)
 
 
@@ -41,6 +42,9 @@ def added(climb: Climb, node: fx.Node) -> Scores | Refusal:
     if not is_tensor(right):
         scores.shifted = True
         return scores  # the same number for every score: softmax does not see it
+    if max(UNDONE, torch.finfo(dtype(node)).min) < scores.fill:
+        hint = "fill with -inf or the least number of the dtype"
+        return Refusal(f"a tensor that may undo it is added to a fill with {scores.fill:g}", str(node), hint)
     side = side_of(scores, right, left, node, "add")
     if not side:
         return side

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.passes.forms.axes import EXPANDS, PERMUTES
+from sparsify.passes.forms.axes import EXPANDS, PERMUTES, Layout, flat, forward, resolved
 from sparsify.passes.nodes import CASTS, COPIES, VIEWS, argument, op, scalar, shape
 
 OPERATORS = ("softmax", "_softmax", "_safe_softmax", "special_softmax")
@@ -21,7 +21,8 @@ RESHAPES = (*HANDED_ON, *VIEWS, *PERMUTES, *EXPANDS, "unsqueeze", "squeeze")
 class Softmax:
     """exp(scores) / sum(exp(scores), dim).
 
-    node: holds the weights; with `norm`, exp(scores), to be divided by it after a product.
+    node: holds the weights; where `norm` is there and `divisor` is not, exp(scores), divided after a product.
+    norm: the sums that exp(scores) are divided by; divisor: the node that they are divided by.
     sink: the logarithm of a number that is added to the sum: a sink's logit, or None.
     inside: the nodes that belong to the softmax itself.
     """
@@ -31,6 +32,7 @@ class Softmax:
     dim: int
     spelling: str = "softmax"
     norm: Norm | None = None
+    divisor: fx.Node | None = None
     sink: float | None = None
     inside: set[fx.Node] = field(default_factory=set)
 
@@ -93,14 +95,14 @@ def _divided(node: fx.Node) -> Softmax | None:
     bases += [(user, found) for one in _reached(totals[0], RESHAPES) for user in one.users if (found := _more(user))]
     for base, added in reversed(bases):
         sink = math.log(added) if added else None
-        norm = Norm(base)
+        norm = Norm(base, totals[0])
         inside = {*held, *norm.nodes, *_reached(totals[0], RESHAPES)}
         for one in held:
             for user in one.users:
-                if norm.divides(user, one):
-                    return Softmax(user, node.args[0], dim, "exp > div(sum)", None, sink, inside)
+                if (divisor := norm.divisor(user, one)) is not None:
+                    return Softmax(user, node.args[0], dim, "exp > div(sum)", norm, divisor, sink, inside)
         if any(user not in inside for one in norm.nodes for user in one.users):
-            return Softmax(held[-1], node.args[0], dim, "exp", norm, sink, inside)
+            return Softmax(held[-1], node.args[0], dim, "exp", norm, None, sink, inside)
     return None
 
 
@@ -120,16 +122,44 @@ def _more(node: fx.Node) -> float | None:
 
 
 class Norm:
-    """The nodes that hold the sum of each row in any shape, and those that hold its reciprocal."""
+    """The nodes that hold the sum of each row in any shape, and those that hold its reciprocal.
 
-    def __init__(self, base: fx.Node) -> None:
+    total: the sum itself; base: it, or it and a number.
+    """
+
+    def __init__(self, base: fx.Node, total: fx.Node) -> None:
+        self.total, self.reached = total, set(_reached(total, RESHAPES))
         self.nodes = _reached(base, RESHAPES)
         inverses = [user for one in self.nodes for user in one.users if op(user) == "reciprocal"]
         self.inverted = {one for inverse in inverses for one in _reached(inverse, RESHAPES)}
         self.nodes += self.inverted
+        self.reached |= {*self.nodes, *inverses}
 
-    def divides(self, user: fx.Node, node: fx.Node) -> bool:
-        """Whether `user` divides `node` by the sum."""
+    def divisor(self, user: fx.Node, node: fx.Node) -> fx.Node | None:
+        """By what `user` divides `node`, if that is the sum; or the reciprocal that it multiplies it with."""
         if op(user) in ("div", "true_divide", "divide") and argument(user, "rounding_mode") is None:
-            return user.args[0] is node and user.args[1] in self.nodes and user.args[1] not in self.inverted
-        return op(user) == "mul" and node in user.args and any(other in self.inverted for other in user.args)
+            by = user.args[1]
+            return by if user.args[0] is node and by in self.nodes and by not in self.inverted else None
+        found = [other for other in user.args if other in self.inverted] if op(user) == "mul" else []
+        return found[0] if found and node in user.args else None
+
+    def fits(self, divisor: fx.Node, exponentials: Layout, dim: int, divided: Layout) -> bool:
+        """Whether each row is divided by its own sum: whether the divisor runs along `divided` over what the
+        exponentials run over but for the dimension `dim`."""
+        chain = [divisor]
+        while chain[-1] is not self.total:
+            chain.append(next(node for node in chain[-1].all_input_nodes if self._holds(node)))
+        kept = len(shape(self.total)) == len(exponentials)
+        start = (*exponentials[:dim], *([()] if kept else []), *exponentials[dim + 1 :])
+        layout: Layout | None = start
+        for node in reversed(chain[:-1]):
+            if layout is not None and op(node) not in (*HANDED_ON, "add", "reciprocal"):
+                layout = forward(node, layout)
+        if layout is None or len(layout) > len(divided):
+            return False
+        layout, rows = ((),) * (len(divided) - len(layout)) + layout, flat(start)
+        pairs = zip(resolved(layout), resolved(divided), strict=True)
+        return all([a for a in ours if a in rows] == [a for a in theirs if a in rows] for ours, theirs in pairs)
+
+    def _holds(self, node: fx.Node) -> bool:
+        return node is self.total or node in self.reached

@@ -35,6 +35,7 @@ class Descent:
     """The way from a softmax to the node that holds the attention's output.
 
     path: the nodes that hold the weights, from the softmax to the product. at: the place of the weights in it.
+    divisor: by what the product is divided, if the weights were not.
     """
 
     path: list[fx.Node]
@@ -42,6 +43,7 @@ class Descent:
     at: int
     output: fx.Node
     steps: list[str] = field(default_factory=list)
+    divisor: fx.Node | None = None
 
     @property
     def values(self) -> fx.Node:
@@ -149,15 +151,15 @@ def _sums_one(found: Product, factor: Factor) -> bool:
 
 def _ended(found: Softmax, way: Descent) -> Descent | Refusal:
     """With the sum of the exponentials taken off behind the product."""
-    if found.norm is None:
+    if found.norm is None or found.divisor is not None:
         return way
     held = way.output
     while True:
         users = list(held.users)
         if len(users) != 1:
             return Refusal("the exponentials of the scores are used before they are divided by their sum", str(held))
-        if found.norm.divides(users[0], held):
-            way.output = users[0]
+        if (divisor := found.norm.divisor(users[0], held)) is not None:
+            way.output, way.divisor = users[0], divisor
             return way
         if op(users[0]) not in (*CASTS, *COPIES):
             return Refusal("the exponentials of the scores are used before they are divided by their sum", str(held))
