@@ -80,9 +80,8 @@ def why_dense(site: Site) -> str:
     what = "a decode step" if few else f"{q_len} queries"
     if saved <= 0:
         return f"dense is as fast for {what} over {k_len} keys of which {density:.0%} are kept"
-    return (
-        f"dense is faster for {what} over {k_len} keys: {saved / 1e3:.0f} µs saved, a launch takes {LAUNCH / 1e3:.0f}"
-    )
+    pairs = f"{what} over {k_len} keys"
+    return f"dense is faster for {pairs}: a kernel saves {saved / 1e3:.0f} µs on them and costs {LAUNCH / 1e3:.0f}"
 
 
 def _sizes(node: Any) -> tuple[int, int, int, int]:

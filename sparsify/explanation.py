@@ -18,7 +18,7 @@ from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.nodes import value
 from sparsify.patterns import dense
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
-from sparsify.walk import loads
+from sparsify.walk import loads, variables
 
 __all__ = ["Report", "explain"]
 
@@ -84,7 +84,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
     if site.programs and site.refusal is None and q_len and k_len:
         offset = site.q_offset if isinstance(site.q_offset, int) else _hint(value(site.q_offset))
         density = density_of(site.programs, q_len, k_len, offset)
-    unknown = any(loads(rule) for rule in site.programs)
+    unknown = any(loads(rule) or "b" in variables(rule) for rule in site.programs)
     return SiteReport(
         address=site.address,
         layer=site.layer,

@@ -110,6 +110,12 @@ def _short(form: str) -> str:
 
 
 def _footer(report: Report) -> Iterator[tuple[str, str]]:
+    if not report.graphs:
+        yield "graphs", "torch.compile captured nothing of this call: graph breaks left all of it to Python"
+    elif len(report.graphs) > 1:
+        yield "graphs", "graph breaks split the call; an attention that a break cuts apart can't be found"
+    if len(report.graphs) != 1:
+        yield "", "TORCH_LOGS=graph_breaks says where and why"
     for number, graph in enumerate(report.graphs):
         for note in graph.notes:
             yield f"graph {number}", note

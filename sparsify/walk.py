@@ -135,7 +135,7 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
         case Var(name):
             return env[name]
         case Load(source, index):
-            return env[source][tuple(map(go, index))]
+            return _widened(env[source][tuple(map(go, index))])
         case Bound(load, axis, last, greatest):
             return _bound(env[load.source], [go(part) for part in load.index], axis, go(last), greatest)
         case Sum(const, terms):
@@ -174,6 +174,13 @@ def _bound(source: Any, index: list[int], axis: int, last: int, greatest: bool) 
     run = slice(0, size) if first < 0 else slice(min(first, size - 1), min(last, size - 1) + 1)
     found = source[(*index[:axis], run, *index[axis + 1 :])]
     return int(found.max() if greatest else found.min())
+
+
+def _widened(value: Any) -> Any:
+    """Integers of a tensor as int64, in which expressions are computed: a uint8 difference must not wrap around."""
+    if str(getattr(value, "dtype", "")).removeprefix("torch.") not in ("uint8", "int8", "int16", "int32"):
+        return value
+    return value.long() if hasattr(value, "numpy") else value.astype("int64")
 
 
 def _fold(values: Iterable[Any], start: bool, join: Callable[[Any, Any], Any]) -> Any:

@@ -91,3 +91,20 @@ def test_it_is_no_refusal_and_the_report_says_why(monkeypatch):
     assert not report.refused and not report.rewritten and report.sites[0].target == ""
     assert "dense (Inductor)" in str(report) and "dense is faster for 9 queries" in str(report)
     assert report.to_dict()["sites"][0]["dense"] == report.sites[0].dense
+
+
+def test_masks_by_the_batch_and_empty_tensors_are_decided_too():
+    def by_batch(q: torch.Tensor) -> torch.Tensor:
+        limit = torch.arange(q.shape[0]) + 1
+        keep = torch.arange(q.shape[2]) < limit[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=keep[:, None, None])
+
+    def none(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, :, :0], q, q)
+
+    q = torch.randn(8, 4, 512, 64)
+    for function in (by_batch, none):
+        torch._dynamo.reset()
+        options = {"strict": True, "inner": "eager", "crossover": True}
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(function, backend="sparsify", options=options)(q), function(q))

@@ -205,6 +205,18 @@ def test_symbolic_lengths_appear_as_n_and_nq() -> None:
     assert describe(found.absolute(parse_expr("N - Nq"))) == "causal"
 
 
+def test_regions_are_compared_as_numbers() -> None:
+    """Of five borders, a case for each combination on both sides would be a text of many pages."""
+
+    def mask(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        first, second = (sum((at >= border).long() for border in (2, 3, 5, 6, 8)) for at in (rows(x), columns(x)))
+        return first == second
+
+    found = raised(mask, (1, 1, 11, 11), False)
+    assert not found.loads
+    assert len(str(found.keep)) < 500
+
+
 def test_what_is_written_later_is_not_read() -> None:
     def counter(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         mask = p[:, None, :, None] >= columns(x)

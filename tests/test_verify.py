@@ -110,3 +110,19 @@ def test_what_is_added_counts_as_numbers(dtype, given):
 
     same = torch.randint(0, 2, (N, N), generator=torch.Generator().manual_seed(5)).to(dtype)
     torch.testing.assert_close(verifying(function)(Q, K, V, same), function(Q, K, V, same), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+@torch.no_grad()
+def test_positions_that_wrap_around(dtype):
+    def difference(q):
+        at = torch.arange(q.shape[2]).to(dtype)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=(at[:, None] - at < 10) | (at[:, None] == at))
+
+    def product(q):
+        at = torch.arange(q.shape[2], dtype=torch.int32) * 20_000_000
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=at[:, None] >= at)
+
+    q = torch.randn(1, 2, 150, 8)
+    for function in (difference, product):
+        torch.testing.assert_close(verifying(function)(q), function(q), atol=1e-5, rtol=1e-5)

@@ -301,9 +301,16 @@ class Elements:
                 return Tree(node, index, (element, *node.all_input_nodes[1:])) if rounds else element
             return rounded(as_pieces(element), dtype)
         found = as_int(element)
-        if dtype not in LONG_INTS and not self._fits(found, dtype):
-            raise Opaque(f"a cast to {dtype} of what may not fit")
+        fits = not self._overflows(found, dtype) if dtype in LONG_INTS else self._fits(found, dtype)
+        if not fits:
+            raise Opaque(f"numbers that may not fit {dtype}")
         return found
+
+    def _overflows(self, element: Expr, dtype: torch.dtype) -> bool:
+        """Whether a bound that is known lies beyond the dtype; lengths that are not known are taken to fit."""
+        low, high = self.box.interval(element)
+        info = torch.iinfo(dtype)
+        return (low is not None and low < info.min) or (high is not None and high > info.max)
 
     def _fits(self, element: Expr, dtype: torch.dtype | None) -> bool:
         if isinstance(element, Load) and self.dtype(self.nodes.get(element.source)) == dtype:
