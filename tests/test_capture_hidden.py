@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import Recorded, compiled, model, traced
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.passes.canonical.interpreter import bound
@@ -69,6 +69,14 @@ def test_flex_attention(score_mod, mask_mod, grouped, text, dynamic):
     assert not kinds(capture) & {"flex_attention", "softmax", "matmul", "index_put_", "sort", "sparsify::either"}
 
 
+BLOCKS = BlockMask.from_kv_blocks(
+    torch.ones(1, 1, 2, dtype=torch.int32),
+    torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)[None, None],
+    BLOCK_SIZE=16,
+    seq_lengths=(N, N),
+)
+
+
 @torch.no_grad()
 def test_flex_attention_stays_whole_where_it_is_refused():
     def lse(q, k, v):
@@ -81,7 +89,11 @@ def test_flex_attention_stays_whole_where_it_is_refused():
     def squared(q, k, v):
         return flex_attention(q, k, v, lambda s, b, h, i, j: s * s)
 
+    def blocks_alone(q, k, v):
+        return flex_attention(q, k, v, block_mask=BLOCKS)
+
     for function, reason in (
+        (blocks_alone, "the block mask has lists of blocks and no mask_mod"),
         (lse, "the log-sum-exp of flex_attention is used, too"),
         (rows, "score_mod or mask_mod works on more than single elements"),
         (squared, ""),

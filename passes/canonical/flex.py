@@ -21,12 +21,15 @@ def open_flex(node: fx.Node, args: tuple[Any, ...], whole: tuple[Any, ...]) -> t
             out = either(weights @ v, flex_attention(...)[0])
 
     What the operator computes in eager mode: its block lists only repeat what mask_mod says. The two functions run once
-    over broadcast positions; None where they work on more than single elements, or the log-sum-exp is used as well.
+    over broadcast positions; None where they work on more than single elements, the log-sum-exp is used as well, or
+    only the block lists may say what is kept.
     """
     if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
         return None
     query, key, value, score_mod, block_mask, scale, _, score_buffers, mask_buffers = args
     if not (_is_elementwise(score_mod, 5) and _is_elementwise(block_mask[-1], 4)):
+        return None
+    if masks_by_blocks(block_mask):
         return None
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
@@ -40,6 +43,26 @@ def open_flex(node: fx.Node, args: tuple[Any, ...], whole: tuple[Any, ...]) -> t
         scores = torch.where(kept, score_mod(scores, *positions, *score_buffers), -math.inf)
         plain = torch.softmax(scores, dim=-1).to(query.dtype) @ value
     return (either(plain.to(whole[0].dtype), whole[0]), *whole[1:])
+
+
+def masks_by_blocks(block_mask: tuple[Any, ...]) -> bool:
+    """Whether a block mask has lists of blocks and a mask_mod that keeps everything: the lists, which only a run knows,
+    may then say what is kept, and eager mode does not read them.
+
+    block_mask: as the operator has it, its last three the block sizes of queries and keys and mask_mod's graph.
+    """
+    module = block_mask[-1]
+    if min(block_mask[-3:-1]) >= _ONE_BLOCK or not isinstance(module, fx.GraphModule):
+        return False
+    moving = set(module.graph.find_nodes(op="placeholder")[:4])
+    for node in module.graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if not name.startswith("new_") and any(parent in moving for parent in node.all_input_nodes):
+            moving.add(node)
+    return module.graph.output_node() not in moving
+
+
+_ONE_BLOCK = 1 << 30  # the size of the only block where no block mask is given
 
 
 def _like(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from sparsify.passes.canonical.flex import masks_by_blocks
 from sparsify.passes.nodes import op
 from sparsify.passes.site import Site
 
@@ -31,6 +33,11 @@ def whole_site(node: fx.Node) -> Site:
         site.refuse("the log-sum-exp of flex_attention is used, too", "call it without return_lse and return_aux")
     elif others:
         site.refuse("the attention weights are also used", "call the layer with need_weights=False")
+    elif name == FLEX and masks_by_blocks(_block_mask(node)):
+        site.refuse(
+            "the block mask has lists of blocks and no mask_mod, and nothing but a run can tell what they leave out",
+            "make it with create_block_mask and a mask_mod that says what is kept",
+        )
     elif name == FLEX:
         site.refuse(
             "score_mod or mask_mod works on more than single elements",
@@ -39,6 +46,12 @@ def whole_site(node: fx.Node) -> Site:
     else:
         site.refuse("an attention over nested tensors", "pad the batch: pass enable_nested_tensor=False")
     return site
+
+
+def _block_mask(node: fx.Node) -> tuple[Any, ...]:
+    """The operator's block mask with the graph of its mask_mod in place of the name."""
+    *lists, mask_mod = node.args[4]
+    return *lists, getattr(node.graph.owning_module, str(mask_mod.target), None)
 
 
 def bodies(node: fx.Node) -> list[fx.Graph]:
