@@ -36,7 +36,7 @@ def pipeline(
     """The passes in their order.
 
     placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven;
-    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the masks were recovered from.
+    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the sites were before.
     """
     return (
         Canonicalise(),
@@ -46,10 +46,10 @@ def pipeline(
         CheckSites(),
         RecoverMasks(exact),
         NumberSites(),
-        RememberMasks(verify),
         AttachSpec(spec, placed),
         ChooseTarget(target),
         Crossover(crossover),
+        RememberMasks(verify),
         Splice(),
         Settle(),
     )

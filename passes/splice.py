@@ -32,15 +32,8 @@ class Splice:
 
 
 def _splice(site: Site) -> None:
-    old, made_of = site.output, _computed_in(site)
-    q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, site.v))
-    numbers = site.q_offset, float(site.scale), program_of(site).text()
-    new = call(old, attention, q, k, v, list(site.loads), *numbers)
-    if made_of != dtype(old):
-        new = call(old, ATEN.to.dtype, new, dtype(old))
-    if site.restore is not None:
-        new = site.restore(new)
-    if not _same_kind(new, old):
+    old, new = site.output, rewritten(site, site.v)
+    if not same_kind(new, old):
         found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
         site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
         return
@@ -48,7 +41,18 @@ def _splice(site: Site) -> None:
     forget_strides(new)
 
 
-def _same_kind(new: fx.Node, old: fx.Node) -> bool:
+def rewritten(site: Site, values: fx.Node) -> fx.Node:
+    """New nodes that compute a site's output by the op, with values (B, Hkv, Nk, Dv) in the place of v."""
+    before, made_of = site.output, _computed_in(site)
+    q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, values))
+    numbers = site.q_offset, float(site.scale), program_of(site).text()
+    new = call(before, attention, q, k, v, list(site.loads), *numbers)
+    if made_of != dtype(before):
+        new = call(before, ATEN.to.dtype, new, dtype(before))
+    return new if site.restore is None else site.restore(new)
+
+
+def same_kind(new: fx.Node, old: fx.Node) -> bool:
     return dtype(new) == dtype(old) and value(new).device == value(old).device and same_sizes(shape(new), shape(old))
 
 

@@ -32,7 +32,7 @@ class RefusedError(SparsifyError, RuntimeError):
 
 
 class VerifyError(SparsifyError, RuntimeError):
-    """A recovered mask is not the model's own, and `verify` asked to look."""
+    """A recovered mask or an output is not the model's own, and `verify` asked to look."""
 
 
 @dataclass(frozen=True)

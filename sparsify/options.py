@@ -22,7 +22,8 @@ class Options:
     crossover: whether a site to which the spec gives nothing stays with Inductor where dense attention is faster; by
     default what SPARSIFY_CROSSOVER says, which is yes.
     verify: whether the first call of each compiled graph compares every recovered mask with the model's own, at every
-    pair, and raises VerifyError where they differ. That call computes the masks a second time, as tensors.
+    pair, and the output of every attention that no spec changes, and raises VerifyError where they differ. That call
+    runs the model as it was, too, with its masks as tensors.
     target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
     inner: who compiles the rest of the graph: "inductor" or "eager".
     """

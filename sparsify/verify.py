@@ -1,4 +1,4 @@
-"""`options={"verify": True}`: recovered masks against the model's own, on real tensors, in the first call."""
+"""`options={"verify": True}`: masks and outputs against the model's own, on real tensors, in the first call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from sparsify import bias as biases
 from sparsify.errors import VerifyError
 from sparsify.passes import Capture
 from sparsify.passes.masks.compare import Difference, first_difference
+from sparsify.passes.masks.values import DROPPED
 from sparsify.passes.remember_masks import MaskCheck
 from sparsify.passes.site import Mask
 from sparsify.walk import evaluate, variables
 
+# What outputs may differ by, as a part of the largest: a wrong mask, scale or kernel differs by more.
+TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
 
 def verified(compiled: Callable[..., Any], capture: Capture) -> Callable[..., Any]:
-    """The compiled graph; its first call checks the masks before it runs. Raises VerifyError."""
+    """The compiled graph; its first call checks the sites before it runs. Raises VerifyError."""
     pending = [capture]
 
     def run(*inputs: Any) -> Any:
@@ -30,10 +34,11 @@ def verified(compiled: Callable[..., Any], capture: Capture) -> Callable[..., An
 
 
 def check(capture: Capture, inputs: Sequence[Any]) -> None:
-    """Computes the masks of a capture from real inputs, which stay as they are, and compares them at every pair.
+    """Runs a capture as it was on real inputs, which stay as they are; compares masks at every pair, and outputs.
 
-    Needs the memory of the model's mask tensors, a head of a batch at a time beside them. Raises VerifyError naming
-    the site, the first (b, h, q, k), and what is found and expected there.
+    The op computes each attention that no spec changes from the same q, k and v. Needs the memory of the model's mask
+    tensors and, three times, of its attentions' outputs. Raises VerifyError naming the site, and of a mask the first
+    (b, h, q, k) and what is found and expected there, of an output the largest difference.
     """
     if capture.remembered is None:
         return
@@ -102,12 +107,13 @@ def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping
     env |= {f"_{i}": values[node] for i, node in enumerate(item.loads)}
     masks = [_effect(mask, values[mask.node]).expand(batch, heads, q_len, k_len) for mask in item.masks]
     sink = None if item.sink is None else values[item.sink].expand(batch, heads, q_len, 1)
-    causal = env["k"] <= rows
+    causal, empty = env["k"] <= rows, False
     for b, h in _distinct(item, [values[mask.node] for mask in item.masks], batch, heads):
         here = env | {"b": b, "h": h}
         parts = [mask[b, h] for mask in masks] + ([causal] if item.causal else [])
         kept = torch.as_tensor(evaluate(item.keep, here), device=device).expand(q_len, k_len)
         bias = biases.evaluate(item.bias, here).to(kept.device)
+        empty |= bool((~(kept & ~(bias <= DROPPED)).any(-1)).any())
         found = first_difference(kept, bias, _model_mask(parts, kept))
         if found is not None:
             _raise(item, "mask", (b, h, *found.at), found)
@@ -116,6 +122,26 @@ def _check_site(item: MaskCheck, values: Mapping[fx.Node, Any], symbols: Mapping
             found = first_difference(torch.ones((), dtype=torch.bool), logit, sink[b, h])
             if found is not None:
                 _raise(item, "sink", (b, h, found.at[0]), found)
+    if item.outputs:
+        _check_output(item, *(values[node].double() for node in item.outputs), empty)
+
+
+def _check_output(item: MaskCheck, own: torch.Tensor, made: torch.Tensor, weights: torch.Tensor, empty: bool) -> None:
+    """Both round, in an order of their own: what differs by little beside the largest output is equal.
+
+    weights: those of the kept keys, summed; where some rows are empty, those of which it is 0 say nothing (there the
+    model's own is an average over everything or NaN, design D4).
+    """
+    counts = weights != 0 if empty else torch.ones_like(own, dtype=torch.bool)
+    own, made = own[counts], made[counts]
+    gap = (made - own).abs()
+    limit = TOLERANCE[item.coarsest] * own.abs().nan_to_num().max() if own.numel() else 0.0
+    if bool((gap <= limit).all()):
+        return
+    raise VerifyError(
+        f"verify: {item.address}: the attention's output differs from the model's own by {float(gap.max()):.3g}, "
+        f"where the largest of that is {float(own.abs().max()):.3g}"
+    )
 
 
 def _number(size: int | torch.SymInt, symbols: Mapping[Any, int], item: MaskCheck) -> int:

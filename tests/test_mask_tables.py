@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from captures import Recorded
+from check_raised import Recorder, check_equal, check_raised
 from retrace import trace
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.passes.masks.check_raised import Recorder, check_equal, check_raised
 from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.masks.raise_mask import RaisedMask, raise_mask

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from check_raised import check_raised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrace import Traced, compile_and_trace, trace
 
 from sparsify.expr import TRUE
-from sparsify.passes.masks.check_raised import check_raised
 from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_mask, raise_masks

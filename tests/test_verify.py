@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import transformers
 from captures import model
 
+import sparsify
 from sparsify import VerifyError
+from sparsify.codegen.null import NullTarget
 from sparsify.expr import Var
 from sparsify.passes import recover_masks
 
@@ -110,6 +112,32 @@ def test_what_is_added_counts_as_numbers(dtype, given):
 
     same = torch.randint(0, 2, (N, N), generator=torch.Generator().manual_seed(5)).to(dtype)
     torch.testing.assert_close(verifying(function)(Q, K, V, same), function(Q, K, V, same), atol=1e-5, rtol=1e-5)
+
+
+def attention(q, k, v):
+    rows = torch.arange(q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, (rows > 2)[:, None] & (rows <= rows[:, None]))
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.05])
+@torch.no_grad()
+def test_a_wrong_output_is_named(monkeypatch, factor):
+    run_right = NullTarget.run
+    monkeypatch.setattr(NullTarget, "run", lambda self, launch: run_right(self, launch) * factor)
+    with pytest.raises(VerifyError, match="scaled_dot_product_attention: the attention's output differs from"):
+        verifying(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))(Q, K, V)
+
+
+@torch.no_grad()
+def test_rows_that_keep_nothing_and_what_a_spec_changes_are_no_difference():
+    """The first three rows keep no key: the model gives NaN, we give 0."""
+    found = verifying(attention)(Q, K, V)
+    assert not found[:, :, :3].any()
+    torch.testing.assert_close(found[:, :, 3:], attention(Q, K, V)[:, :, 3:], atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+    options = OPTIONS | {"spec": sparsify.Spec(sites=[{"heads": {"window": 2}}])}
+    sparse = torch.compile(attention, backend="sparsify", options=options)(Q, K, V)
+    assert (sparse - found)[:, :, 5:].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from sparsify import bias as biases
+from sparsify.passes.masks.compare import first_difference
 from sparsify.passes.masks.raise_mask import RaisedMask, raise_mask
-from sparsify.passes.masks.values import DROPPED
 from sparsify.walk import evaluate
 
 
@@ -33,18 +33,10 @@ def check_equal(
 ) -> None:
     """AssertionError unless what was raised does to every score what the mask does: bool, or floating to be added."""
     found, bias = evaluate_raised(raised, values, real)
-    if mask.dtype == torch.bool:
-        differs = found != mask
-    else:
-        kept, within = ~(mask <= DROPPED), torch.finfo(mask.dtype).eps * 4
-        dropped = ~found | (bias <= DROPPED)
-        equal = torch.isclose(bias, mask.double(), rtol=within, atol=within, equal_nan=True)
-        differs = torch.where(kept, dropped | ~equal, ~dropped)
-    if differs.any():
-        b, h, q, k = differs.nonzero()[0].tolist()
-        at = (b, h, q, k)
-        what = f"{raised.keep} is {bool(found[at])} with {raised.bias} = {bias[at]:g}"
-        raise AssertionError(f"{what} at {at}, the mask is {mask[at]}")
+    differs = first_difference(found, bias, mask)
+    if differs is not None:
+        what = f"{raised.keep} with {raised.bias} {differs.found}"
+        raise AssertionError(f"{what} at {differs.at}, the mask {differs.expected}")
 
 
 def evaluate_raised(
