@@ -70,6 +70,7 @@ class Finder:
     def __init__(self, graph: fx.Graph, weights: set[fx.Node], reads_only: bool = False) -> None:
         self.graph, self.weights, self.reads_only = graph, weights, reads_only
         self.failed: dict[fx.Node, Refusal] = {}
+        self.mixed: dict[fx.Node, Refusal | None] = {}
 
     @cached_property
     def writes(self) -> Writes:
@@ -89,7 +90,7 @@ class Finder:
         if way is None:
             return None
         origin = projected(way.values) if isinstance(way, Descent) else set()
-        climb = Climb(self.weights.__contains__, lambda node: bool(projected(node) & origin), self.failed)
+        climb = Climb(self.weights.__contains__, lambda node: bool(projected(node) & origin), self.failed, self.mixed)
         if not isinstance(way, Descent):
             if reaches_product(found.scores, climb) is None:
                 return None

@@ -11,9 +11,10 @@ from torch import fx
 from sparsify import bias
 from sparsify.expr import TRUE, And, Expr, Ge, Load, Pred, Var, conjunction
 from sparsify.passes.aliasing import Writes
+from sparsify.passes.forms.axes import EXPANDS, PERMUTES, REGROUPS
 from sparsify.passes.masks.describe import describe, load_names
 from sparsify.passes.masks.raise_mask import RaisedMask, load_tensors, raise_masks
-from sparsify.passes.nodes import call, same, shape, size
+from sparsify.passes.nodes import call, op, same, shape, size
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.walk import loads, substitute, variables
@@ -53,7 +54,12 @@ def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[Rais
     masks = tuple(site.masks)
     if not masks and site.sink is None:
         return RaisedMask(TRUE), ()
-    key = (masks, site.sink, tuple(map(str, sizes)), tuple(_fixed(size) for size in sizes))
+    key = (
+        tuple((mask.kind, _key(mask.node)) for mask in masks),
+        site.sink,
+        tuple(map(str, sizes)),
+        tuple(_fixed(size) for size in sizes),
+    )
     if known is None or key not in known:
         raised = raise_masks(masks, site.sink, sizes, site.output, exact)
         found = raised, load_tensors(raised, site.output)
@@ -61,6 +67,13 @@ def _raised(site: Site, exact: bool, known: dict[Any, Any] | None) -> tuple[Rais
             return found
         known[key] = found
     return known[key]
+
+
+def _key(node: fx.Node) -> Any:
+    """The same for masks that sites arranged alike for themselves."""
+    if op(node) not in ("logical_not", *REGROUPS, *PERMUTES, *EXPANDS):
+        return node
+    return node.target, _key(node.args[0]), str(node.args[1:]), str(node.kwargs)
 
 
 def _place(site: Site, rows: Pred) -> None:

@@ -21,11 +21,13 @@ from sparsify.passes.nodes import CASTS, COPIES, is_tensor, op, same, value
 @dataclass(frozen=True)
 class Climb:
     """Reads scores. `is_weight`: whether a tensor is a parameter of the model; `is_key`: whether one is of the keys'
-    and values' origin, which decides between several products."""
+    and values' origin, which decides between several products.
+    failed, mixed: why nodes hold no scores, and why products hold none of single heads."""
 
     is_weight: Callable[[fx.Node], bool]
     is_key: Callable[[fx.Node], bool]
     failed: dict[fx.Node, Refusal] = field(default_factory=dict)
+    mixed: dict[fx.Node, Refusal | None] = field(default_factory=dict)
 
     def __call__(self, node: Any) -> Scores | Refusal:
         """What the scores in `node` are made of."""
@@ -44,7 +46,9 @@ class Climb:
     def _read(self, node: fx.Node) -> Scores | Refusal:
         found = self.pairwise(node)
         if found is not None:
-            mixed = self._mixed(node, found.factors, found.layout)
+            if node not in self.mixed:
+                self.mixed[node] = self._mixed(node, found.factors, found.layout)
+            mixed = self.mixed[node]
             return self._begin(found, node) if mixed is None else mixed
         rule = RULES.get(op(node))
         if rule is None:
