@@ -114,7 +114,7 @@ def test_before_and_after_a_causal_sdpa():
     capture = traced(function, Q, *FEW)
     assert {op(node) for node in capture.graph.nodes} - {""} == {"sparsify::attention"}
     (node,) = (n for n in capture.graph.nodes if op(n) == "sparsify::attention")
-    assert node.args[3:7] == (None, [], 0, D**-0.5)
+    assert node.args[3:6] == ([], 0, D**-0.5)
     assert '"keep":["(q - k >= 0)"]' in node.args[6]
 
 

@@ -54,7 +54,7 @@ class Group:
 
     heads: Ranges | None
     pattern: Pattern
-    name: str | None = None
+    name: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
