@@ -4,7 +4,7 @@ The rule is one comparison: what a rewrite saves on the pairs, against what a la
 
     pairs * (dense - density * ours) > LAUNCH,   in nanoseconds a pair (batch, head, query, key)
 
-The costs of a pair are linear in the head size. They were fitted to medians of interleaved calls of
+The costs of a pair are linear in the head size. They were chosen, by eye, from medians of interleaved calls of
 F.scaled_dot_product_attention and of the op on one machine (AMD EPYC Zen 5, two cores, AVX-512, torch 2.13) over
 batches 1 to 64, 2 to 32 heads, head sizes 16 to 128 and 8 to 2048 keys: with full density, causal, and with a padding
 mask. Beyond the launch our kernels were faster at every density, so only small sites and decode steps without

@@ -359,7 +359,7 @@ AS_TORCH_ROUNDS: dict[str, Mask] = {
 
 @pytest.mark.parametrize("name", AS_TORCH_ROUNDS)
 def test_numbers_are_what_torch_makes_of_them(name: str) -> None:
-    raised(AS_TORCH_ROUNDS[name], (2, 3, 9, 9), dynamic=False)
+    raised(AS_TORCH_ROUNDS[name], (2, 3, 9, 9), dynamic=False)  # `check_raised` compares element by element
 
 
 def test_a_sink_that_cannot_be_read_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

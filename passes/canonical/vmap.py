@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 ENTER = torch._functorch.predispatch._vmap_increment_nesting
 LEAVE = torch._functorch.predispatch._vmap_decrement_nesting
 PREPARE = torch._functorch.predispatch.lazy_load_decompositions
-PLACE = ("nn_module_stack", "stack_trace")
 TRANSFORMS = "torch._functorch.predispatch"
 
 
