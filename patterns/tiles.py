@@ -22,10 +22,12 @@ from sparsify.expr import (
     TRUE,
     And,
     Bound,
+    Chosen,
     Eq,
     Expr,
     FloorDiv,
     Ge,
+    Listed,
     Load,
     Max,
     Min,
@@ -75,6 +77,8 @@ def always(pred: Pred) -> Pred:
             return never(part)
         case Test(load):
             return _tested(load, lambda least, greatest: least >= 1)
+        case Listed() | Chosen():
+            return FALSE  # a list says where to go, and is not asked of tiles: see `lists`
     raise TypeError(f"not a predicate: {pred!r}")
 
 
@@ -92,6 +96,8 @@ def never(pred: Pred) -> Pred:
             return always(part)
         case Test(load):
             return _tested(load, lambda least, greatest: eq(least, 0) & eq(greatest, 0))
+        case Listed() | Chosen():
+            return FALSE
     return always(negate(pred))
 
 

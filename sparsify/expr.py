@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, dataclass_transform
 
 __all__ = [
-    "FALSE", "TRUE", "And", "Bound", "Eq", "Expr", "FloorDiv", "Ge", "Load", "Max", "Min", "Mod", "Mul", "Not", "Or",
-    "Pred", "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq", "floordiv",
-    "maximum", "minimum", "mod", "negate", "select",
+    "FALSE", "TRUE", "And", "Bound", "Chosen", "Eq", "Expr", "FloorDiv", "Ge", "Listed", "Load", "Max", "Min", "Mod",
+    "Mul", "Not", "Or", "Pred", "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq",
+    "floordiv", "maximum", "minimum", "mod", "negate", "select",
 ]  # fmt: skip
 
 
@@ -240,6 +240,26 @@ class Test(Pred):
 
     load: Load
     __test__ = False  # not a test class, whatever pytest thinks of the name
+
+
+@node
+class Chosen(Pred):
+    """What a selector chooses from the data; `text` is the selector's own. Only in patterns: a graph has `Listed`."""
+
+    text: str
+
+
+@node
+class Listed(Pred):
+    """Unit k // unit of keys is one of a list: the first `count` elements of `index` along its last axis.
+
+    index: the list's first element, `source[list, ..., 0]`; its elements are ascending and distinct. count: how many
+    there are. Neither index depends on k.
+    """
+
+    index: Load
+    count: Load
+    unit: int
 
 
 TRUE: Pred = And(())

@@ -11,10 +11,12 @@ from typing import Any
 from sparsify.expr import (
     And,
     Bound,
+    Chosen,
     Eq,
     Expr,
     FloorDiv,
     Ge,
+    Listed,
     Load,
     Max,
     Min,
@@ -75,6 +77,10 @@ def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
             return negate(go(part))
         case Test(load):
             return Test(go(load))
+        case Listed(index, count, unit):
+            return Listed(go(index), go(count), unit)
+        case Chosen():
+            return node
     raise TypeError(f"not an expression or a predicate: {node!r}")
 
 
@@ -104,8 +110,10 @@ def _parts(node: Any) -> tuple[Any, ...]:
             return tuple(atom for _, atom in terms)
         case Bound(load, _, last, _):
             return load, last
-        case Var():
+        case Var() | Chosen():
             return ()
+        case Listed(index, count, _):
+            return index, count, Var("k")
     return tuple(getattr(node, name) for name in node.__match_args__)
 
 
@@ -166,7 +174,22 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
         case Test(load):
             value = go(load)
             return value if isinstance(value, bool) else value != 0
+        case Listed(index, count, unit):
+            places = [go(part) for part in index.index[:-1]]
+            return _listed(env[index.source], env[count.source], places, go(Var("k")) // unit)
     raise TypeError(f"not an expression or a predicate: {node!r}")
+
+
+def _listed(index: Any, count: Any, places: list[Any], unit: Any) -> Any:
+    """Whether a unit is in the list at these places, by a table of all lists and units (torch tensors only)."""
+    import torch
+
+    unit = torch.as_tensor(unit)
+    used = torch.arange(index.shape[-1]) < count.cpu()[..., None]
+    units = 1 + int(max([unit.max(), *index.cpu()[used]], default=0)) if unit.numel() else 1
+    table = torch.zeros(*index.shape[:-1], units + 1, dtype=torch.bool)
+    table.scatter_(-1, torch.where(used, index.cpu().long(), units), True)
+    return table.to(index.device)[(*places, unit.to(index.device))]
 
 
 def _bound(source: Any, index: list[int], axis: int, last: int, greatest: bool) -> int:
