@@ -4,27 +4,22 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from cpp_checks import CPP, DRAWN, DTYPES, FEW, SHAPES, bf16_pairs, check, isa, launch, poisoned
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BIASES, SINKS, term
 
-from sparsify import bias
 from sparsify import patterns as P
 from sparsify.bias import Term, parse_load
-from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp.source import fill
-from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.errors import InputError
 from sparsify.expr import FALSE, Test
 from sparsify.program import Program
 from sparsify.runtime import toolchain as tools
 from sparsify.text import parse_pred
 
-CPP = target("cpp")
+__all__ = ["bf16_pairs", "isa", "poisoned"]  # fixtures
 pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
-
-ISAS = ["avx512", "avx2", "portable"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # One kernel holds all rules of a site, so a mixture over heads tests many at the price of one build.
 BANDS = [
@@ -67,6 +62,12 @@ def test_head_sizes(head, dtype, shape, seed, scale):
 def test_head_sizes_elsewhere(isa):
     for dtype in (torch.float32, torch.bfloat16):
         check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
+
+
+def test_bf16_products(bf16_pairs):
+    call = launch(Program.of(MIXED), (1, 2, 150, 170), torch.bfloat16, (45, 83))
+    assert "#define PACKED_BF16 1" in CPP.source(call.program, torch.bfloat16, 45, 83)
+    check(call)
 
 
 def test_bf16_without_bf16_products(monkeypatch):
