@@ -1,7 +1,5 @@
 """Lists, layouts and skips in the C++ target, against the float64 oracle."""
 
-from dataclasses import replace
-
 import itertools
 from dataclasses import replace
 
@@ -10,7 +8,7 @@ import torch
 from cpp_checks import CPP, DRAWN, FEW, bf16_pairs, check, isa, launch, poisoned
 from hypothesis import given
 from hypothesis import strategies as st
-from list_cases import CASES, ListCase, boxes, drawn_lists, skipping, sorted_keys
+from list_cases import CASES, ListCase, boxes, drawn_lists, sorted_keys
 from strategies import term
 
 from sparsify.codegen.oracle import kept, oracle
