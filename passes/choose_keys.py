@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.errors import PatternError
-from sparsify.expr import TRUE, Chosen, Expr, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
+from sparsify.expr import TRUE, Chosen, Expr, Pred, Var, as_expr, conjunction
 from sparsify.passes.attach_spec import phase
 from sparsify.passes.forms.caches import forgets
 from sparsify.passes.nodes import ATEN, call, same, shape, size
@@ -20,9 +20,9 @@ from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
 from sparsify.program import Skip
 from sparsify.ranges import contains
-from sparsify.selection.site import Ask, select, usable_keys
+from sparsify.selection.site import Ask, lists_of, select, usable_keys
 
-B, H, Q, K, N, NQ = (Var(name) for name in ("b", "h", "q", "k", "N", "Nq"))
+Q, K, N, NQ = (Var(name) for name in ("q", "k", "N", "Nq"))
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, made: dict[tuple[int | N
     if lists is None:
         site.refuse(
             f"layer {site.layer} is to take the choice of layer {source}, which makes none in this graph",
-            f"give layer {source} the same selection (it may not be dense or refused), and remove graph breaks between them",
+            f"give layer {source} the same selection (neither dense nor refused), without a graph break between them",
         )
         return TRUE
     if not (same(lists.q_len, shape(site.q)[2]) and same(lists.k_len, shape(site.k)[2])):
@@ -110,7 +110,8 @@ def _check(site: Site, selector: Selector) -> None:
         other = "`phase: decode`" if selector.phase == "decode" else "`phase: prefill`"
         site.refuse(f"the selection serves {selector.phase}, and this is {here}", f"give the spec's rule {other}")
     if selector.learned is not None:
-        site.refuse(f"the selection's module '{selector.learned}' was not given", "give it as options={'learned': {...}}")
+        hint = f"give it as options={{'learned': {{'{selector.learned}': module}}}}"
+        site.refuse(f"the selection's module '{selector.learned}' was not given", hint)
     if not site.heads_known:
         site.refuse("a selection is made by heads, and which dimension of the scores is the heads is not known")
     if not site.positions_known:
@@ -141,23 +142,16 @@ def _made(site: Site, selector: Selector, causal: bool) -> Made:
 
 def _atoms(site: Site, selector: Selector, made: Made) -> Pred:
     """The lists as one predicate, over new loads of the site."""
-    heads, kv_heads = shape(site.q)[1], shape(site.k)[1]
-    lists = selector.lists(heads, kv_heads)
-    which: Expr = as_expr(0) if lists == 1 else H if lists == heads else H // (heads // lists)
-    place = (B, which, _row(site, selector.unit.q))
-    atoms = []
-    for (index, count), unit in zip(made.lists, selector.units(), strict=True):
-        first = len(site.loads)
-        site.loads += (index, count)
-        site.load_names += (index.name, count.name)
-        atoms.append(Listed(Load(f"_{first}", (*place, as_expr(0))), Load(f"_{first + 1}", place), unit))
-    return disjunction(atoms)
+    first = len(site.loads)
+    nodes = [node for pair in made.lists for node in pair]
+    site.loads += tuple(nodes)
+    site.load_names += tuple(node.name for node in nodes)
+    return lists_of(selector, first, shape(site.q)[1], shape(site.k)[1], _row(site, selector.unit.q))
 
 
 def _row(site: Site, unit: int) -> Expr:
-    """The row of lists that a query has, counted from the first query."""
+    """A query's number from the first query on; 0 where all queries share one row of lists."""
     q_len = shape(site.q)[2]
     if isinstance(q_len, int) and q_len <= unit:
         return as_expr(0)
-    first = as_expr(site.q_offset) if isinstance(site.q_offset, int) else N - NQ
-    return (Q - first) // unit
+    return Q - (as_expr(site.q_offset) if isinstance(site.q_offset, int) else N - NQ)

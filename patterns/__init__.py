@@ -19,8 +19,8 @@ from sparsify.patterns.expression import expr
 from sparsify.patterns.global_tokens import global_tokens
 from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.select import online, select, topk, topp
 from sparsify.patterns.same_block import same_block
+from sparsify.patterns.select import online, select, topk, topp
 from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparsify.expr import TRUE, And, Expr, Pred, Var, conjunction
+from sparsify.expr import TRUE, And, Expr, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
 from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
 from sparsify.text import parse_expr, parse_pred, to_text
@@ -29,8 +29,9 @@ LIBRARY.define(
 class Ask:
     """What a selection is asked with, as one text.
 
-    position: that of a query among the keys, over q (absolute), N, Nq, b and loads. usable: which keys may be used, over
-    b, k and the like; over q too where there is one query only. causal: whether a query sees keys up to its own only.
+    position: that of a query among the keys, over q (absolute), N, Nq, b and loads. usable: which keys may be used,
+    over b, k and the like; over q too where there is one query only. causal: whether a query sees keys up to its own
+    only.
     """
 
     selector: Selector
@@ -59,6 +60,17 @@ def usable_keys(keep: Pred, one_query: bool) -> Pred:
     """What a site's mask says of keys, whoever asks: all of it where there is one query, else its parts without q."""
     parts = keep.parts if isinstance(keep, And) else (keep,)
     return keep if one_query else conjunction(part for part in parts if "q" not in variables(part))
+
+
+def lists_of(selector: Selector, first: int, heads: int, kv_heads: int, row: Expr) -> Pred:
+    """The lists of a selector as a predicate, where loads `_first`, ... are what `select` gives; `row` is a query's."""
+    lists = selector.lists(heads, kv_heads)
+    which = as_expr(0) if lists == 1 else Var("h") if lists == heads else Var("h") // (heads // lists)
+    place = (Var("b"), which, row // selector.unit.q)
+    return disjunction(
+        Listed(Load(f"_{first + 2 * i}", (*place, as_expr(0))), Load(f"_{first + 2 * i + 1}", place), unit)
+        for i, unit in enumerate(selector.units())
+    )
 
 
 @torch.library.impl(LIBRARY, "select", "CompositeImplicitAutograd")
