@@ -152,7 +152,9 @@ def inputs(draw: st.DrawFn, selector: Selector, whole: bool = False) -> Inputs:
     queries = {"square": keys, "decode": 1}.get(kind) or draw(st.integers(1, 20))
     start = {"square": 0, "decode": keys - 1, "chunk": max(0, keys // 2 - queries // 2)}.get(kind)
     if start is None:
-        start = draw(st.integers(-3, keys))
+        start = draw(st.integers(-3, keys - 1))
+    if selector.lines:  # a diagonal begins at the query's own key
+        queries = min(queries, keys - max(start, 0))
     position = start + torch.arange(queries)[None]
     valid = None
     padded = draw(st.integers(0, keys // 2)) if not whole and draw(st.booleans()) else 0

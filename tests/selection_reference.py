@@ -68,7 +68,9 @@ def query_slots(item):
     stride = argument(s.score.kview)
     if stride:
         groups = [list(range(g, min(g + stride, n))) for g in range(0, n, stride)]
-        return [(g[0] // s.unit.q, [i for i in g if i in item.alive], lambda x, g=g: reverse(item, x, g)) for g in groups]
+        return [
+            (g[0] // s.unit.q, [i for i in g if i in item.alive], lambda x, g=g: reverse(item, x, g)) for g in groups
+        ]
     if s.score.qview == "mean":
         return [(r, row, lambda x, row=row: x[row].mean(0)) for r, row in enumerate(item.rows)]
     return [(i // s.unit.q, [i] if i in item.alive else [], lambda x, i=i: x[i]) for i in range(n)]
@@ -85,9 +87,7 @@ def key_slots(item):
     if s.score.kview in ("mean", "minmax"):
         return list(enumerate(item.units))
     step = stride or 1
-    return [
-        (g // s.unit.k, [j for j in range(g, min(g + step, m)) if item.valid[j]]) for g in range(0, m, step)
-    ]
+    return [(g // s.unit.k, [j for j in range(g, min(g + step, m)) if item.valid[j]]) for g in range(0, m, step)]
 
 
 def product(item, query, keys, tokens):
@@ -174,7 +174,9 @@ def pooled(item, table, seen, rows, columns, r):
             for c, (unit, _) in enumerate(columns)
             if row in (r, None) and unit == u and seen[a, c]
         ]
-        if values and item.visible(item.rows[r], tokens, s.score.causal if s.score.qview.startswith("last") else "touch"):
+        if values and item.visible(
+            item.rows[r], tokens, s.score.causal if s.score.qview.startswith("last") else "touch"
+        ):
             found[u] = {"sum": sum(values), "max": max(values), "mean": sum(values) / len(values)}[s.score.pool]
     width = argument(s.score.smooth)
     if not width:
@@ -186,8 +188,6 @@ def pooled(item, table, seen, rows, columns, r):
 def join_units(item, tables):
     s, lists = item.s, item.s.lists(len(item.q), len(item.k))
     size = len(tables) // lists
-    if len(tables) < lists:
-        return [tables[i * len(tables) // lists] for i in range(lists)]
     out = []
     for i in range(lists):
         group = tables[i * size : (i + 1) * size]
@@ -350,9 +350,7 @@ def reference(selector, q, k, *, scale, position, valid, causal, scores=None):
     """kept[b][list][row] is a tuple of sets, one for each of the selector's lists; and the smallest gap met."""
     kept, gap = [], math.inf
     for b in range(len(q)):
-        item = Item(
-            selector, q[b].astype(float), k[b].astype(float), scale, list(position[b]), list(valid[b]), causal
-        )
+        item = Item(selector, q[b].astype(float), k[b].astype(float), scale, list(position[b]), list(valid[b]), causal)
         kept.append(line_sets(item) if selector.lines else unit_sets(item, None if scores is None else scores[b]))
         gap = min(gap, item.gap)
     return kept, gap
@@ -364,7 +362,10 @@ def unit_sets(item, scores):
     if scores is None:
         tables = unit_tables(item, forced)
     else:
-        tables = join_units(item, [[learned(item, scores[h], r, forced) for r in range(len(item.rows))] for h in range(len(scores))])
+        scores = [scores[i * len(scores) // max(lists, len(scores))] for i in range(max(lists, len(scores)))]
+        rows = range(len(item.rows))
+        own = [forced[i * len(forced) // len(scores)] for i in range(len(scores))]
+        tables = join_units(item, [[learned(item, x, r, f) for r in rows] for x, f in zip(scores, own, strict=True)])
     out = []
     for i in range(lists):
         h = i * len(item.q) // lists
@@ -377,7 +378,7 @@ def unit_sets(item, scores):
 def learned(item, table, r, forced):
     seen = [u for u, tokens in enumerate(item.units) if item.visible(item.rows[r], tokens, item.s.score.causal)]
     middle = item.s.score.domain == "middle"
-    return {u: float(table[r, u]) for u in seen if not (middle and u in forced[0][r])}
+    return {u: float(table[r, u]) for u in seen if not (middle and u in forced[r])}
 
 
 def line_sets(item):
