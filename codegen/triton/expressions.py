@@ -43,7 +43,7 @@ OPS: Mapping[str, str] = {
     "false": "False",
     "group": "({0})",
 }
-NEVER_NEGATIVE = (Var("b"), Var("h"), Var("k"))
+NEVER_NEGATIVE = (Var("b"), Var("h"), Var("head"), Var("k"))
 Q, K = Var("q"), Var("k")
 LARGEST = 3.4028234663852886e38  # of float32
 
@@ -72,9 +72,10 @@ def affine(index: Expr) -> Affine | None:
 
 
 def rank(node: Any) -> int:
-    """What a node depends on: 0 neither queries nor keys, 1 queries, 2 keys, 3 both."""
+    """What a node depends on: 0 neither rows (their queries, or heads where a tile has several) nor keys, 1 rows,
+    2 keys, 3 both."""
     names = variables(node)
-    return ("q" in names) + 2 * ("k" in names)
+    return bool(names & {"q", "head"}) + 2 * ("k" in names)
 
 
 class TritonPrinter(Printer):
@@ -100,13 +101,17 @@ class TritonPrinter(Printer):
         return self.sizes.get(atom.name) if isinstance(atom, Var) else None
 
     def element(self, load: Load) -> str:
-        """The element: the scalar parts of its place move a 64-bit pointer, the others are offsets inside a tile."""
+        """The element at its place."""
+        place = self.place(load)
+        return f"fetch({place}, within, MASKED)" if rank(load) >= 2 else f"tl.load({place})"
+
+    def place(self, load: Load) -> str:
+        """A pointer: the scalar parts of the place move it in 64 bits, the others are offsets inside a tile."""
         bases, offsets = [], []
         for axis, index in enumerate(load.index):
             base, offset = self._place(index, f"{load.source}_length_{axis}", f"{load.source}_stride_{axis}")
             bases, offsets = bases + base, offsets + offset
-        place = " + ".join([load.source, *bases] + ([f"({' + '.join(offsets)})"] if offsets else []))
-        return f"fetch({place}, within, MASKED)" if rank(load) >= 2 else f"tl.load({place})"
+        return " + ".join([load.source, *bases] + ([f"({' + '.join(offsets)})"] if offsets else []))
 
     def _place(self, index: Expr, length: str, stride: str) -> tuple[list[str], list[str]]:
         """The scalar and the other parts of one index's offset; a negative index counts from the end, as in Python."""
