@@ -17,6 +17,7 @@ from sparsify.patterns.dense import dense
 from sparsify.patterns.dilated import dilated
 from sparsify.patterns.expression import expr
 from sparsify.patterns.global_tokens import global_tokens
+from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.same_block import same_block
 from sparsify.patterns.sinks import sinks
@@ -33,6 +34,7 @@ _CONSTRUCTORS = (
     block_window,
     column_stride,
     global_tokens,
+    neighborhood,
     expr,
 )
 PATTERNS = {constructor.__name__: constructor for constructor in _CONSTRUCTORS}

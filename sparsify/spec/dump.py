@@ -45,7 +45,8 @@ def _primitive(pattern: Pattern) -> Any:
     if name is None:
         return pattern
     allowed = parameters(name)
-    values = {key: _plain(getattr(pattern, key, None)) for key in allowed}
+    arguments = pattern.arguments()
+    values = {key: _plain(arguments.get(key)) for key in allowed}
     if PATTERNS[name](**values) != pattern:
         return pattern
     given = {key: value for key, value in values.items() if value != allowed[key].default}
