@@ -11,6 +11,7 @@ from typing import Any
 from sparsify.passes.attach_spec import AttachSpec
 from sparsify.passes.canonicalise import Canonicalise
 from sparsify.passes.check_sites import CheckSites
+from sparsify.passes.choose_keys import ChooseKeys
 from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
@@ -47,6 +48,7 @@ def pipeline(
         RecoverMasks(exact),
         NumberSites(),
         AttachSpec(spec, placed),
+        ChooseKeys(),
         ChooseTarget(target),
         Crossover(crossover),
         RememberMasks(verify),

@@ -40,5 +40,6 @@ def program_of(site: Site) -> Program:
         softcap=None if site.softcap is None else float(site.softcap),
         bias=site.bias,
         sink=site.sink_bias,
+        skips=site.skips,
         target=site.target,
     )

@@ -19,6 +19,7 @@ from sparsify.patterns.expression import expr
 from sparsify.patterns.global_tokens import global_tokens
 from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
+from sparsify.patterns.select import online, select, topk, topp
 from sparsify.patterns.same_block import same_block
 from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
@@ -36,6 +37,10 @@ _CONSTRUCTORS = (
     global_tokens,
     neighborhood,
     expr,
+    select,
+    topk,
+    topp,
+    online,
 )
 PATTERNS = {constructor.__name__: constructor for constructor in _CONSTRUCTORS}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sparsify.errors import InputError
 from sparsify.expr import (
     And,
     Bound,
@@ -174,6 +175,8 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
         case Test(load):
             value = go(load)
             return value if isinstance(value, bool) else value != 0
+        case Chosen():
+            raise InputError("what a selection keeps is known with queries and keys only, so it has no mask by itself")
         case Listed(index, count, unit):
             places = [go(part) for part in index.index[:-1]]
             return _listed(env[index.source], env[count.source], places, go(Var("k")) // unit)
