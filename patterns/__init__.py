@@ -19,12 +19,12 @@ from sparsify.patterns.expression import expr
 from sparsify.patterns.global_tokens import global_tokens
 from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.select import online, select, topk, topp
+from sparsify.patterns.presets import PRESETS
 from sparsify.patterns.same_block import same_block
+from sparsify.patterns.select import online, select, topk, topp
 from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
 
-# Every constructor that a spec can name, under that name.
 _CONSTRUCTORS = (
     dense,
     causal,
@@ -42,6 +42,7 @@ _CONSTRUCTORS = (
     topp,
     online,
 )
-PATTERNS = {constructor.__name__: constructor for constructor in _CONSTRUCTORS}
+# Every constructor that a spec can name, under that name: the primitives and the presets.
+PATTERNS = {constructor.__name__: constructor for constructor in (*_CONSTRUCTORS, *PRESETS)}
 
-__all__ = ["PATTERNS", "Pattern", *PATTERNS]
+__all__ = ["PATTERNS", "PRESETS", "Pattern", *(constructor.__name__ for constructor in _CONSTRUCTORS)]

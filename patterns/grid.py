@@ -55,9 +55,14 @@ def coordinates(token: Expr, shape: tuple[int, ...]) -> Coordinates:
     return tuple(token // size if axis == 0 else token // size % shape[axis] for axis, size in enumerate(below))
 
 
+def written(value: Any) -> Any:
+    """A value as a spec would write it: tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def called(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The call that makes a pattern, the first argument by place: `neighborhood([4, 4], window=[2, 2])`."""
-    shown = {field: list(value) if isinstance(value, tuple) else value for field, value in given.items()}
+    shown = {field: written(value) for field, value in given.items()}
     shown = {field: value for field, value in shown.items() if field not in defaults or value != defaults[field]}
     first = next(iter(given), None)
     return f"{name}({', '.join(repr(v) if f == first else f'{f}={v!r}' for f, v in shown.items())})"
@@ -106,5 +111,5 @@ def shared(values: tuple[Any, ...]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = repr(written(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
