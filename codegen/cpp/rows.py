@@ -41,11 +41,15 @@ from sparsify.expr import (
 from sparsify.walk import rewrite, variables
 
 K, Q = "k", "q"
+KEYS = 64  # of a key tile: one bit each in a row's mask
 PARAMETERS = "const Call& c, I b, I h, I q0, I count, I k0, int keys"
+LISTED_PARAMETERS = "const Call& c, I b, I h, I q0, I count, const int32_t* at, int keys"
 
 
 class Rows:
-    """Collects what is computed once a tile and once a row."""
+    """Collects what is computed once a tile and once a row. A tile's keys go on from k0."""
+
+    key = "k0 + j"  # key j of a tile
 
     def __init__(self, text: Callable[[Expr | Pred], str]) -> None:
         self.text = text
@@ -109,8 +113,7 @@ class Rows:
 
     def threshold(self, coefficient: int, rest: Expr) -> str:
         """coefficient * k + rest >= 0, where rest is free of k."""
-        limit = self.text(floordiv(rest, abs(coefficient)))
-        bits = f"keys_from({limit} + k0)" if coefficient > 0 else f"keys_to({limit} - k0)"
+        bits = self.side(coefficient > 0, self.text(floordiv(rest, abs(coefficient))))
         if Q in variables(rest):
             return bits
         name, new = self.slot(bits, "bits")
@@ -118,12 +121,19 @@ class Rows:
             self.tile.append(f"uint64_t {name} = {bits};")
         return name
 
+    def side(self, upper: bool, limit: str) -> str:
+        """The keys with limit + k >= 0, or with limit - k >= 0."""
+        return f"keys_from({limit} + k0)" if upper else f"keys_to({limit} - k0)"
+
+    def each(self, body: str) -> str:
+        """A loop over a tile's keys."""
+        return f"for (int j = 0; j < keys; j++) {{ I k = {self.key}; {body} }}"
+
     def gathered(self, pred: Pred, lines: list[str], condition: str) -> str:
         name, new = self.slot(pred, "bits")
         if new:
             lines.append(f"uint64_t {name} = 0;")
-            loop = f"{{ I k = k0 + j; {name} |= (uint64_t)({condition} ? 1 : 0) << j; }}"
-            lines.append(f"for (int j = 0; j < keys; j++) {loop}")
+            lines.append(self.each(f"{name} |= (uint64_t)({condition} ? 1 : 0) << j;"))
         return name
 
     def by_key(self, expr: Expr) -> Expr:
@@ -134,8 +144,8 @@ class Rows:
         name, new = self.slot(expr, "x")
         if new:
             value = expr if line else rewrite(expr, self.read)
-            fill = f"for (int j = 0; j < keys; j++) {{ I k = k0 + j; {name}[j] = {self.text(value)}; }}"
-            self.tile.append(f"I {name}[64];")
+            fill = self.each(f"{name}[j] = {self.text(value)};")
+            self.tile.append(f"I {name}[{KEYS}];")
             self.tile.append(fill if line is None else f"integers_of({line}, keys, {name});")
         return Var(f"{name}[j]")
 
@@ -200,6 +210,18 @@ class Rows:
         if isinstance(node, Mod):
             return select(wraps, rest - divisor, rest)
         return self.by_key(floordiv(by_key, right)) + self.by_row(floordiv(by_row, right)) + select(wraps, 1, 0)
+
+
+class ListedRows(Rows):
+    """Rows of a tile whose keys come from a list: they are at[0], at[1], ..., ascending."""
+
+    key = "at[j]"
+
+    def line(self, load: Load) -> str | None:
+        return None
+
+    def side(self, upper: bool, limit: str) -> str:
+        return f"listed_{'from' if upper else 'to'}({limit}, at, keys)"
 
 
 def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
