@@ -43,7 +43,8 @@ from sparsify.expr import (
 
 
 def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
-    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable, load and bound where it isn't None."""
+    """The node rebuilt, with `leaf(atom)` in place of each variable, load, bound, quotient and remainder for which it
+    isn't None."""
     go = lambda part: rewrite(part, leaf)  # noqa: E731
     match node:
         case Var():
@@ -57,9 +58,9 @@ def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
         case Mul(left, right):
             return go(left) * go(right)
         case FloorDiv(left, right):
-            return floordiv(go(left), go(right))
+            return leaf(node) or floordiv(go(left), go(right))
         case Mod(left, right):
-            return mod(go(left), go(right))
+            return leaf(node) or mod(go(left), go(right))
         case Min(left, right):
             return minimum(go(left), go(right))
         case Max(left, right):
