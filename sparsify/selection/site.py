@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,15 @@ def lists_of(selector: Selector, first: int, heads: int, kv_heads: int, row: Exp
 @torch.library.impl(LIBRARY, "select", "CompositeImplicitAutograd")
 def _select(q, k, loads, scores, q_offset, scale, text):  # type: ignore[no-untyped-def]
     ask = Ask.parse(text)
+    position, valid = places_of(ask, q, k, loads, q_offset)
+    lists = choose(ask.selector, q, k, scale=scale, position=position, valid=valid, causal=ask.causal, scores=scores)
+    return [tensor for pair in lists for tensor in pair]
+
+
+def places_of(
+    ask: Ask, q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The positions of the queries (B or 1, Nq), and which keys may be used (B or 1, Nk), None for all."""
     q_len, k_len = q.shape[2], k.shape[2]
     env: dict[str, Any] = {f"_{i}": load for i, load in enumerate(loads)} | {"N": k_len, "Nq": q_len}
     env |= {
@@ -86,10 +96,7 @@ def _select(q, k, loads, scores, q_offset, scale, text):  # type: ignore[no-unty
     }
     position = torch.as_tensor(evaluate(ask.position, env), device=q.device)
     position = position.expand(*(1,) * (4 - position.dim()), *position.shape).expand(-1, -1, q_len, -1)[:, 0, :, 0]
-    lists = choose(
-        ask.selector, q, k, scale=scale, position=position, valid=_valid(ask, env), causal=ask.causal, scores=scores
-    )
-    return [tensor for pair in lists for tensor in pair]
+    return position, _valid(ask, env)
 
 
 def _valid(ask: Ask, env: dict[str, Any]) -> torch.Tensor | None:
