@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -217,7 +218,7 @@ def round_robin(item, tables):
 def ordered(item, table, every=False):
     order = sorted(table, key=lambda u: (-table[u], u))
     if every:
-        for u, v in zip(order, order[1:], strict=False):
+        for u, v in pairwise(order):
             item.near(table[u] - table[v])
     return order
 
