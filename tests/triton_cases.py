@@ -14,7 +14,6 @@ from sparsify import patterns as p
 from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import TritonTarget
-from sparsify.patterns.presets import big_bird
 from sparsify.program import Program
 from sparsify.text import parse_pred
 
@@ -160,9 +159,7 @@ def _static() -> list[Case]:
         "column_holes": p.column_stride(2, block=64, offset=1),
         "global_tokens": p.global_tokens([0, 7, 33]) | p.window(9, ahead=3),
         "many_globals": p.global_tokens(range(1, 70, 7)) & C,
-        "neighborhood": p.neighborhood([4, 5, 6], [3, 2, 5], [2, 1, 3], start=3) | p.global_tokens("0-2"),
-        "ring": p.neighborhood([9, 13], [3, 4], dilation=[1, 3], causal=[True, False], border=["shift", "wrap"]),
-        "big_bird": big_bird(block=8),
+        "neighborhood": p.neighborhood([7, 9], [3, 4], [2, 1], start=3) | p.global_tokens("0-2"),
         "expr": p.expr("k <= q and (q - k) % 7 < 2 or q * k % 5 == 1"),
         "expr_negative": p.expr("(k - q) // 5 % 3 == 1 or k < (3 if q > 20 else q // 2)"),
         "nothing": p.window(5) & ~p.window(5),
