@@ -159,6 +159,7 @@ def _static() -> list[Case]:
         "column_holes": p.column_stride(2, block=64, offset=1),
         "global_tokens": p.global_tokens([0, 7, 33]) | p.window(9, ahead=3),
         "many_globals": p.global_tokens(range(1, 70, 7)) & C,
+        "neighborhood": p.neighborhood([7, 9], [3, 4], [2, 1], start=3) | p.global_tokens("0-2"),
         "expr": p.expr("k <= q and (q - k) % 7 < 2 or q * k % 5 == 1"),
         "expr_negative": p.expr("(k - q) // 5 % 3 == 1 or k < (3 if q > 20 else q // 2)"),
         "nothing": p.window(5) & ~p.window(5),
