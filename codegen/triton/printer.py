@@ -105,6 +105,7 @@ def holes(
         "value_dim": value_dim,
         "rules": rules,
         "rounds": turns,
+        "scans": bool(turns) or any(rule["scanned"] for rule in rules),
         "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
@@ -144,7 +145,7 @@ def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, An
         "empty": text(rule.empty),
         "full": text(analyse(closed).full),
         "gaps": gaps(pred),
-        "scanned": scanned(pred),
+        "scanned": scanned(pred) or (gaps(pred) and program.keys is not None),
         "bands": [_interval(band.low, band.high, high, text) | {"unless": text(band.unless)} for band in rule.bands],
         "interiors": [_interval(one.low, one.high, high, text) | {"when": text(one.when)} for one in inside],
     }

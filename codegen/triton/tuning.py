@@ -39,6 +39,7 @@ class Shape:
 
 
 INTERPRETED = Shape(32, 32, 4, 1)
+INTERPRETED_SLOTS = Shape(64, 64, 4, 1)  # fewer tiles: each is asked for by a long predicate
 # The largest padded head size of a row -> its shape: the largest of those tried with which no kernel of the catalogue
 # spills, or fewest do (`sparsify doctor --kernels` shows it). Not yet tuned by time on any of these chips.
 _HALF = {
@@ -82,6 +83,7 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     program, q_len, (head_dim, value_dim) = launch.program, slots(launch)[0], (launch.q.shape[3], launch.v.shape[3])
     shape = launch_shape(dtype_name(launch.q.dtype), head_dim, value_dim, q_len, arch)
     if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
+        shape = INTERPRETED_SLOTS if arch is None else shape
         shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
     if not rounds(program):
         return launch, shape
