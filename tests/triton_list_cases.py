@@ -10,8 +10,10 @@ import torch
 from list_cases import CASES, ListCase, atom, boxes, drawn_lists, sorted_keys
 from strategies import term
 
-from sparsify.codegen.oracle import environment
+from sparsify.codegen.null import NullTarget
+from sparsify.codegen.oracle import environment, oracle
 from sparsify.codegen.target import Launch
+from sparsify.codegen.triton import TritonTarget
 from sparsify.patterns.lists import lists
 from sparsify.program import Program, Skip
 from sparsify.text import parse_pred
@@ -22,13 +24,14 @@ from sparsify.walk import evaluate
 class Made:
     """A launch that a function makes, of its first batch only: the interpreter is slow.
 
-    unlisted: the keys of units in no list are NaN when the kernel runs.
+    unlisted, unread: the keys of units in no list, or values in a range, are NaN when the kernel runs.
     """
 
     name: str
     make: Callable[[], Launch]
     dtype: str = "float32"
     unlisted: bool = False
+    unread: tuple[int, int] = (0, 0)
 
     def launch(self, device: str = "cpu") -> Launch:
         made = self.make()
@@ -36,6 +39,7 @@ class Made:
         return replace(made, q=q, k=k, v=v, loads=tuple(loads))
 
     def poison(self, launch: Launch) -> None:
+        launch.v[:, :, slice(*self.unread)] = torch.nan
         if self.unlisted:
             rows = ~listed_rows(launch)
             launch.k[rows], launch.v[rows] = torch.nan, torch.nan
@@ -116,14 +120,22 @@ def few_heads(make: Callable[[str], Launch]) -> Launch:
     return replace(launch, q=q, k=k, v=v, program=replace(launch.program, heads=launch.program.heads[:2]))
 
 
-def skips() -> Launch:
-    """Heads with two skips, one by length, and one with none, in lists beside a window; some units weigh next to
-    nothing."""
-    launch = ListCase("streaming", 16, heads=(4, 4), scope="head", lengths=(70, 200)).launch("triton")
-    launch.k[:, :, 60:150] *= -4
-    launch.k[:, :, 60:150] = launch.k[:, :, 60:150].abs() * -launch.q.mean(2, keepdim=True).sign()
-    found = (Skip(0.01), Skip(2.0, by_length=True), None, Skip(0.01))
-    return replace(launch, program=replace(launch.program, skips=found))
+def weighed() -> Launch:
+    """Heads with different skips, whose keys from 64 on weigh less than 2**-40 of the first ones."""
+    skips = (Skip(1e-3), Skip(0.1, by_length=True))
+    launch = ListCase("alone", 16, heads=(2, 2)).launch("triton")
+    launch.q.abs_()
+    launch.k[:, :, 64:] = -40 * (1 + launch.k[:, :, 64:].abs())
+    return replace(launch, program=replace(launch.program, keep=(parse_pred("k <= q"),), loads=0, skips=skips))
+
+
+def skipping_errors() -> tuple[float, float]:
+    """The largest errors of heads with different skips against the null target, and of that against the oracle."""
+    launch = ListCase("streaming", 16, 64, "head", (3, 3), batch=1).launch("triton")
+    skips = (Skip(1.0), Skip(100.0, by_length=True), None)
+    launch = replace(launch, program=replace(launch.program, skips=skips))
+    found, null = TritonTarget().run(launch).double(), NullTarget().run(launch).double()
+    return (found - null).abs().max().item(), (null - oracle(launch)).abs().max().item()
 
 
 def _named() -> list[Made]:
@@ -138,6 +150,7 @@ def _named() -> list[Made]:
         Made("list of three heads", partial(ListCase("causal", 16, 1, heads=(6, 2), lengths=(5, 90)).launch, "triton")),
         Made("list strided", partial(strided, shared)),
         Made("list lines", lines),
+        Made("skip", weighed, unread=(64, 200)),
         Made("layout boxes", partial(few_heads, boxes)),
         Made("layout sorted keys", partial(sorted_keys, "triton")),
     ]
