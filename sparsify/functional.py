@@ -14,9 +14,13 @@ from sparsify.errors import InputError
 from sparsify.expr import Test
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
+from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.program import Program
 from sparsify.sizes import LIMIT
 from sparsify.text import parse_pred
+
+GridFields = tuple[type[Pattern], tuple[object, ...]]
 
 
 def attention(
@@ -49,7 +53,10 @@ def attention(
     loads = [] if mask is None else _mask_loads(mask, q_offset)
     kind = None if mask is None else "keep" if mask.dtype == torch.bool else "add"
     index = None if mask is None else _mask_index(mask, q_offset)
-    program = program_text(_rules(pattern, q.shape[1]), kind, index, q.device.type)
+    whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
+    rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
+    tokens = int(k.shape[2]) if found and whole else 0
+    program = program_text(rules, kind, index, q.device.type, found if whole else (), tokens)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return op.attention(q, k, v, loads, offset, factor, program)
@@ -83,22 +90,52 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
     return tuple([p.rule for p in pattern])
 
 
+def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
+    """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
+    found: tuple[GridFields, ...] = ()
+    for one in [pattern] if isinstance(pattern, Pattern) else pattern:
+        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids(one)])
+        wrong = one.fits(int(keys)) if mine else ""
+        if wrong:
+            raise InputError(f"attention: pattern: {wrong}")
+        found += mine
+    return found
+
+
 @torch.compiler.assume_constant_result
-def program_text(rules: tuple[str, ...], kind: str | None, index: str | None, device: str) -> str:
-    """The canonical program of the rules of all heads and of a mask: of its kind ("keep" or "add"), read at `index`."""
-    return _program_text(rules, kind, index, env.target(), device)
+def program_text(
+    rules: tuple[str, ...],
+    kind: str | None,
+    index: str | None,
+    device: str,
+    found: tuple[GridFields, ...] = (),
+    tokens: int = 0,
+) -> str:
+    """The canonical program of the rules of all heads and of a mask: of its kind ("keep" or "add"), read at `index`.
+
+    found: the grids in the heads' patterns, where all of so many tokens are queries and keys.
+    """
+    return _program_text(rules, kind, index, env.target(), device, found, tokens)
 
 
 @functools.lru_cache(maxsize=1024)
-def _program_text(rules: tuple[str, ...], kind: str | None, index: str | None, target: str, device: str) -> str:
+def _program_text(
+    rules: tuple[str, ...],
+    kind: str | None,
+    index: str | None,
+    target: str,
+    device: str,
+    found: tuple[GridFields, ...],
+    tokens: int,
+) -> str:
     name = codegen.choose(device) if target == "auto" else target
-    keeps = [parse_pred(rule) for rule in rules]
-    if kind is None:
-        return Program.of(keeps, target=name).text()
-    mask, loads = parse_load(f"_0[{index}]"), 2 if "_1" in str(index) else 1
-    if kind == "keep":
-        return Program.of([keep & Test(mask) for keep in keeps], loads=loads, target=name).text()
-    return Program.of(keeps, loads=loads, bias=(Term(loads=(mask,)),), target=name).text()
+    keeps, bias, loads = [parse_pred(rule) for rule in rules], (), 0
+    if kind is not None:
+        mask, loads = parse_load(f"_0[{index}]"), 2 if "_1" in str(index) else 1
+        keeps = [keep & Test(mask) for keep in keeps] if kind == "keep" else keeps
+        bias = (Term(loads=(mask,)),) if kind == "add" else ()
+    laid_out = lay_out(keeps, [grid(*given) for grid, given in found], tokens, bias)
+    return Program.of(laid_out.keeps, **laid_out.fields(), loads=loads, target=name).text()
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

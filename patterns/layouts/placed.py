@@ -30,7 +30,7 @@ from sparsify.expr import (
     eq,
     select,
 )
-from sparsify.patterns.boxes import TILE, Boxes
+from sparsify.patterns.layouts.boxes import TILE, Boxes
 from sparsify.patterns.grid import coordinates
 from sparsify.patterns.tiles import unwrap
 from sparsify.sizes import size_values
