@@ -16,6 +16,7 @@ from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
+from sparsify.passes.lay_out import LayOut
 from sparsify.passes.number_sites import NumberSites
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.remember_masks import RememberMasks
@@ -51,6 +52,7 @@ def pipeline(
         NumberSites(),
         AttachSpec(spec, placed),
         ChooseKeys(learned or {}),
+        LayOut(),
         ChooseTarget(target),
         Crossover(crossover),
         RememberMasks(verify),

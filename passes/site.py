@@ -11,6 +11,7 @@ from torch import fx
 from sparsify.bias import Bias
 from sparsify.errors import Refusal
 from sparsify.expr import TRUE, Expr, Pred, Var
+from sparsify.patterns.layouts.lay_out import LaidOut
 from sparsify.program import Skip
 
 
@@ -77,6 +78,7 @@ class Site:
     mask_text: str = ""
     patterns: tuple[Any, ...] | None = None
     programs: tuple[Pred, ...] = ()
+    laid_out: LaidOut | None = None
     skips: tuple[Skip | None, ...] = ()
     target: str = ""
     dense: str = ""

@@ -33,6 +33,11 @@ class Grid(Pattern):
         """How many tokens the grid has."""
         return math.prod(self.shape)
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """How far apart the tokens are, in each dimension, that see each other: 1 unless a subclass says more."""
+        return (1,) * len(self.shape)
+
     def keep(self) -> Pred:
         q, k = Q - self.start, K - self.start
         inside = (q >= 0) & (q < self.tokens) & (k >= 0) & (k < self.tokens)

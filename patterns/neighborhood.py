@@ -128,6 +128,10 @@ class Neighborhood(Grid):
         columns = self.shape, self.window, self.stride, self.dilation, self.causal, self.border
         return tuple(Dimension(*values) for values in zip(*columns, strict=True))
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        return self.dilation
+
     def keep_at(self, q: Coordinates, k: Coordinates) -> Pred:
         return conjunction(one.keep(a, b) for one, a, b in zip(self.dimensions, q, k, strict=True))
 

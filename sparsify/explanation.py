@@ -106,6 +106,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         phase=phase(site),
         bias=describe_bias(site.bias, site.load_names),
         sink="" if site.sink_bias is None else describe_bias(site.sink_bias, site.load_names),
+        layout="" if site.laid_out is None or site.laid_out.chosen is None else str(site.laid_out.chosen),
         refusal=site.refusal,
         notes=tuple(site.notes),
     )

@@ -11,6 +11,7 @@ from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import TRUE, Chosen, Pred, Test, Var, conjunction
+from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
@@ -33,18 +34,26 @@ class Where(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan(
-    rules: tuple[str, ...], where: tuple, heads: int, kv_heads: int, one_query: bool, device: str
+    rules: tuple[str, ...], where: tuple, grids: tuple, heads: int, kv_heads: int, one_query: bool, device: str
 ) -> tuple[str, tuple[str, ...]]:
     """The canonical program of the rules of all heads and of a mask, and the text of each selection to be made.
 
-    `where` has the fields of a `Where`. Raises InputError for a selection that can't be made here.
+    `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
+    tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made here.
     """
-    return _plan(rules, Where(*where), heads, kv_heads, one_query, env.target(), device)
+    return _plan(rules, Where(*where), grids, heads, kv_heads, one_query, env.target(), device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    rules: tuple[str, ...], where: Where, heads: int, kv_heads: int, one_query: bool, target: str, device: str
+    rules: tuple[str, ...],
+    where: Where,
+    grids: tuple,
+    heads: int,
+    kv_heads: int,
+    one_query: bool,
+    target: str,
+    device: str,
 ) -> tuple[str, tuple[str, ...]]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     made: dict[Chosen, Pred] = {}
@@ -60,9 +69,10 @@ def _plan(
         loads += 2 * len(selector.units())
     name = codegen.choose(device) if target == "auto" else target
     of_heads = tuple(next((skips[one] for one in _choices(keep) if one in skips), None) for keep in keeps)
-    programs = [with_choices(keep, made) for keep in keeps]
-    found = Program.of(programs, loads=loads, bias=bias, target=name, skips=of_heads if skips else ())
-    return found.text(), tuple(asks)
+    drawn = [grid(*given) for grid, given in grids[0]]
+    laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
+    given = {"loads": loads, "target": name, "skips": of_heads if skips else ()}
+    return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
 
 
 def _with_mask(keeps: list[Pred], where: Where, one_query: bool) -> tuple[list[Pred], tuple[Term, ...], Pred]:
