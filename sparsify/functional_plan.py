@@ -39,7 +39,8 @@ def plan(
     """The canonical program of the rules of all heads and of a mask, and the text of each selection to be made.
 
     `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
-    tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made here.
+    tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made
+    here.
     """
     return _plan(rules, Where(*where), grids, heads, kv_heads, one_query, env.target(), device)
 
