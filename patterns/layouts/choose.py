@@ -82,7 +82,9 @@ def _pairs(heads: tuple[Pred, ...], length: int, total: int = 0) -> tuple[float,
     """(cost, share) of the tiles that heads visit, as parts of all pairs of tokens, the heads on average."""
     cost = share = 0.0
     pairs = len(heads) * (total or length) ** 2 / TILE**2
-    for rule, count in Counter((rule, head if "h" in variables(rule) else 0) for head, rule in enumerate(heads)).items():
+    for rule, count in Counter(
+        (rule, head if "h" in variables(rule) else 0) for head, rule in enumerate(heads)
+    ).items():
         visited, whole = executed(rule[0], length, rule[1])
         share += count * visited / pairs
         cost += count * (visited + PARTIAL * (visited - whole)) / pairs
@@ -141,9 +143,7 @@ def _by_dimension(grid: Grid) -> tuple[Pred, ...] | None:
         if len(own) > 1:
             return None
         found[min(own, default=0)].append(part)
-    return tuple(
-        substitute(conjunction(parts), {f"q_{axis}": Q, f"k_{axis}": K}) for axis, parts in enumerate(found)
-    )
+    return tuple(substitute(conjunction(parts), {f"q_{axis}": Q, f"k_{axis}": K}) for axis, parts in enumerate(found))
 
 
 @functools.lru_cache(maxsize=4096)
