@@ -34,11 +34,13 @@ def pipeline(
     exact: bool = False,
     crossover: bool = True,
     verify: bool = False,
+    learned: Any = None,
 ) -> tuple[Pass, ...]:
     """The passes in their order.
 
     placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven;
-    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the sites were before.
+    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the sites were before;
+    learned: the modules that score units of selections.
     """
     return (
         Canonicalise(),
@@ -49,7 +51,7 @@ def pipeline(
         RecoverMasks(exact),
         NumberSites(),
         AttachSpec(spec, placed),
-        ChooseKeys(),
+        ChooseKeys(learned or {}),
         LayOut(),
         ChooseTarget(target),
         Crossover(crossover),

@@ -45,7 +45,7 @@ class Grid(Pattern):
 
     def fits(self, n: int, alone: bool = True) -> str:
         whole, stop = " x ".join(map(str, self.shape)), self.start + self.tokens
-        what = f"shape: {whole} is {self.tokens} tokens"
+        what = f"{type(self).__name__.lower()}.shape: {whole} is {self.tokens} tokens"
         if n < stop:
             return f"{what}{f' from position {self.start}' if self.start else ''}, but there are {n} keys"
         outside = [f"{a}-{b - 1}" for a, b in ((0, self.start), (stop, n)) if a < b]

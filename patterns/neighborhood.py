@@ -142,10 +142,6 @@ class Neighborhood(Grid):
     def __str__(self) -> str:
         return called("neighborhood", self.arguments(), DEFAULTS)
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        found = super().fits(n, alone)
-        return f"neighborhood.{found}" if found else ""
-
     def fully_block_sparse(self, q_tile: Sequence[int], k_tile: Sequence[int]) -> bool:
         """Whether no tile of boxes of these shapes is partial: each is kept as a whole or not at all.
 

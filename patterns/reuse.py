@@ -19,8 +19,8 @@ class Reuse:
 
     layers: (the layer that chooses, the later ones that take its choice), ...; other layers choose for themselves.
     source: whether a layer that chooses for others attends by its choice (`sparse`) or to everything (`dense`,
-    TidalDecode). every: a choice holds for so many steps. cosine: and for as long as the mean query is as similar to that
-    of the choice; None to not ask.
+    TidalDecode). every: a choice holds for so many steps. cosine: and for as long as the mean query is as similar to
+    that of the choice; None to not ask.
     """
 
     layers: tuple[tuple[int, Ranges], ...] = ()
@@ -91,7 +91,9 @@ def _check_layers(layers: tuple[tuple[int, Ranges], ...]) -> None:
     """Refuses a cycle, a source that comes after a layer that takes its choice, two sources, and chains."""
     import networkx
 
-    graph = networkx.DiGraph((source, layer) for source, takers in layers for a, b in takers for layer in range(a, b + 1))
+    graph = networkx.DiGraph(
+        (source, layer) for source, takers in layers for a, b in takers for layer in range(a, b + 1)
+    )
     cycle = next(iter(networkx.simple_cycles(graph)), None)
     if cycle:
         shown = " -> ".join(map(str, [*cycle, cycle[0]]))

@@ -25,9 +25,9 @@ from sparsify.ranges import Ranges, read_ranges, text_of
 class Choice:
     """All that a selection says of itself: what `Chosen` holds as text.
 
-    selector: the pipeline that chooses keys, or the kernel's own budget (`Online`), which keeps every pair that it meets
-    but for those of no weight. reuse: which layers and steps share what was chosen. dense_layers: those that keep
-    everything.
+    selector: the pipeline that chooses keys, or the kernel's own budget (`Online`), which keeps every pair that it
+    meets but for those of no weight. reuse: which layers and steps share what was chosen. dense_layers: those that
+    keep everything.
     """
 
     selector: Selector | Online
@@ -114,7 +114,9 @@ def select(
     """
     given = {"budget": budget, "unit": unit, "score": score, "heads": heads, "force": force, "lines": lines}
     present = {name: value for name, value in given.items() if value is not None}
-    return Selection(_select_text(_frozen(present), learned, phase, semantics, _frozen(reuse or {}), _layers(dense_layers)))
+    return Selection(
+        _select_text(_frozen(present), learned, phase, semantics, _frozen(reuse or {}), _layers(dense_layers))
+    )
 
 
 SCORES: dict[str, dict[str, str]] = {
@@ -137,9 +139,9 @@ def topk(
 ) -> Pattern:
     """The best `keep` units of `unit` keys, for each `queries` queries of a `scope`: head, kv_group or layer.
 
-    score: by the `mean` of a unit's keys, by the bound of its least and greatest ones (`minmax_bound`, Quest), by its
-    keys themselves (`token`), or by their share of the attention (`softmax`). The first `sinks` units and the `local` last
-    ones, the query's own included, are kept beside them. Raises PatternError.
+    score: by the `mean` of a unit's keys, by the bound of its least and greatest ones (`minmax_bound`, Quest),
+    by its keys themselves (`token`), or by their share of the attention (`softmax`). The first `sinks` units and the
+    `local` last ones, the query's own included, are kept beside them. Raises PatternError.
     """
     return _usual("topk", {"rule": "topk", "value": keep}, unit, score, scope, queries, sinks, local, phase)
 
@@ -161,11 +163,9 @@ def topp(
     return _usual("topp", budget, unit, score, scope, queries, sinks, local, phase)
 
 
-def _usual(
-    name: str, budget: dict[str, Any], unit: int, score: str, scope: str, queries: int, sinks: int, local: int, phase: str
-) -> Pattern:
+def _usual(name: str, budget: dict[str, Any], *rest: Any) -> Pattern:
     """The selection of a shorthand, whose errors name its own fields."""
-    return Selection(_usual_text(name, tuple(budget.items()), unit, score, scope, queries, sinks, local, phase))
+    return Selection(_usual_text(name, tuple(budget.items()), *rest))
 
 
 @foldable
@@ -215,9 +215,7 @@ def _layers(value: int | str | list[int | str] | None) -> Any:
 
 
 @foldable
-def _select_text(
-    parts: Any, learned: str | None, phase: str, semantics: str, reuse: Any, dense_layers: Any
-) -> str:
+def _select_text(parts: Any, learned: str | None, phase: str, semantics: str, reuse: Any, dense_layers: Any) -> str:
     made = {name: part(PARTS[name], name, value) for name, value in _thawed(parts).items()}
     selector = Selector(**made, learned=learned, phase=phase, semantics=semantics)
     try:

@@ -31,10 +31,10 @@ def choose(
     count: (B, L, R) int32. L = selector.lists(H, J), R = ceil(N / selector.unit.q), rows counted from the first query.
 
     q: (B, H, N, D), k: (B, J, M, D), any float dtype; scores are float32. scale: of the dot products.
-    position: (B or 1, N) int64, each query's position among the keys; rises by at most 1 from query to query. A negative
-        one takes the query out.
-    valid: (B or 1, M) bool, keys that may be used; with `causal` a query on a key that may not be used is out, too. A row
-        without queries keeps nothing.
+    position: (B or 1, N) int64, each query's position among the keys; rises by at most 1 from query to query. A
+        negative one takes the query out.
+    valid: (B or 1, M) bool, keys that may be used; with `causal` a query on a key that may not be used is out, too. A
+        row without queries keeps nothing.
     causal: a query sees the keys up to its own position only.
     scores: (B, H or J or 1, R, U), a learned hook's unit scores.
     Raises InputError for tensors that do not fit.
@@ -88,7 +88,7 @@ def _check(
     causal: bool,
     scores: Tensor | None,
 ) -> None:
-    batch, heads, queries, _ = q.shape
+    heads, queries = q.shape[1:3]
     kv_heads, keys = k.shape[1:3]
     if heads % kv_heads:
         raise InputError(f"q: {heads} query heads are no multiple of the {kv_heads} key heads")

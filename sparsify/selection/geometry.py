@@ -25,12 +25,14 @@ class Rows(NamedTuple):
 class Places(NamedTuple):
     """Everything about positions that the steps share.
 
+    valid: (B, M) keys that may be used, or None for all.
     seat, horizon: (B, N) each query's position, and the last key position that it sees; -1 where it is not valid.
     inside: (B, U, unit) which tokens of each unit are keys that may be used.
     reach: (B, R, U) units of which the row sees a token.
     start: (B, 1) the first key that may be used.
     """
 
+    valid: Tensor | None
     seat: Tensor
     horizon: Tensor
     rows: Rows
@@ -49,13 +51,13 @@ def places(selector: Selector, position: Tensor, valid: Tensor | None, keys: int
     )
     inside = inside_of(valid, keys, selector.unit.k, seat.device)
     edge = edges(inside, "touch")
-    return Places(seat, horizon, rows, inside, seen(rows.horizon, edge), edge.amin(-1, keepdim=True))
+    return Places(valid, seat, horizon, rows, inside, seen(rows.horizon, edge), edge.amin(-1, keepdim=True))
 
 
 def _usable(position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Tensor:
-    """Queries that take part: not before the first key, and in self-attention not padding themselves."""
+    """Queries that take part: not before the first key, and one of several not where the key is padding."""
     usable = position >= 0
-    if valid is None or not causal:
+    if valid is None or not causal or position.shape[1] == 1:
         return usable
     batch = torch.broadcast_shapes(valid.shape[:1], position.shape[:1])[0]
     own = valid.expand(batch, -1).gather(1, position.clamp(0, keys - 1).expand(batch, -1))
@@ -66,7 +68,15 @@ def split(x: Tensor, size: int, fill: float | bool) -> Tensor:
     """(..., n) as blocks (..., ceil(n / size), size), the last filled up."""
     if size == 1:
         return x.unsqueeze(-1)
-    return pad(x, (0, -x.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
+    n = x.shape[-1]
+    blocks = blocks_in(n, size)
+    return pad(x, (0, blocks * size - n), value=fill).unflatten(-1, (blocks, size))
+
+
+def blocks_in(n: int, size: int) -> int:
+    """How many blocks n tokens fill. Blocks are cut by this number, never by -1, so that symbolic sizes stay simple and
+    no guard is made on them."""
+    return (n + size - 1) // size
 
 
 def inside_of(valid: Tensor | None, keys: int, size: int, device: torch.device) -> Tensor:

@@ -9,10 +9,10 @@ LOW = 0xFFFFFFFF
 
 
 def order_key(scores: Tensor, competes: Tensor, first: Tensor | None = None) -> Tensor:
-    """int64 keys, all different in a row, in whose order scores (..., U) float32 fall: of equals the lowest index leads.
+    """int64 keys, all different in a row, in whose order scores (..., U) float32 fall: of equals the first leads.
 
-    `first` leads everything and what does not compete comes last. A plain topk leaves open which of equals it takes, and
-    a stable sort costs ten times as much.
+    `first` leads everything and what does not compete comes last. A plain topk leaves open which of equals it takes,
+    and a stable sort costs ten times as much.
     """
     scores = torch.where(scores == 0, 0.0, scores)  # -0 and 0 are equals
     scores = torch.where(competes, scores, -torch.inf)
