@@ -364,7 +364,7 @@ def test_the_tuple_of_presets_is_the_folder():
         found += [
             name
             for name, value in members.items()
-            if hasattr(value, "about") and value.__module__.endswith(module.name)
+            if isinstance(getattr(value, "about", None), pre.About) and value.__module__.endswith(f".{module.name}")
         ]
     assert sorted(found) == sorted(NAMES) and len(set(NAMES)) == len(NAMES)
     assert set(NAMES) <= set(pre.__all__) and all(p.PATTERNS[name] in p.PRESETS for name in NAMES)
