@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparsify.errors import InputError
-from sparsify.patterns.selector import Selector
+from sparsify.patterns.selector import Selector, Unit
 from sparsify.selection.budget import kept_lists
 from sparsify.selection.geometry import Places, dense_rows, edges, forced_units, places, seen, split
 from sparsify.selection.lines import line_lists
@@ -40,6 +42,8 @@ def choose(
     Raises InputError for tensors that do not fit.
     """
     _check(selector, q, k, position, valid, causal, scores)
+    if q.shape[2] == 1 and not selector.score.stride and not selector.lines:
+        selector = replace(selector, unit=Unit(1, selector.unit.k))  # a row of one query needs no filling up
     q, k = q.detach().float(), k.detach().float()
     at = places(selector, position, valid, k.shape[2], causal)
     if selector.lines:

@@ -68,6 +68,8 @@ def split(x: Tensor, size: int, fill: float | bool) -> Tensor:
     """(..., n) as blocks (..., ceil(n / size), size), the last filled up."""
     if size == 1:
         return x.unsqueeze(-1)
+    if x.dtype == torch.bool:  # Inductor can't pad what is compared on the way: its C++ for AVX2 doesn't compile
+        return split(x.float(), size, float(fill)) > 0.5
     n = x.shape[-1]
     blocks = blocks_in(n, size)
     return pad(x, (0, blocks * size - n), value=fill).unflatten(-1, (blocks, size))
