@@ -168,13 +168,10 @@ def unit_tables(item, forced):
 
 def pooled(item, table, seen, rows, columns, r):
     s, found = item.s, {}
+    mine = [a for a, (row, _, _) in enumerate(rows) if row in (r, None)]
     for u, tokens in enumerate(item.units):
-        values = [
-            table[a, c]
-            for a, (row, _, _) in enumerate(rows)
-            for c, (unit, _) in enumerate(columns)
-            if row in (r, None) and unit == u and seen[a, c]
-        ]
+        own = [c for c, (unit, _) in enumerate(columns) if unit == u]
+        values = [table[a, c] for a in mine for c in own if seen[a, c]]
         if values and item.visible(
             item.rows[r], tokens, s.score.causal if s.score.qview.startswith("last") else "touch"
         ):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from selection_cases import CLEAR, Inputs, inputs, line_selectors, unit_selectors
 
@@ -18,6 +18,7 @@ from sparsify.selection import choose
 MEANS = Score("mean", "mean", norm="softmax")
 BOUND = Score(kview="minmax", combine="upper_bound")
 HEAD = Heads("head")
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # a smaller selector is another selector, and takes minutes to find
 
 
 def causal_case(keys: int, *, heads: int = 4, kv_heads: int = 2, queries: int | None = None, seed: int = 0) -> Inputs:
@@ -37,7 +38,7 @@ def each(sets: list) -> list[tuple[tuple[int, int, int], set[int]]]:
     ]
 
 
-@settings(max_examples=250)
+@settings(max_examples=160, phases=NO_SHRINKING)
 @given(data=st.data())
 def test_kept_sets_are_the_reference_s(data):
     selector = data.draw(unit_selectors())
@@ -47,7 +48,7 @@ def test_kept_sets_are_the_reference_s(data):
     assert case.sets(selector) == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, phases=NO_SHRINKING)
 @given(data=st.data())
 def test_lines_are_the_reference_s(data):
     selector = data.draw(line_selectors())
@@ -57,30 +58,26 @@ def test_lines_are_the_reference_s(data):
     assert case.sets(selector) == expected
 
 
-@settings(max_examples=40)
-@given(data=st.data())
-def test_equal_scores_go_to_the_lowest_unit(data):
-    """Small integers make exact ties; the products are exact in both."""
-    selector = data.draw(unit_selectors().filter(lambda s: s.force.exempt is None and not s.learned))
-    selector = replace(
-        selector, score=replace(selector.score, norm="none", kview="token", combine="dot"), force=Force()
-    )
-    rule = data.draw(st.sampled_from([Budget("topk", 3), Budget("ratio", 0.5), Budget("threshold", 1, max=2)]))
-    assume(selector.score.domain == "all" and selector.heads.op != "best_rank" and selector.score.smooth == "none")
-    selector = replace(selector, budget=rule)
+TIES = [
+    Selector(Budget("topk", 3), Unit(1, 4), Score(pool="max"), HEAD),
+    Selector(Budget("topk", 5), Unit(4, 2), heads=Heads("layer", "max"), force=Force(local=1, last_rows=1)),
+    Selector(Budget("ratio", 0.5), Unit(4, 1), heads=Heads("kv_group", "sum", "pre")),
+    Selector(Budget("ratio", 0.3, "head"), Unit(4, 2), heads=HEAD, force=Force(sink=1)),
+    Selector(Budget("threshold", 1, max=2), heads=Heads("layer", "sum")),
+    Selector(Budget("topk", 4), heads=Heads("layer", "best_rank")),
+]
+
+
+@settings(max_examples=30)
+@given(data=st.data(), selector=st.sampled_from(TIES))
+def test_equal_scores_go_to_the_lowest_unit(data, selector):
+    """Small integers make exact ties, and sums that are exact in any order."""
     case = data.draw(inputs(selector))
-    case.scale = 1.0
-    case.q, case.k = (x.sign() * (x.abs() > 1) for x in (case.q, case.k))
-    if selector.score.qview == "mean" or selector.score.pool == "mean" or selector.heads.op == "mean":
-        selector = replace(
-            selector,
-            score=replace(selector.score, qview="token", pool="max"),
-            heads=HEAD if selector.heads.op == "mean" else selector.heads,
-        )
+    case.scale, case.q, case.k = 1.0, case.q.sign(), case.k.sign() * (case.k.abs() > 1)
     assert case.sets(selector) == case.reference(selector)[0]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, phases=NO_SHRINKING)
 @given(data=st.data())
 def test_forced_units_are_kept_and_nothing_lies_beyond_the_diagonal(data):
     selector = data.draw(unit_selectors().filter(lambda s: s.force.sink + s.force.local and s.force.of == "units"))

@@ -113,11 +113,11 @@ def _wide(rows: torch.Tensor) -> torch.Tensor:
     return wide[:, :, ::2, 1:-2]
 
 
-def few_heads(make: Callable[[str], Launch]) -> Launch:
-    """The first group of heads."""
+def few_heads(make: Callable[[str], Launch], heads: int) -> Launch:
+    """The first query heads, with one key head."""
     launch = make("triton")
-    q, k, v = launch.q[:, :2], launch.k[:, :1], launch.v[:, :1]
-    return replace(launch, q=q, k=k, v=v, program=replace(launch.program, heads=launch.program.heads[:2]))
+    q, k, v = launch.q[:, :heads], launch.k[:, :1], launch.v[:, :1]
+    return replace(launch, q=q, k=k, v=v, program=replace(launch.program, heads=launch.program.heads[:heads]))
 
 
 def weighed() -> Launch:
@@ -138,10 +138,15 @@ def skipping_errors() -> tuple[float, float]:
     return (found - null).abs().max().item(), (null - oracle(launch)).abs().max().item()
 
 
+def _smaller(case: ListCase) -> ListCase:
+    """A long one with one group of heads: the interpreter is slow."""
+    return replace(case, heads=(2, 1)) if case.heads == (4, 2) and case.lengths[0] > 16 else case
+
+
 def _named() -> list[Made]:
     shared = ListCase("streaming", 16, lengths=(3, 150))
     return [
-        *(Made(f"list {case.name}", partial(case.launch, "triton"), case.dtype) for case in CASES),
+        *(Made(f"list {case.name}", partial(_smaller(case).launch, "triton"), case.dtype) for case in CASES),
         Made("list unread blocks", partial(CASES[1].launch, "triton"), unlisted=True),
         Made("list unread pages", partial(ListCase("causal", 16, lengths=(1, 333)).launch, "triton"), unlisted=True),
         Made("list unread tokens", partial(ListCase("alone", 1, lengths=(3, 150)).launch, "triton"), unlisted=True),
@@ -151,8 +156,8 @@ def _named() -> list[Made]:
         Made("list strided", partial(strided, shared)),
         Made("list lines", lines),
         Made("skip", weighed, unread=(64, 200)),
-        Made("layout boxes", partial(few_heads, boxes)),
-        Made("layout sorted keys", partial(sorted_keys, "triton")),
+        Made("layout boxes", partial(few_heads, boxes, 1)),
+        Made("layout sorted keys", partial(few_heads, sorted_keys, 2)),
     ]
 
 
