@@ -90,7 +90,7 @@ static void pack(const Call& c, const Queries& t, const Keys& keys, int32_t* to_
 #endif
         key[j] = k + row * c.ks[2], value[j] = v + row * c.vs[2];
     }
-    pack_keys(to_keys, key, c.ks[3]);
+    pack_keys(to_keys, key, c.ks[3], value);
     pack_values(to_values, value, c.vs[3]);
 }
 
