@@ -6,11 +6,15 @@ regard for speed. The first thing to read for somebody who wants to know what th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparsify import bias
+from sparsify.codegen.slots import gathered, scattered, tokens
 from sparsify.codegen.target import Launch
-from sparsify.expr import TRUE, constant
+from sparsify.expr import TRUE, Listed, constant
+from sparsify.patterns.lists import passes, tile_rows
 from sparsify.patterns.tiles import Band, TileRule, analyse
 from sparsify.ranges import text_of
 from sparsify.text import to_text
@@ -20,9 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from sparsify.errors import Refusal
-    from sparsify.program import Program
+    from sparsify.program import Layout, Program
 
 BLOCK_M, BLOCK_N = 32, 32
+BOX = 64  # slots of a tile where there is a layout: a box
 
 
 class NullTarget:
@@ -41,21 +46,26 @@ class NullTarget:
         lines = [f"attention of {str(dtype).removeprefix('torch.')}, head size {head_dim}, value size {value_dim}"]
         for number, keep in enumerate(program.keep):
             heads = text_of(program.heads_of(number))
-            lines += [f"heads {heads}:", *("  " + line for line in _nest(analyse(keep)))]
+            found = passes(keep)
+            lines += [f"heads {heads}:", *("  " + line for line in _nest(analyse(found.static)))]
+            for step in found.lists:
+                lines += [f"    for each key tile of {to_text(step.listed)}", f"      keep  {to_text(step.keep)}"]
         if program.softcap is not None:
             lines.append(f"softcap: {program.softcap}")
         for name, terms in (("bias", program.bias), ("sink", program.sink or ())):
             lines += [f"{name}: {_term(term)}" for term in terms]
+        for name, layout in (("query", program.queries), ("key", program.keys)):
+            if layout is not None:
+                where = "" if layout.filled == TRUE else f" where {to_text(layout.filled)}"
+                lines.append(f"{name} slots: {to_text(layout.slots)}, each token {to_text(layout.token)}{where}")
         return "\n".join(lines) + "\n"
 
     def run(self, launch: Launch) -> torch.Tensor:
         out = launch.empty_output()
-        batch, heads, q_len, _ = launch.q.shape
+        batch, heads = launch.q.shape[:2]
         for b in range(batch):
             for h in range(heads):
-                for start in range(0, q_len, BLOCK_M):
-                    stop = min(start + BLOCK_M, q_len)
-                    out[b, h, start:stop] = _query_tile(launch, b, h, start, stop).to(out.dtype)
+                out[b, h] = _Head(launch, b, h).run().to(out.dtype)
         return out
 
 
@@ -94,36 +104,108 @@ def key_tiles(rule: TileRule, env: dict[str, Any], k_len: int, width: int) -> li
     return [(start, min(start + width, k_len)) for start in sorted(starts)]
 
 
-def _query_tile(launch: Launch, b: int, h: int, start: int, stop: int) -> torch.Tensor:
-    """Online softmax over the key tiles of one query tile, in float64."""
+class _Head:
+    """One query head of one launch: its rows by slots, and the loop over query tiles."""
+
+    def __init__(self, launch: Launch, b: int, h: int) -> None:
+        self.launch, self.program, self.passes = launch, launch.program, passes(launch.program.rule_of(h))
+        kv, k_len = h // (launch.q.shape[1] // launch.k.shape[1]), launch.k.shape[2]
+        q, k, v = launch.q[b, h].double(), launch.k[b, kv].double(), launch.v[b, kv].double()
+        self.env: dict[str, Any] = {"b": b, "h": h, "N": k_len, "Nq": len(q)}
+        self.env |= dict(zip(self.program.sizes(), self.program.size_values(k_len), strict=True))
+        self.env |= {f"_{i}": load for i, load in enumerate(launch.loads)}
+        self.q, self.placed = self._rows(self.program.queries, "q", q)
+        self.k, self.filled = self._rows(self.program.keys, "k", k)
+        self.v = self._rows(self.program.keys, "k", v)[0]
+        placed = self.program.queries is not None or self.program.keys is not None
+        self.rows, self.keys = (BOX, BOX) if placed else (BLOCK_M, BLOCK_N)
+        skip = self.program.skip_of(h)
+        self.far = None if skip is None else skip.below(k_len) * math.log(2)
+
+    def _rows(self, layout: Layout | None, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The rows by slot, and (token, filled) of each slot; a tensor as it is without a layout."""
+        import torch
+
+        if layout is None:
+            return tensor, None
+        here = self.env | {axis: torch.tensor(self.env[axis]).view(1, 1, 1, 1) for axis in ("b", "h")}
+        token, filled = tokens(layout, name, len(tensor), here)
+        return gathered(tensor[None, None], token, filled)[0, 0], (token, filled)
+
+    def run(self) -> torch.Tensor:
+        """The output (Nq, Dv) in float64."""
+        import torch
+
+        height, offset = tile_rows(self.program.keep, self.rows), self.launch.q_offset
+        starts = range(0, len(self.q), height)
+        parts = [self.query_tile(start, min(start + height, len(self.q)), offset) for start in starts]
+        out = torch.cat(parts) if parts else self.q.new_zeros(0, self.v.shape[1])
+        if self.placed is None:
+            return out
+        return scattered(out[None, None], *self.placed, self.launch.q.shape[2])[0, 0]
+
+    def query_tile(self, start: int, stop: int, offset: int) -> torch.Tensor:
+        """Online softmax over the key tiles of one query tile, in float64."""
+        import torch
+
+        env = self.env | {"q0": start + offset, "q1": stop - 1 + offset}
+        rows = {"q": torch.arange(start, stop)[:, None] + offset}
+        top, norm = _first(self.program.sink, env | rows, stop - start)
+        total = torch.zeros(stop - start, self.v.shape[-1], dtype=torch.float64)
+        for keys, keep in self.tiles(env, rows):
+            scores = _capped(self.q[start:stop] @ self.k[keys].T * self.launch.scale, self.program.softcap)
+            scores = scores + bias.evaluate(self.program.bias, self.env | rows | {"k": keys[None]})
+            if keep is not None:
+                scores = scores.masked_fill(~keep, -torch.inf)
+            best = scores.amax(-1, keepdim=True)
+            if self.far is not None and bool((best < top + self.far).all()):
+                continue
+            new_top = torch.maximum(top, best)
+            shift = new_top.clamp(min=torch.finfo(torch.float64).min)
+            weights, decay = torch.exp(scores - shift), torch.exp(top - shift)
+            top, norm = new_top, norm * decay + weights.sum(-1, keepdim=True)
+            total = total * decay + weights @ self.v[keys]
+        return total / norm.masked_fill(norm == 0, 1)
+
+    def tiles(self, env: dict[str, Any], rows: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The key tiles of one query tile: the slots of each, and what is kept of it (None: everything)."""
+        import torch
+
+        static = analyse(self.passes.static)
+        for low, high in key_tiles(static, env, len(self.k), self.keys):
+            yield from self.tile(static, torch.arange(low, high), env, rows)
+        for step in self.passes.lists:
+            rule, keys = analyse(step.keep), listed_keys(step.listed, env, len(self.k))
+            for start in range(0, len(keys), self.keys):
+                yield from self.tile(rule, keys[start : start + self.keys], env, rows)
+
+    def tile(
+        self, rule: TileRule, keys: torch.Tensor, env: dict[str, Any], rows: dict[str, Any]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The tile, if the rule keeps something of it. Keys of a list are bounded by the first and the last."""
+        import torch
+
+        corners = env | {"k0": int(keys[0]), "k1": int(keys[-1])}
+        if evaluate(rule.empty, corners):
+            return
+        keep = None
+        if not evaluate(rule.full, corners):
+            found = torch.as_tensor(evaluate(rule.keep, self.env | rows | {"k": keys[None]}))
+            keep = found.expand(len(rows["q"]), len(keys))
+        if self.filled is not None:
+            filled = self.filled[1][0, 0, keys]
+            keep = filled if keep is None else keep & filled
+        yield keys, keep
+
+
+def listed_keys(listed: Listed, env: dict[str, Any], k_len: int) -> torch.Tensor:
+    """The keys in the list of a query tile, ascending; `env` holds its corner q0, b, h and loads."""
     import torch
 
-    program, k_len = launch.program, launch.k.shape[2]
-    rule = analyse(program.rule_of(h))
-    kv = h // (launch.q.shape[1] // launch.k.shape[1])
-    q, k, v = (t.double() for t in (launch.q[b, h, start:stop], launch.k[b, kv], launch.v[b, kv]))
-    env: dict[str, Any] = {"b": b, "h": h, "N": k_len, "Nq": launch.q.shape[2]}
-    env |= {"q0": start + launch.q_offset, "q1": stop - 1 + launch.q_offset}
-    env |= dict(zip(program.sizes(), program.size_values(k_len), strict=True))
-    env |= {f"_{i}": load for i, load in enumerate(launch.loads)}
-    rows = {"q": torch.arange(start, stop)[:, None] + launch.q_offset}
-    top, norm = _first(program.sink, env | rows, stop - start)
-    total = torch.zeros(stop - start, v.shape[-1], dtype=torch.float64)
-    for low, high in key_tiles(rule, env, k_len, BLOCK_N):
-        tile = env | {"k0": low, "k1": high - 1}
-        if evaluate(rule.empty, tile):
-            continue
-        scores = _capped(q @ k[low:high].T * launch.scale, program.softcap)
-        positions = rows | {"k": torch.arange(low, high)[None]}
-        scores = scores + bias.evaluate(program.bias, env | positions)
-        if not evaluate(rule.full, tile):
-            scores = scores.masked_fill(~torch.as_tensor(evaluate(rule.keep, env | positions)), -torch.inf)
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        shift = new_top.clamp(min=torch.finfo(torch.float64).min)
-        weights, decay = torch.exp(scores - shift), torch.exp(top - shift)
-        top, norm = new_top, norm * decay + weights.sum(-1, keepdim=True)
-        total = total * decay + weights @ v[low:high]
-    return total / norm.masked_fill(norm == 0, 1)
+    place = tuple(evaluate(part, env | {"q": env["q0"]}) for part in listed.index.index[:-1])
+    units = env[listed.index.source][place][: int(env[listed.count.source][place])].long()
+    keys = (units[:, None] * listed.unit + torch.arange(listed.unit)).flatten()
+    return keys[keys < k_len]
 
 
 def _first(sink: bias.Bias | None, env: dict[str, Any], rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsify import bias
+from sparsify.codegen.slots import gathered, scattered, slot_count, tokens
 from sparsify.codegen.target import Launch
 from sparsify.patterns.dense_mask import position_env
 from sparsify.walk import evaluate
@@ -14,45 +15,51 @@ if TYPE_CHECKING:
 
 
 def kept(launch: Launch) -> torch.Tensor:
-    """What the program's predicates keep, evaluated at every pair: bool (B, Hq, Nq, Nk)."""
+    """What the program's predicates keep, evaluated at every pair: bool (B, Hq, Nq, Nk), over slots where it has a
+    layout."""
     import torch
 
-    program, shape, env = launch.program, _shape(launch), environment(launch)
+    program, env = launch.program, environment(launch)
+    shape = (*launch.q.shape[:2], env["q"].shape[-2], env["k"].shape[-1])
     rules = [torch.as_tensor(evaluate(keep, env), device=launch.q.device).expand(shape) for keep in program.keep]
     return torch.stack([rules[rule][:, h] for h, rule in enumerate(program.heads)], dim=1)
-
-
-def _shape(launch: Launch) -> tuple[int, int, int, int]:
-    batch, heads, q_len, _ = launch.q.shape
-    return batch, heads, q_len, launch.k.shape[2]
 
 
 def environment(launch: Launch) -> dict[str, Any]:
     """What the names in a program's predicates and biases stand for, each broadcastable to (B, Hq, Nq, Nk)."""
     import torch
 
-    program, (batch, heads, q_len, k_len) = launch.program, _shape(launch)
-    env = position_env(heads, q_len, k_len, launch.q_offset, launch.q.device)
-    env["b"] = torch.arange(batch, device=launch.q.device).view(-1, 1, 1, 1)
-    env |= dict(zip(program.sizes(), program.size_values(k_len), strict=True))
-    return env | {f"_{i}": load for i, load in enumerate(launch.loads)}
+    program, device = launch.program, launch.q.device
+    batch, heads, q_len = launch.q.shape[:3]
+    k_len = launch.k.shape[2]
+    known = {"N": k_len, "Nq": q_len} | dict(zip(program.sizes(), program.size_values(k_len), strict=True))
+    known |= {f"_{i}": load for i, load in enumerate(launch.loads)}
+    q_slots, k_slots = slot_count(program.queries, q_len, known), slot_count(program.keys, k_len, known)
+    env = position_env(heads, q_slots, k_slots, launch.q_offset, device)
+    return env | known | {"b": torch.arange(batch, device=device).view(-1, 1, 1, 1)}
 
 
 def oracle(launch: Launch) -> torch.Tensor:
-    """The output (B, Hq, Nq, Dv) in float64; a row that keeps nothing gives 0."""
+    """The output (B, Hq, Nq, Dv) in float64; a row that keeps nothing gives 0. Skips leave nothing out here."""
     import torch
 
-    group = launch.q.shape[1] // launch.k.shape[1]
+    program, group, q_len = launch.program, launch.q.shape[1] // launch.k.shape[1], launch.q.shape[2]
     q, k, v = launch.q.double(), *(t.double().repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
-    scores, cap = q @ k.transpose(-1, -2) * launch.scale, launch.program.softcap
+    env, keep = environment(launch), kept(launch)
+    if program.keys is not None:
+        token, filled = tokens(program.keys, "k", k.shape[2], env)
+        k, v, keep = gathered(k, token, filled), gathered(v, token, filled), keep & filled[:, :, None]
+    if program.queries is not None:
+        token, filled = tokens(program.queries, "q", q_len, env)
+        q = gathered(q, token, filled)
+    scores, cap = q @ k.transpose(-1, -2) * launch.scale, program.softcap
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    env = environment(launch)
-    scores = scores + bias.evaluate(launch.program.bias, env)
-    scores = scores.masked_fill(~kept(launch), -torch.inf)
-    sink = launch.program.sink
-    if sink is not None:
-        logit = bias.evaluate(sink, env).expand(*scores.shape[:3], 1)
+    scores = scores + bias.evaluate(program.bias, env)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    if program.sink is not None:
+        logit = bias.evaluate(program.sink, env).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logit], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : v.shape[2]]
-    return weights.nan_to_num(nan=0.0) @ v
+    out = weights.nan_to_num(nan=0.0) @ v
+    return out if program.queries is None else scattered(out, token, filled, q_len)

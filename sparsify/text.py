@@ -17,10 +17,12 @@ from sparsify.expr import (
     TRUE,
     And,
     Bound,
+    Chosen,
     Eq,
     Expr,
     FloorDiv,
     Ge,
+    Listed,
     Load,
     Max,
     Min,
@@ -35,6 +37,7 @@ from sparsify.expr import (
     Var,
     as_expr,
     conjunction,
+    constant,
     disjunction,
     eq,
     floordiv,
@@ -61,6 +64,8 @@ PYTHON: Mapping[str, str] = {
     "select": "({1} if {0} else {2})",
     "load": "{0}[{1}]",
     "run": "{0}:{1}",
+    "chosen": "chosen({0!r})",
+    "listed": "listed({0}, {1}, {2})",
     "ge": "{0} >= {1}",
     "le": "{0} <= {1}",
     "eq": "{0} == {1}",
@@ -126,6 +131,10 @@ class Printer:
                 return self.op("not", self.text(part))
             case Test(load):
                 return self.text(load)
+            case Chosen(text):
+                return self.op("chosen", text)
+            case Listed(index, count, unit):
+                return self.op("listed", *map(self.text, (index, count, floordiv(Var("k"), unit))))
         raise TypeError(f"not an expression or a predicate: {node!r}")
 
     def _bound(self, bound: Bound) -> str:
@@ -308,7 +317,13 @@ class _Reader:
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         return Load(node.value.id, tuple(map(self.number, parts)))
 
-    def _call(self, node: ast.Call) -> Expr:
+    def _list(self, index: Expr, count: Expr, unit: Expr) -> Pred:
+        size = constant(unit.right) if isinstance(unit, FloorDiv) else 1
+        if not isinstance(index, Load) or not isinstance(count, Load) or size is None:
+            raise self.fail("a list is listed(index[..., 0], count[...], k // unit)")
+        return Listed(index, count, size)
+
+    def _call(self, node: ast.Call) -> Expr | Pred:
         name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
         if node.keywords:
             raise self.fail(f"'{ast.unparse(node)}': keywords are not allowed")
@@ -316,6 +331,10 @@ class _Reader:
             from sparsify.sizes import Size
 
             return Size.read(node.args[0].value).expr()
+        if name == "chosen" and self.sources != () and isinstance(node.args[0], ast.Constant):
+            return Chosen(str(node.args[0].value))
+        if name == "listed" and self.sources != () and len(node.args) == 3:
+            return self._list(*map(self.number, node.args))
         if name == "abs" and len(node.args) == 1:
             value = self.number(node.args[0])
             return maximum(value, -value)

@@ -4,27 +4,23 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from cpp_checks import CPP, DRAWN, DTYPES, FEW, SHAPES, bf16_pairs, check, isa, launch, poisoned
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BIASES, SINKS, term
 
-from sparsify import bias
 from sparsify import patterns as P
 from sparsify.bias import Term, parse_load
-from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp.source import fill
-from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.errors import InputError
 from sparsify.expr import FALSE, Test
+from sparsify.patterns.presets import big_bird
 from sparsify.program import Program
 from sparsify.runtime import toolchain as tools
 from sparsify.text import parse_pred
 
-CPP = target("cpp")
+__all__ = ["bf16_pairs", "isa", "poisoned"]  # fixtures
 pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
-
-ISAS = ["avx512", "avx2", "portable"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # One kernel holds all rules of a site, so a mixture over heads tests many at the price of one build.
 BANDS = [
@@ -43,94 +39,19 @@ STRIDED = [
     P.expr("abs(q - k) < (9 if h % 2 == 0 else 30) and max(q, k) % 3 != 1"),
     P.expr("k // 5 + q // 3 < 20 and 3*k >= q - 4 and 2*q - 5*k > 0 - 90"),
 ]
+GRIDS = [
+    P.neighborhood([5, 4, 6], [3, 2, 5], [2, 1, 3], start=3) | P.global_tokens("0-2"),
+    P.neighborhood([9, 13], [3, 4], dilation=[1, 3], causal=[True, False], border=["shift", "wrap"]),
+    P.neighborhood(60, 8, 4, border="truncate", start=7),
+    big_bird(block=8),
+]
 PATTERNS = Program.of([p.keep() for p in (*BANDS, *STRIDED)])
 MIXED = [p.keep() for p in (*BANDS[:3], STRIDED[1])]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Forces each instruction set that this machine has."""
-    if not tools.ISAS[request.param].needs <= tools.cpu_features():
-        pytest.skip(f"this machine doesn't run {request.param}")
-    monkeypatch.setenv("SPARSIFY_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned():
-    """New tensors are full of NaN, so an output element that a kernel forgets shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def tensor(generator, dtype, *shape):
-    """Normal numbers in a tensor with odd strides: a slice of a larger, transposed one, whose rest is NaN."""
-    b, h, n, d = shape
-    large = torch.full((b, n + 1, h, d + 3), torch.nan, dtype=dtype)
-    part = large[:, :n, :, 1 : d + 1].transpose(1, 2)
-    part.copy_(torch.randn(shape, generator=generator))
-    return part
-
-
-def launch(program, shape, dtype, head=(16, 16), *, loads=(), offset=None, scale=None, seed=0):
-    """A launch on drawn tensors; shape is (batch, query heads per KV head, queries, keys)."""
-    batch, group, q_len, k_len = shape
-    generator = torch.Generator().manual_seed(seed)
-    heads = len(program.heads)
-    q = tensor(generator, dtype, batch, heads, q_len, head[0])
-    k = tensor(generator, dtype, batch, heads // group, k_len, head[0])
-    v = tensor(generator, dtype, batch, heads // group, k_len, head[1])
-    offset = k_len - q_len if offset is None else offset
-    return Launch(program, q, k, v, tuple(loads), offset, head[0] ** -0.5 if scale is None else scale)
-
-
-def reference(call):
-    """What PyTorch itself computes in the same dtype with the same mask, as plain operations where SDPA has none."""
-    group = call.q.shape[1] // call.k.shape[1]
-    k, v = (t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
-    terms, low = bias.evaluate(call.program.bias, environment(call)), torch.finfo(call.q.dtype).min
-    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(call.q.dtype)
-    add = add.masked_fill(~kept(call), -torch.inf)
-    cap, sink = call.program.softcap, call.program.sink
-    if cap is None and sink is None:
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=add, scale=call.scale)
-        return out.nan_to_num(nan=0.0)
-    scores = call.q @ k.mT * call.scale
-    scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + add
-    if sink is not None:
-        logit = bias.evaluate(sink, environment(call)).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, logit.to(scores.dtype)], -1)
-    return (torch.softmax(scores, -1)[..., : v.shape[2]] @ v).nan_to_num(nan=0.0)
-
-
-def check(call):
-    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0."""
-    found, truth = CPP.run(call), oracle(call)
-    assert found.shape == truth.shape and found.dtype == call.q.dtype
-    assert found.stride() == call.empty_output().stride()
-    if not truth.numel():
-        return
-    own = (reference(call).double() - truth).abs().max().item()
-    floor = torch.finfo(call.q.dtype).eps * truth.abs().max().item()
-    assert (found.double() - truth).abs().max().item() <= 2 * own + floor
-    nothing = ~kept_pairs(call).any(-1)
-    assert (found[nothing] == 0).all()
-
-
-def kept_pairs(call):
-    """Which pairs have a weight: kept by the rule and by the bias."""
-    return kept(call) & (bias.evaluate(call.program.bias, environment(call)) != -torch.inf)
-
-
-SHAPES = st.tuples(
-    st.integers(1, 2), st.sampled_from([1, 2]), st.one_of(st.integers(1, 9), st.integers(90, 300)), st.integers(1, 400)
-)
-DRAWN = settings(  # the draws are small already, and shrinking would build kernels
-    max_examples=8, database=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-FEW = settings(DRAWN, max_examples=4)
+@pytest.mark.parametrize("shape", [(1, 1, 130, 130), (2, 2, 9, 200)], ids=str)
+def test_grids(shape):
+    check(launch(Program.of([pattern.keep() for pattern in GRIDS]), shape, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,6 +74,12 @@ def test_head_sizes(head, dtype, shape, seed, scale):
 def test_head_sizes_elsewhere(isa):
     for dtype in (torch.float32, torch.bfloat16):
         check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
+
+
+def test_bf16_products(bf16_pairs):
+    call = launch(Program.of(MIXED), (1, 2, 150, 170), torch.bfloat16, (45, 83))
+    assert "#define PACKED_BF16 1" in CPP.source(call.program, torch.bfloat16, 45, 83)
+    check(call)
 
 
 def test_bf16_without_bf16_products(monkeypatch):

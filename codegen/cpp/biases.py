@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparsify.bias import Bias, Term, variables
-from sparsify.codegen.cpp.rows import PARAMETERS, K, Q, Rows, linear
-from sparsify.codegen.cpp.rules import Names
+from sparsify.codegen.cpp.rows import LISTED_PARAMETERS, PARAMETERS, K, ListedRows, Q, Rows, linear
+from sparsify.codegen.cpp.rules import Names, gathers
 from sparsify.expr import TRUE, Expr, Load, Max, Min, Mul, Pred, Sum, as_expr, constant
 from sparsify.program import Program
 from sparsify.text import to_text
@@ -15,16 +15,19 @@ SHARE = 16  # several terms are summed in so many parts of a unit, so that finit
 
 
 def print_biases(program: Program, names: Names) -> str:
-    """The functions add_bias and sink_of, where the program has a bias and a sink."""
-    parts = [_add_bias(program.bias, names)] if program.bias else []
+    """The functions add_bias, add_bias_listed for keys from lists, and sink_of, where the program has such."""
+    parts = []
+    if program.bias:
+        parts.append(_add_bias("add_bias", program.bias, PARAMETERS, _BiasRows(names)))
+    if program.bias and gathers(program):
+        parts.append(_add_bias("add_bias_listed", program.bias, LISTED_PARAMETERS, _ListedBiasRows(names)))
     if program.sink is not None:
         parts.append(_sink(program.sink, names))
     return "\n\n".join(parts)
 
 
-def _add_bias(bias: Bias, names: Names) -> str:
+def _add_bias(name: str, bias: Bias, parameters: str, rows: _BiasRows) -> str:
     """Fills a row of `add` for each query, and keeps what isn't -inf. Rows that are equal are filled once."""
-    rows = _BiasRows(names)
     share = 1 if len(bias) == 1 else SHARE
     total = " + ".join(rows.term(term, share) for term in bias)
     fill = (
@@ -38,8 +41,8 @@ def _add_bias(bias: Bias, names: Names) -> str:
         each = "for (I i = 0; i < count; i++) lines[i] = row, keep[i] &= left; break;"
         body = rows.loop(f"{fill}{each}")
     start = "    Floats lane;\n    for (int i = 0; i < W; i++) lane[i] = i;\n"
-    parameters = f"{PARAMETERS}, float* add, const float** lines, uint64_t* keep"
-    return f"// Adds: {_text(bias)}\nstatic void add_bias({parameters}) {{\n{start}{body}}}"
+    parameters = f"{parameters}, float* add, const float** lines, uint64_t* keep"
+    return f"// Adds: {_text(bias)}\nstatic void {name}({parameters}) {{\n{start}{body}}}"
 
 
 def _sink(sink: Bias, names: Names) -> str:
@@ -117,7 +120,7 @@ class _BiasRows(Rows):
             self.lines(load).append(f"const float* {name} = floats_of({line}, keys, {name}_buffer);")
         elif new:
             index = ", ".join(["c", *(self.text(self.element(part)) for part in load.index)])
-            self.each(self.lines(load), name, f"rounded(value{load.source}({index}))")
+            self.filled(self.lines(load), name, f"rounded(value{load.source}({index}))")
         return f"*(const AnyFloats*)({name} + v)"
 
     def vector(self, expr: Expr) -> str:
@@ -126,8 +129,7 @@ class _BiasRows(Rows):
             return f"(Floats{{}} + {self.number(f'(double)({self.text(expr)})', (expr,))})"
         found = linear(expr)
         if found is not None:
-            first = self.number(f"(double)({self.text(found[1])} + {found[0]} * k0)", (found[1],))
-            return f"(lane * {found[0]}.0f + (v * {found[0]}.0f + {first}))"
+            return self.ramp(expr, *found)
         match expr:
             case Sum(const, terms):
                 return "(" + " + ".join(f"{self.vector(atom)} * {c}.0f" for c, atom in terms) + f" + {const}.0f)"
@@ -136,15 +138,34 @@ class _BiasRows(Rows):
             case Min(left, right) | Max(left, right):
                 one, other = self.vector(left), self.vector(right)
                 return f"({one} {'<' if isinstance(expr, Min) else '>'} {other} ? {one} : {other})"
+        return self.by_element(expr)
+
+    def ramp(self, expr: Expr, slope: int, rest: Expr) -> str:
+        """slope * k + rest, where rest is free of k."""
+        first = self.number(f"(double)({self.text(rest)} + {slope} * k0)", (rest,))
+        return f"(lane * {slope}.0f + (v * {slope}.0f + {first}))"
+
+    def by_element(self, expr: Expr) -> str:
+        """An expression computed for one key after the other."""
         name, new = self.slot(("vector", expr), "i")
         if new:
-            self.each(self.lines(expr), name, f"(float)({self.text(self.element(expr))})")
+            self.filled(self.lines(expr), name, f"(float)({self.text(self.element(expr))})")
         return f"*(const AnyFloats*)({name} + v)"
 
     def element(self, expr: Expr) -> Expr:
         """An expression for key j of a row, or of all rows, in terms of what is computed before."""
         return self.separate(expr) if Q in names_in(expr) else rewrite(expr, self.read)
 
-    def each(self, lines: list[str], name: str, value: str) -> None:
+    def of_row(self, expr: Expr) -> str:
+        return self.text(expr)
+
+    def filled(self, lines: list[str], name: str, value: str) -> None:
         lines.append(f"float {name}[KB] = {{}};")
-        lines.append(f"for (int j = 0; j < keys; j++) {{ I k = k0 + j; {name}[j] = {value}; }}")
+        lines.append(self.each(f"{name}[j] = {value};"))
+
+
+class _ListedBiasRows(ListedRows, _BiasRows):
+    """The same for keys from a list."""
+
+    def ramp(self, expr: Expr, slope: int, rest: Expr) -> str:
+        return self.by_element(expr)

@@ -18,8 +18,9 @@ struct Call {
     const Source* loads;
     const Summary* summaries;
     const int32_t* rules; // the rule of each query head
+    const float* below;   // with SKIPS: how far below a row's largest score its head skips, in units of log2
     Parallel parallel;    // runs a function on so many threads; null where there is one thread
-    I threads, b, heads, kv_heads, q_len, k_len, offset;
+    I threads, b, heads, kv_heads, q_len, k_len, q_slots, k_slots, offset;
     I qs[4], ks[4], vs[4], os[4]; // strides in elements: batch, head, position, column
     double scale, softcap;
 };
@@ -49,3 +50,30 @@ struct Interval { I low, high; }; // keys, or tiles of keys: low included, high 
 static inline uint64_t first_keys(I count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
 static inline uint64_t keys_from(I lane) { return ~first_keys(-lane); }
 static inline uint64_t keys_to(I lane) { return first_keys(lane + 1); }
+
+// Of ascending keys, those with limit + key >= 0, or with limit - key >= 0, as bits.
+static inline I keys_below(I limit, const int32_t* at, int keys) {
+    int count = 0;
+    for (int step = 32; step; step >>= 1)
+        if (count + step <= keys && at[count + step - 1] < limit) count += step;
+    return count + (count < keys && at[count] < limit);
+}
+static inline uint64_t listed_from(I limit, const int32_t* at, int keys) {
+    return ~first_keys(keys_below(-limit, at, keys));
+}
+static inline uint64_t listed_to(I limit, const int32_t* at, int keys) {
+    return first_keys(keys_below(limit + 1, at, keys));
+}
+
+// Bits that depend on one number, as they were for the latest numbers.
+struct Memory {
+    static constexpr int SIZE = 16;
+    I number[SIZE];
+    uint64_t bits[SIZE];
+    Memory() { for (I& x : number) x = -2 * FAR; }
+    uint64_t& bits_of(I x) { return bits[x & (SIZE - 1)]; }
+    bool renew(I x) { // whether the bits aren't those of x yet
+        I& held = number[x & (SIZE - 1)];
+        return held != x && (held = x, true);
+    }
+};

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.source import Shape, render
+from sparsify.codegen.slots import slot_count
 from sparsify.codegen.target import Launch, dtype_name
 from sparsify.errors import BuildError, Refusal
 
@@ -27,12 +29,16 @@ class Source(ctypes.Structure):
     _fields_ = (("data", POINTER), ("type", I64), ("size", I64 * 4), ("stride", I64 * 4))
 
 
+_POINTERS = ("q", "k", "v", "out", "sizes", "loads", "summaries", "rules", "below", "parallel")
+_NUMBERS = ("threads", "b", "heads", "kv_heads", "q_len", "k_len", "q_slots", "k_slots", "offset")
+
+
 class Call(ctypes.Structure):
     """`Call` of call.h."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("q", "k", "v", "out", "sizes", "loads", "summaries", "rules", "parallel")),
-        *((name, I64) for name in ("threads", "b", "heads", "kv_heads", "q_len", "k_len", "offset")),
+        *((name, POINTER) for name in _POINTERS),
+        *((name, I64) for name in _NUMBERS),
         *((name, I64 * 4) for name in ("qs", "ks", "vs", "os")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
@@ -53,24 +59,39 @@ class Kernel:
         self.softcap = program.softcap or 0.0
         self.rules = (ctypes.c_int32 * len(program.heads))(*program.heads)
         self.sizes = functools.lru_cache(maxsize=64)(self._sizes)
+        self.below = functools.lru_cache(maxsize=64)(self._below)
+        self.slots = functools.lru_cache(maxsize=64)(self._slots)
 
     def _sizes(self, n: int) -> ctypes.Array:
         values = self.program.size_values(n)
         return (I64 * len(values))(*values)
+
+    def _below(self, k_len: int) -> ctypes.Array:
+        below = [-math.inf if skip is None else skip.below(k_len) for skip in self.program.skips]
+        return (ctypes.c_float * len(below))(*below)
+
+    def _slots(self, q_len: int, k_len: int) -> tuple[int, int]:
+        env = {"N": k_len, "Nq": q_len}
+        env |= dict(zip(self.program.sizes(), self.program.size_values(k_len), strict=True))
+        return slot_count(self.program.queries, q_len, env), slot_count(self.program.keys, k_len, env)
 
     def run(self, launch: Launch) -> torch.Tensor:
         """The output of one call."""
         import torch
 
         q, k, v, out = launch.q, launch.k, launch.v, launch.empty_output()
+        if self.program.queries is not None:
+            out.zero_()  # there may be tokens that no slot holds
         loads = [_source(load) for load in launch.loads]  # keeps what was widened alive, too
         sources = (Source * len(loads))(*(source for source, _ in loads))
         call = Call(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
         call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
         call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
         call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, self.softcap
-        sizes = self.sizes(k.shape[2])
-        call.sizes, call.loads, call.rules = map(ctypes.addressof, (sizes, sources, self.rules))
+        call.q_slots, call.k_slots = self.slots(q.shape[2], k.shape[2])
+        sizes, below = self.sizes(k.shape[2]), self.below(k.shape[2])
+        arrays = (sizes, sources, self.rules, below)
+        call.sizes, call.loads, call.rules, call.below = map(ctypes.addressof, arrays)
         call.threads, call.parallel = torch.get_num_threads(), runtime.parallel_function()
         if self.function(call):
             raise MemoryError("sparsify: no memory for a kernel's packed tiles")

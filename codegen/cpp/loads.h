@@ -46,6 +46,21 @@ static inline double value(const Source& from, I at) {
     return with_type(from, [&](auto data) { return number(data[at]); });
 }
 
+// A list of units of keys, `unit` keys each, that rule `rule` goes through for head `head`.
+struct List {
+    const Source* from;
+    I at, step, count, unit;
+    int rule;
+    I head;
+    I first_key(I i) const { return element(*from, at + i * step) * unit; }
+    bool same(const List& to) const { return from->data == to.from->data && at == to.at && unit == to.unit; }
+};
+
+// The list along an axis whose first element is at `at`.
+static inline List list_at(const Source& from, int axis, I at, I count, I unit, int rule, I head) {
+    return {&from, at, from.stride[axis], least(count, from.size[axis]), unit, rule, head};
+}
+
 // The elements of a tile's keys whose indices go on by a fixed number a key: index `axis` of key j is first + j * by.
 struct Line {
     const Source& from;

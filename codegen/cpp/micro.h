@@ -17,7 +17,7 @@ constexpr int KS = KB / PAIR;             // steps of the weights-times-values p
 constexpr int64_t K_TILE = (int64_t)DK * KB, V_TILE = (int64_t)KS * DVP; // in 32-bit lanes
 constexpr float NOTHING = -3e38f;         // below every score that a key can have, and finite
 constexpr float LOG2E = 1.44269504f;
-constexpr float SLACK = 8.0f;             // a row's reference lags its largest score by at most 2**8
+constexpr float SLACK = SKIPS ? 1.0f : 8.0f; // a row's reference lags its largest score by at most so many powers of 2
 
 static inline float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
@@ -55,7 +55,12 @@ static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes,
 #if PACKED_BF16
     int32_t pair;
     memcpy(&pair, one, 4);
+#ifdef __AVX512BF16__
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(lanes), "v"(Ints{} + pair));
+#else // the same in two products, so that any machine can check what is laid out in pairs
+    Ints both = (Ints)lanes;
+    acc += (Floats)(both & ~0xffff) * bits_float(pair & ~0xffff) + (Floats)(both << 16) * bits_float(pair << 16);
+#endif
 #else
     acc += lanes * *one;
 #endif
@@ -79,16 +84,18 @@ multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* 
 // The running state of MR query rows. Scores and references are in units of log2.
 struct Rows {
     Floats sum[MR];                                       // of the weights, by lane
-    float reference[MR];                                  // what scores are taken relative to
+    float reference[MR];                                  // what scores are taken relative to: no more than the largest
+    float below[SKIPS ? MR : 1];                          // scores so far below the reference may be left out
     float q[DK * MR] __attribute__((aligned(64)));        // packed queries, by step
     float out[MR * DVP] __attribute__((aligned(64)));     // weighted values, by panel of NRW columns
 };
 
-// What a tile drops or adds for MR rows: bit j of keep[r] is key j (null keeps all); add[r] is a row of KB floats,
-// with BIAS.
+// What a tile drops or adds for MR rows: bit j of keep[r] is key j (null keeps all), and `any` what some row keeps;
+// add[r] is a row of KB floats, with BIAS.
 struct Masks {
     const uint64_t* keep;
     const float* const* add;
+    uint64_t any;
 };
 
 static inline bool any_lane(Ints found) {
@@ -129,7 +136,9 @@ weigh_values(float* out, const float* weights, const float* values, int first, i
 }
 
 static inline __attribute__((always_inline)) void store_weights(float* to, const Floats (&weights)[KV]) {
-#if PACKED_BF16
+#if PACKED_BF16 && !defined(__AVX512BF16__)
+    for (int j = 0; j < KB; j++) ((uint16_t*)to)[j] = bf16_of(weights[j / W][j % W]);
+#elif PACKED_BF16
 #pragma GCC unroll 16
     for (int v = 0; v < KV; v += 2) {
         Ints pairs;
@@ -158,6 +167,13 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     int first = 0, last = KS;
 #pragma GCC unroll 16
     for (int panel = 0; panel < KV; panel += NR) {
+        if (masks && !(masks->any >> (panel * W) & first_keys(NRW))) { // dropped below
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) scores[r][panel + n] = Floats{};
+            continue;
+        }
         for (int from = 0; from < DK; from += scoring.chunk) {
             int to = from + scoring.chunk < DK ? from + scoring.chunk : DK;
             Floats acc[MR][NR] = {};
@@ -184,25 +200,25 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     if (masks && (!BIAS || masks->keep)) {
         Ints lane;
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
-        uint64_t any = 0;
         for (int r = 0; r < MR; r++) {
-            any |= masks->keep[r];
             for (int v = 0; v < KV; v++) {
                 Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
                 scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
             }
         }
-        first = __builtin_ctzll(any) / PAIR;
-        last = (64 - __builtin_clzll(any) + PAIR - 1) / PAIR;
+        first = __builtin_ctzll(masks->any) / PAIR;
+        last = (64 - __builtin_clzll(masks->any) + PAIR - 1) / PAIR;
     }
-    Ints above = {};
+    Ints above = {}, counts = {};
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) {
         top[r] = scores[r][0];
 #pragma GCC unroll 16
         for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
+        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
     }
+    if (SKIPS && !any_lane(counts)) return;
     if (__builtin_expect(any_lane(above), 0)) raise_references(rows, top, factor);
     float weights[MR * KS] __attribute__((aligned(64)));
 #pragma GCC unroll 16

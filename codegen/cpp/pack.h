@@ -81,14 +81,14 @@ static inline __attribute__((always_inline)) void transpose(Ints (&rows)[W]) {
     }
 }
 
-// Keys, transposed: panels of NRW keys, by step. Keys from `count` on are zeros.
-static void pack_keys(int32_t* to, const Element* from, I row, I column, int count) {
+// Keys, transposed: panels of NRW keys, by step. A null row is zeros.
+static void pack_keys(int32_t* to, const Element* const* rows, I column) {
     constexpr int WIDTH = (DK + W - 1) / W * W; // lanes of a line, padded
     Packed lines[W * WIDTH * PAIR] = {};
     for (int group = 0; group < KB; group += W) {
         for (int i = 0; i < W; i++) {
             Packed* line = lines + i * WIDTH * PAIR;
-            if (group + i < count) pack_line(line, from + (group + i) * row, column, D);
+            if (rows[group + i]) pack_line(line, rows[group + i], column, D);
             else memset(line, 0, WIDTH * 4);
         }
         int32_t* panel = to + group / NRW * NRW * DK + group % NRW;
@@ -104,12 +104,12 @@ static void pack_keys(int32_t* to, const Element* from, I row, I column, int cou
     }
 }
 
-// Values: panels of NRW columns, by key (or pair of keys). Keys from `count` on, and columns from DV on, are zeros.
-static void pack_values(int32_t* to, const Element* from, I row, I column, int count) {
+// Values: panels of NRW columns, by key (or pair of keys). Null rows, and columns from DV on, are zeros.
+static void pack_values(int32_t* to, const Element* const* rows, I column) {
     Packed lines[PAIR][DVP] = {};
     for (int key = 0; key < KB; key += PAIR) {
         for (int i = 0; i < PAIR; i++) {
-            if (key + i < count) pack_line(lines[i], from + (key + i) * row, column, DV);
+            if (rows[key + i]) pack_line(lines[i], rows[key + i], column, DV);
             else memset(lines[i], 0, sizeof lines[i]);
         }
         for (int panel = 0; panel < DVP; panel += NRW) {

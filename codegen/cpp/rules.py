@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
+from sparsify.codegen.cpp.rows import KEYS, LISTED_PARAMETERS, ListedRows, Rows
 from sparsify.codegen.cpp.rows import PARAMETERS as ROW_PARAMETERS
-from sparsify.codegen.cpp.rows import Rows
-from sparsify.expr import Bound, Expr, Load, Pred, Var
+from sparsify.expr import Bound, Expr, Listed, Load, Pred, Var
+from sparsify.patterns.lists import Passes, passes
 from sparsify.patterns.tiles import MAX_BANDS, Band, TileRule, analyse
 from sparsify.program import Program
 from sparsify.text import PYTHON, to_text
@@ -31,8 +33,52 @@ CPP: Mapping[str, str] = {
 }
 PARAMETERS = "const Call& c, I b, I h, I q0, I q1"
 TILE_PARAMETERS = "const Call& c, const I* facts, I b, I h, I q0, I q1, I k0, I k1"
-KEEP_PARAMETERS = f"{ROW_PARAMETERS}, uint64_t* keep"
+LIST_PARAMETERS = "const Call& c, I b, I h, I q"
+KEEP_PARAMETERS = f"{ROW_PARAMETERS}, const I* y, uint64_t* keep"
+KEEP_LISTED_PARAMETERS = f"{LISTED_PARAMETERS}, const I* y, uint64_t* keep"
+PREPARE_PARAMETERS = "const Call& c, I b, I h, I q0, I count, I* y"
 Text = Callable[[Expr | Pred], str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a kernel's rule number stands for: a predicate's static part, or the keys that it has of one list."""
+
+    rule: TileRule
+    listed: Listed | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether key tiles are made of several units of a list; else a unit is so many whole tiles."""
+        return self.listed is not None and self.listed.unit % KEYS != 0
+
+    def rows(self, names: Names) -> tuple[Rows, str]:
+        """What rows of a tile need to know, and the bits of the keys that one keeps."""
+        rows = ListedRows(names.text) if self.gathers else Rows(names.text)
+        return rows, rows.bits(self.rule.keep)
+
+    def tests(self) -> list[Expr | Pred]:
+        """What is asked of tiles."""
+        bands = self.rule.bands if self.listed is None else ()
+        parts = [part for band in bands for part in (band.low, band.high, band.unless) if part is not None]
+        return [self.rule.full, self.rule.empty, *parts]
+
+
+def steps(program: Program) -> list[Step]:
+    """A kernel's rules: the static part of each predicate in the program, and then all passes over lists."""
+    found = [passes(keep) for keep in program.keep]
+    lists = [Step(analyse(one.keep), one.listed) for part in found for one in part.lists]
+    return [*(Step(analyse(part.static)) for part in found), *lists]
+
+
+def gathers(program: Program) -> bool:
+    """Whether any key tile is made of several units of a list."""
+    return any(step.gathers for step in steps(program))
+
+
+def uses_head(program: Program) -> bool:
+    """Whether a rule depends on the head, beyond where its lists are."""
+    return any("h" in variables(step.rule.keep) for step in steps(program))
 
 
 class Names:
@@ -42,8 +88,8 @@ class Names:
         self.scalars = {"N": "c.k_len", "Nq": "c.q_len"}
         self.scalars |= {size: f"c.sizes[{i}]" for i, size in enumerate(program.sizes())}
         self.ranks = program.load_ranks()
-        rules = [analyse(keep) for keep in program.keep]
-        asked = dict.fromkeys((int(b.load.source[1:]), b.axis) for rule in rules for b in bounds_of(rule))
+        tests = [part for step in steps(program) for part in step.tests()]
+        asked = dict.fromkeys((int(b.load.source[1:]), b.axis) for part in tests for b in data_bounds(part))
         self.summaries = list(asked)  # the load and the axis of each summary that the rules look into
 
     def text(self, node: Expr | Pred, facts: Mapping[Bound, int] | None = None) -> str:
@@ -73,13 +119,6 @@ class Names:
         return reads + looks
 
 
-def bounds_of(rule: TileRule) -> list[Bound]:
-    """The distinct bounds of loads in all that a rule says of tiles."""
-    parts = [rule.full, rule.empty]
-    parts += [part for band in rule.bands for part in (band.low, band.high, band.unless) if part is not None]
-    return list(dict.fromkeys(bound for part in parts for bound in data_bounds(part)))
-
-
 def facts_of(rule: TileRule) -> dict[Bound, int]:
     """The bounds in a rule's tests of a tile that only its queries decide: they are asked once a query tile."""
     found = dict.fromkeys(bound for part in (rule.full, rule.empty) for bound in data_bounds(part))
@@ -87,31 +126,51 @@ def facts_of(rule: TileRule) -> dict[Bound, int]:
 
 
 def print_rules(program: Program, names: Names) -> str:
-    """All functions that the driver calls on a rule's number: full_of, empty_of, bands_of, ask_of and rows_of."""
-    parts = names.functions()
+    """All functions that the driver calls on a rule's number.
+
+    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of those of heads; rows_of those that have tiles of
+    keys in a row, and listed_rows_of those that gather their keys.
+    """
+    parts, found = names.functions(), steps(program)
+    parts += [_rule(number, step, names) for number, step in enumerate(found)]
+    first = len(program.keep)
     for number, keep in enumerate(program.keep):
-        parts.append(_rule(number, analyse(keep), names))
-    numbers = range(len(program.keep))
+        parts.append(_lists(number, passes(keep), first, names))
+        first += len(passes(keep).lists)
+    everything, kept = range(len(found)), range(len(program.keep))
     parts += [
-        _dispatch("bool", "full_of", TILE_PARAMETERS, numbers),
-        _dispatch("bool", "empty_of", TILE_PARAMETERS, numbers),
-        _dispatch("int", "bands_of", f"{PARAMETERS}, Interval* to", numbers),
-        _dispatch("void", "ask_of", f"{PARAMETERS}, I* facts", numbers),
-        _dispatch("void", "rows_of", KEEP_PARAMETERS, numbers),
+        _dispatch("bool", "full_of", TILE_PARAMETERS, everything),
+        _dispatch("bool", "empty_of", TILE_PARAMETERS, everything),
+        _dispatch("int", "bands_of", f"{PARAMETERS}, Interval* to", kept),
+        _dispatch("int", "lists_of", f"{LIST_PARAMETERS}, List* to", kept),
+        _dispatch("void", "ask_of", f"{PARAMETERS}, I* facts", everything),
+        _dispatch("void", "prepare_of", PREPARE_PARAMETERS, everything),
+        _dispatch("void", "rows_of", KEEP_PARAMETERS, (n for n in everything if not found[n].gathers)),
+        _dispatch("void", "listed_rows_of", KEEP_LISTED_PARAMETERS, (n for n in everything if found[n].gathers)),
     ]
     return "\n\n".join(parts)
 
 
 def max_bands(program: Program) -> int:
     """How many bands a rule of the program has at most."""
-    found = max((len(analyse(keep).bands) for keep in program.keep), default=1)
+    found = max((len(analyse(passes(keep).static).bands) for keep in program.keep), default=1)
     assert found <= MAX_BANDS
     return max(1, found)
 
 
 def max_facts(program: Program) -> int:
     """How many facts a rule of the program asks at most."""
-    return max((len(facts_of(analyse(keep))) for keep in program.keep), default=0)
+    return max((len(facts_of(step.rule)) for step in steps(program)), default=0)
+
+
+def max_row_facts(program: Program, names: Names) -> int:
+    """How many numbers a rule of the program needs of each row, whatever the keys, at most."""
+    return max((len(step.rows(names)[0].query) for step in steps(program)), default=0)
+
+
+def max_lists(program: Program) -> int:
+    """How many lists a rule of the program has at most."""
+    return max((len(passes(keep).lists) for keep in program.keep), default=0)
 
 
 def _load(source: str, rank: int) -> str:
@@ -137,7 +196,7 @@ def _bound(number: int, source: str, axis: int, rank: int) -> str:
     )
 
 
-def _dispatch(result: str, name: str, parameters: str, numbers: Sequence[int]) -> str:
+def _dispatch(result: str, name: str, parameters: str, numbers: Iterable[int]) -> str:
     stem = name.removesuffix("_of")
     arguments = ", ".join(part.split()[-1] for part in parameters.split(","))
     cases = "".join(f"        case {n}: return {stem}{n}({arguments});\n" for n in numbers)
@@ -145,23 +204,49 @@ def _dispatch(result: str, name: str, parameters: str, numbers: Sequence[int]) -
     return f"static {result} {name}(int rule, {parameters}) {{\n    switch (rule) {{\n{cases}    }}\n{last}}}"
 
 
-def _rule(number: int, rule: TileRule, names: Names) -> str:
-    bands = "".join(f"    {_band(band, names.text)}\n" for band in rule.bands)
-    facts = facts_of(rule)
+def _rule(number: int, step: Step, names: Names) -> str:
+    rule, facts = step.rule, facts_of(step.rule)
     asked = "".join(f"    facts[{i}] = {names.bound(bound)};\n" for bound, i in facts.items())
-    rows = Rows(names.text)
-    kept = rows.bits(rule.keep)
-    return (
-        f"// Rule {number} keeps: {to_text(rule.keep)}\n"
+    where = "" if step.listed is None else f" of {to_text(step.listed)}"
+    text = (
+        f"// Rule {number} keeps{where}: {to_text(rule.keep)}\n"
         f"static bool full{number}({TILE_PARAMETERS}) {{ return {names.text(rule.full, facts)}; }}\n"
         f"static bool empty{number}({TILE_PARAMETERS}) {{ return {names.text(rule.empty, facts)}; }}\n"
-        f"static int bands{number}({PARAMETERS}, Interval* to) {{\n    int n = 0;\n{bands}    return n;\n}}\n"
         f"static void ask{number}({PARAMETERS}, I* facts) {{\n{asked}}}\n"
-        f"static void rows{number}({KEEP_PARAMETERS}) {{\n{rows.loop(f'keep[n] = {kept};')}}}"
     )
+    if step.listed is None:
+        bands = "".join(f"    {_band(band, names.text)}\n" for band in rule.bands)
+        text += f"static int bands{number}({PARAMETERS}, Interval* to) {{\n    int n = 0;\n{bands}    return n;\n}}\n"
+    rows, kept = step.rows(names)
+    text += f"static void prepare{number}({PREPARE_PARAMETERS}) {{\n{rows.prepare()}}}\n"
+    name, parameters = ("listed_rows", KEEP_LISTED_PARAMETERS) if step.gathers else ("rows", KEEP_PARAMETERS)
+    return f"{text}static void {name}{number}({parameters}) {{\n{rows.loop(f'keep[n] = {kept};')}}}"
+
+
+def _lists(number: int, found: Passes, first: int, names: Names) -> str:
+    """The lists of a rule, the n-th with rule number first + n."""
+    lines = "".join(f"    to[{n}] = {_list(one.listed, first + n, names)};\n" for n, one in enumerate(found.lists))
+    return f"static int lists{number}({LIST_PARAMETERS}, List* to) {{\n{lines}    return {len(found.lists)};\n}}"
+
+
+def _list(listed: Listed, rule: int, names: Names) -> str:
+    from_ = f"c.loads[{listed.index.source[1:]}]"
+    *outer, _ = listed.index.index
+    at = " + ".join(f"place({from_}, {axis}, {names.text(part)})" for axis, part in enumerate(outer)) or "0"
+    return f"list_at({from_}, {len(outer)}, {at}, {names.text(listed.count)}, {listed.unit}, {rule}, h)"
+
+
+def print_layouts(program: Program, names: Names) -> str:
+    """For a layout of queries and for one of keys: which token each slot holds, -1 for none."""
+    parts = []
+    for name, slot, layout in (("query", "q", program.queries), ("key", "k", program.keys)):
+        if layout is not None:
+            token = f"{names.text(layout.filled)} ? {names.text(layout.token)} : -1"
+            parts.append(f"static I {name}_token(const Call& c, I b, I h, I {slot}) {{ return {token}; }}")
+    return "\n\n".join(parts)
 
 
 def _band(band: Band, text: Text) -> str:
     low = "0" if band.low is None else text(band.low)
-    high = "c.k_len" if band.high is None else text(band.high)
+    high = "c.k_slots" if band.high is None else text(band.high)
     return f"if (!{text(band.unless)}) to[n++] = {{{low}, {high}}};"

@@ -11,9 +11,21 @@ import jinja2
 from jinja2 import meta
 
 from sparsify.codegen.cpp.biases import print_biases
-from sparsify.codegen.cpp.rules import Names, max_bands, max_facts, print_rules
+from sparsify.codegen.cpp.rows import KEYS
+from sparsify.codegen.cpp.rules import (
+    Names,
+    gathers,
+    max_bands,
+    max_facts,
+    max_lists,
+    max_row_facts,
+    print_layouts,
+    print_rules,
+    uses_head,
+)
 from sparsify.codegen.target import DTYPES, dtype_name
 from sparsify.expr import TRUE, Pred, Sum, Var, constant
+from sparsify.patterns.lists import lists, tile_rows
 from sparsify.patterns.tiles import BLOCK
 from sparsify.runtime import Isa
 
@@ -23,8 +35,8 @@ if TYPE_CHECKING:
     from sparsify.program import Program
 
 SKELETON = "kernel.cpp.jinja"
-KEYS = 64  # of a key tile: one bit each in a row's mask
 BLOCK_ROWS, BLOCKS = 6, 16  # rows of a register block, and blocks of a query tile
+SLOTS = 64  # of a query tile in a layout of queries: as many as in a key tile, so both can be a box of space
 
 # 2**f for |f| <= 1/2, minimax in relative error with the constant fixed at 1: to 1.0e-4, 2.8e-6 and 9.1e-8.
 EXP2 = {
@@ -64,13 +76,21 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         max_bands=max_bands(program),
         exp2=EXP2[shape.io],
         softcap=program.softcap is not None,
-        use_head=program.uses("h"),
+        use_head=uses_head(program),
+        lists=max_lists(program),
+        gathers=gathers(program),
+        skips=any(program.skips),
+        query_layout=program.queries is not None,
+        key_layout=program.keys is not None,
+        tile_rows=tile_rows(program.keep, BLOCK_ROWS * BLOCKS if program.queries is None else SLOTS),
         bias=bool(program.bias),
         sink=program.sink is not None,
         facts=max_facts(program),
+        row_facts=max_row_facts(program, names),
         summaries=names.summaries,
         summary_block=BLOCK,
         rules=print_rules(program, names),
+        layouts=print_layouts(program, names),
         biases=print_biases(program, names),
     )
 
@@ -104,6 +124,10 @@ def kernel_name(program: Program, shape: Shape, isa: Isa) -> str:
         parts.append("sink")
     if program.softcap is not None:
         parts.append("softcap")
+    if program.queries is not None or program.keys is not None:
+        parts.append("layout")
+    if any(program.skips):
+        parts.append("skip")
     size = f"d{shape.head_dim}" + (f"v{shape.value_dim}" if shape.value_dim != shape.head_dim else "")
     dot = "bf16" if isa.bf16_dot else ""
     return f"{'_'.join(parts)}__cpp_{isa.name}{dot}__{shape.io}__{size}__m{BLOCK_ROWS * BLOCKS}n{KEYS}"
@@ -115,6 +139,9 @@ def _rule_name(keep: Pred) -> str:
         return "dense"
     if keep == (k <= q):
         return "causal"
+    found = lists(keep)
+    if found:
+        return f"list{found[0].unit}"
     for part in getattr(keep, "parts", ()):
         expr = getattr(part, "expr", None)
         width = constant(expr + q - k) if isinstance(expr, Sum) else None

@@ -55,9 +55,9 @@ def places(selector: Selector, position: Tensor, valid: Tensor | None, keys: int
 
 
 def _usable(position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Tensor:
-    """Queries that take part: not before the first key, and in self-attention not padding themselves."""
+    """Queries that take part: not before the first key, and one of several not where the key is padding."""
     usable = position >= 0
-    if valid is None or not causal:
+    if valid is None or not causal or position.shape[1] == 1:
         return usable
     batch = torch.broadcast_shapes(valid.shape[:1], position.shape[:1])[0]
     own = valid.expand(batch, -1).gather(1, position.clamp(0, keys - 1).expand(batch, -1))

@@ -1,0 +1,340 @@
+// Query tiles: a cache of packed key tiles in each thread, and the loops over the key tiles that a query tile meets, in
+// order by its rules' bands and then those of its lists. Positions are slots; without a layout these are tokens.
+
+constexpr int BM = BLOCKS * MR; // most query rows of a tile: rows are queries of one head, or of several when few
+constexpr int FEW_ROWS = 4 * MR; // so few that reading keys costs more than multiplying them: sum more exactly
+
+struct Tag { I batch, kv_head, tile; };
+
+struct Worker {
+    Rows* rows;        // BLOCKS of them
+    uint64_t* keep;    // BM
+    float* add;        // BM * KB, with BIAS
+    const float** lines; // BM of them: what is added to each row
+    I* facts;          // FACTS for each of BM heads
+    I* row_facts;      // ROW_FACTS for each of BM rows
+    bool* prepared;    // of each of BM heads: whether its rows' facts are there
+    Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
+    List* lists;       // LISTS for each of BM heads
+    int32_t* rules;    // of each of BM heads in the list that is gone through
+    Tag* tags;         // of the packed tiles
+    int32_t *keys, *values; // tiles in `slots` slots, and with GATHERS one more for keys that were gathered
+    I slots;
+};
+
+// A query tile: `heads` heads from `head` on, `count` queries each from `first` on. Row r is query first + r % count.
+// What it goes through keeps by rule rules[i] for its i-th head, nothing where that is -1.
+struct Queries {
+    I batch, kv_head, head, heads, first, count;
+    const int32_t* rules;
+    const I* facts;
+    I rows() const { return heads * count; }
+    int rule_of(I h) const { return rules[h - head]; }
+    const I* facts_of(I h) const { return facts + (h - head) * FACTS; }
+    bool as_before(I h) const { return h > head && rule_of(h) == rule_of(h - 1) && !RULES_USE_HEAD; }
+};
+
+// A key tile: `count` keys from first to last, those between them or, with `at`, some of them.
+struct Keys {
+    I first, last;
+    int count;
+    const int32_t* at;
+};
+
+static Keys tile_of(const Call& c, I tile) {
+    I first = tile * KB, count = least(KB, c.k_slots - first);
+    return {first, first + count - 1, (int)count, nullptr};
+}
+
+static char* carve(char*& at, I bytes) {
+    char* found = at;
+    at += (bytes + 63) / 64 * 64;
+    return found;
+}
+
+static Worker worker_at(char* at, I slots) {
+    Worker w;
+    I tiles = slots + GATHERS;
+    w.rows = (Rows*)carve(at, sizeof(Rows) * BLOCKS);
+    w.keep = (uint64_t*)carve(at, sizeof(uint64_t) * BM);
+    w.add = (float*)carve(at, BIAS ? sizeof(float) * BM * KB : 0);
+    w.lines = (const float**)carve(at, BIAS ? sizeof(float*) * BM : 0);
+    w.facts = (I*)carve(at, sizeof(I) * BM * FACTS);
+    w.row_facts = (I*)carve(at, sizeof(I) * BM * ROW_FACTS);
+    w.prepared = (bool*)carve(at, BM);
+    w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
+    w.lists = (List*)carve(at, sizeof(List) * BM * LISTS);
+    w.rules = (int32_t*)carve(at, sizeof(int32_t) * BM);
+    w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
+    w.keys = (int32_t*)carve(at, 4 * K_TILE * tiles);
+    w.values = (int32_t*)carve(at, 4 * V_TILE * tiles);
+    w.slots = slots;
+    return w;
+}
+
+static I worker_bytes(I slots) {
+    char* start = (char*)64;
+    Worker w = worker_at(start, slots);
+    return ((char*)(w.values + V_TILE * (slots + GATHERS)) - start + 127) / 64 * 64;
+}
+
+static void pack(const Call& c, const Queries& t, const Keys& keys, int32_t* to_keys, int32_t* to_values) {
+    const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
+    const Element* v = (const Element*)c.v + t.batch * c.vs[0] + t.kv_head * c.vs[1];
+    const Element *key[KB] = {}, *value[KB] = {};
+    for (int j = 0; j < keys.count; j++) {
+        I row = keys.at ? keys.at[j] : keys.first + j;
+#if KEY_LAYOUT
+        row = key_token(c, t.batch, t.kv_head * (c.heads / c.kv_heads), row);
+        if (row < 0) continue;
+#endif
+        key[j] = k + row * c.ks[2], value[j] = v + row * c.vs[2];
+    }
+    pack_keys(to_keys, key, c.ks[3]);
+    pack_values(to_values, value, c.vs[3]);
+}
+
+// The slot of a packed tile of keys and values, packed now unless it is there.
+static I packed(const Call& c, Worker& w, const Queries& t, const Keys& keys) {
+    I tile = keys.first / KB, slot = keys.at ? w.slots : tile % w.slots;
+    if (!keys.at) {
+        Tag& tag = w.tags[slot];
+        if (tag.batch == t.batch && tag.kv_head == t.kv_head && tag.tile == tile) return slot;
+        tag = {t.batch, t.kv_head, tile};
+    }
+    pack(c, t, keys, w.keys + slot * K_TILE, w.values + slot * V_TILE);
+    return slot;
+}
+
+// The spans of key tiles that the bands of a query tile meet, in order and apart; returns how many.
+static I spans_of(const Call& c, const Queries& t, Interval* spans) {
+    I count = 0, q0 = t.first + c.offset;
+    for (I h = t.head; h < t.head + t.heads; h++) {
+        if (t.as_before(h)) continue;
+        Interval found[MAX_BANDS];
+        int bands = bands_of(t.rule_of(h), c, t.batch, h, q0, q0 + t.count - 1, found);
+        for (int i = 0; i < bands; i++) {
+            I low = most(0, found[i].low), high = least(c.k_slots, found[i].high);
+            if (low >= high) continue;
+            Interval span = {low / KB, (high + KB - 1) / KB};
+            I at = count++;
+            for (; at > 0 && spans[at - 1].low > span.low; at--) spans[at] = spans[at - 1];
+            spans[at] = span;
+        }
+    }
+    I kept = 0;
+    for (I i = 0; i < count; i++) {
+        if (kept && spans[i].low <= spans[kept - 1].high)
+            spans[kept - 1].high = most(spans[kept - 1].high, spans[i].high);
+        else
+            spans[kept++] = spans[i];
+    }
+    return kept;
+}
+
+// The lists of a query tile's heads, each head's own; returns how many.
+static I lists_of(const Call& c, const Queries& t, List* lists) {
+    I count = 0;
+    for (I h = t.head; LISTS && h < t.head + t.heads; h++)
+        count += lists_of(t.rule_of(h), c, t.batch, h, t.first + c.offset, lists + count);
+    return count;
+}
+
+// Whether an earlier one of a query tile's lists is the same as number i.
+static bool met_before(const List* lists, I i) {
+    for (I j = 0; j < i; j++)
+        if (lists[j].same(lists[i])) return true;
+    return false;
+}
+
+// Asks what rules want to know of data for these queries, whatever the keys.
+static void ask(const Call& c, Queries& t, I* facts) {
+    I q0 = t.first + c.offset;
+    t.facts = facts;
+    for (I h = t.head; FACTS && h < t.head + t.heads; h++, facts += FACTS) {
+        if (t.as_before(h)) memcpy(facts, facts - FACTS, sizeof(I) * FACTS);
+        else if (t.rule_of(h) >= 0) ask_of(t.rule_of(h), c, t.batch, h, q0, q0 + t.count - 1, facts);
+    }
+}
+
+// Begins to go through keys by a tile's rules: asks what these want to know of data, whatever the keys.
+static void begin(const Call& c, Worker& w, Queries& t) {
+    memset(w.prepared, 0, t.heads);
+    ask(c, t, w.facts);
+}
+
+// Which keys of a tile each row keeps.
+static void fill_keep(const Call& c, const Worker& w, const Queries& t, const Keys& keys) {
+    I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last, *y = w.row_facts;
+    uint64_t inside = first_keys(keys.count), *keep = w.keep;
+    for (I h = t.head; h < t.head + t.heads; h++, keep += t.count, y += t.count * ROW_FACTS) {
+        int rule = t.rule_of(h);
+        if (rule < 0 || empty_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
+            memset(keep, 0, sizeof(uint64_t) * t.count);
+        } else if (full_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
+            for (I i = 0; i < t.count; i++) keep[i] = inside;
+        } else {
+            bool& prepared = w.prepared[h - t.head];
+            if (!prepared) prepare_of(rule, c, t.batch, h, q0, t.count, y);
+            prepared = true;
+            if (keys.at) listed_rows_of(rule, c, t.batch, h, q0, t.count, keys.at, keys.count, y, keep);
+            else rows_of(rule, c, t.batch, h, q0, t.count, k0, keys.count, y, keep);
+            for (I i = 0; i < t.count; i++) keep[i] &= inside;
+        }
+    }
+    for (I r = t.rows(); r < BM; r++) w.keep[r] = 0;
+}
+
+// A tile's place: 0 nothing is kept, 1 some, 2 all of it.
+static int class_of(const Call& c, const Queries& t, const Keys& keys) {
+    I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last;
+    bool all = keys.count == KB, none = true;
+    for (I h = t.head; h < t.head + t.heads && (all || none); h++) {
+        int rule = t.rule_of(h);
+        all = all && rule >= 0;
+        if (rule < 0 || t.as_before(h)) continue;
+        none = none && empty_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1);
+        all = all && full_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1);
+    }
+    return none ? 0 : all ? 2 : 1;
+}
+
+#if BIAS
+static void add_biases(const Call& c, Worker& w, const Queries& t, const Keys& keys) {
+    I q0 = t.first + c.offset;
+    for (I i = 0; i < t.heads; i++) {
+        I h = t.head + i, row = i * t.count;
+        float* add = w.add + row * KB;
+#if GATHERS
+        if (keys.at) {
+            add_bias_listed(c, t.batch, h, q0, t.count, keys.at, keys.count, add, w.lines + row, w.keep + row);
+            continue;
+        }
+#endif
+        add_bias(c, t.batch, h, q0, t.count, keys.first, keys.count, add, w.lines + row, w.keep + row);
+    }
+    for (I r = t.rows(); r < (t.rows() + MR - 1) / MR * MR; r++) w.lines[r] = w.lines[0];
+}
+#endif
+
+static void meet_tile(const Call& c, Worker& w, const Queries& t, const Keys& keys, const Scoring& scoring) {
+    int kind = class_of(c, t, keys);
+    if (kind == 0) return;
+    bool marked = BIAS || kind == 1; // an added -inf drops a key of a full tile
+    if (marked) fill_keep(c, w, t, keys);
+#if BIAS
+    add_biases(c, w, t, keys);
+#endif
+    I slot = -1;
+    for (I block = 0; block * MR < t.rows(); block++) {
+        const uint64_t* keep = w.keep + block * MR;
+        uint64_t any = 0, all = ~0ull;
+        for (int r = 0; r < MR && marked; r++) {
+            any |= keep[r];
+            all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
+        }
+        if (marked && !any) continue;
+        if (slot < 0) slot = packed(c, w, t, keys);
+        bool whole = !marked || all == ~0ull;
+        Masks masks = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
+        meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
+             scoring, whole && !BIAS ? nullptr : &masks);
+    }
+}
+
+// Goes through the units of a list. Those that are no whole tiles are gathered into tiles.
+static void meet_list(const Call& c, Worker& w, const Queries& t, const List& list, const Scoring& scoring) {
+    int32_t at[KB];
+    int count = 0;
+    auto meet_gathered = [&] {
+        if (count) meet_tile(c, w, t, {at[0], at[count - 1], count, at}, scoring);
+        count = 0;
+    };
+    for (I i = 0; i < list.count; i++) {
+        I low = list.first_key(i), high = least(low + list.unit, c.k_slots);
+        if (low < 0 || low >= high) continue;
+        if (list.unit % KB == 0) {
+            for (I tile = low / KB; tile * KB < high; tile++) meet_tile(c, w, t, tile_of(c, tile), scoring);
+        } else if (class_of(c, t, {low, high - 1, 1, nullptr})) {
+            for (I k = low; k < high; k++) {
+                at[count++] = (int32_t)k;
+                if (count == KB) meet_gathered();
+            }
+        }
+    }
+    meet_gathered();
+}
+
+// Goes through the lists of a query tile, each once for all heads that have it.
+static void meet_lists(const Call& c, Worker& w, Queries t, const Scoring& scoring) {
+    I count = lists_of(c, t, w.lists);
+    t.rules = w.rules;
+    for (I i = 0; i < count; i++) {
+        const List& list = w.lists[i];
+        if (met_before(w.lists, i)) continue;
+        for (I r = 0; r < t.heads; r++) w.rules[r] = -1;
+        for (I j = i; j < count; j++)
+            if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
+        begin(c, w, t);
+        meet_list(c, w, t, list, scoring);
+    }
+}
+
+// The row of the tensors of queries where row r of a tile lies, -1 where a slot holds no token.
+static I token_of(const Call& c, const Queries& t, I r) {
+    I q = t.first + r % t.count;
+#if QUERY_LAYOUT
+    q = query_token(c, t.batch, t.head + r / t.count, q);
+#endif
+    return q;
+}
+
+// A row's sum starts at nothing, or with the weight of a logit that has no value.
+static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r) {
+    rows.sum[i] = Floats{};
+    rows.reference[i] = NOTHING;
+#if SKIPS
+    rows.below[i] = r < t.rows() ? c.below[t.head + r / t.count] : __builtin_inff();
+#endif
+#if SINK
+    float logit = r < t.rows() ? sink_of(c, t.batch, t.head + r / t.count, t.first + r % t.count + c.offset) : 0;
+    if (logit == -__builtin_inff()) return;
+    rows.reference[i] = logit;
+    rows.sum[i][0] = 1;
+#endif
+}
+
+static void start_rows(const Call& c, Worker& w, const Queries& t) {
+    const Element* q = (const Element*)c.q + t.batch * c.qs[0];
+    for (I block = 0; block * MR < t.rows(); block++) {
+        Rows& rows = w.rows[block];
+        const Element* from[MR];
+        for (int i = 0; i < MR; i++) {
+            I r = block * MR + i, token = r < t.rows() ? token_of(c, t, r) : -1;
+            from[i] = token < 0 ? nullptr : q + (t.head + r / t.count) * c.qs[1] + token * c.qs[2];
+            start_row(c, rows, i, t, r);
+        }
+        memset(rows.out, 0, sizeof rows.out);
+        pack_queries(rows.q, from, c.qs[3], (c.scale > 0) - (c.scale < 0));
+    }
+}
+
+static void query_tile(const Call& c, Worker& w, Queries t) {
+    constexpr double UNIT = BIAS ? 1 : 1.4426950408889634;
+    double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // pack_queries has the sign, and a zero
+    Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * UNIT), (float)(SOFTCAP ? scale / c.softcap : 0),
+                       PAIR == 2 ? DK : t.rows() <= FEW_ROWS ? 16 : 64};
+    start_rows(c, w, t);
+    begin(c, w, t);
+    I spans = spans_of(c, t, w.spans);
+    for (I i = 0; i < spans; i++)
+        for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++)
+            meet_tile(c, w, t, tile_of(c, tile), scoring);
+    if (LISTS) meet_lists(c, w, t, scoring);
+    for (I r = 0; r < t.rows(); r++) {
+        I token = token_of(c, t, r);
+        if (token < 0) continue;
+        Element* to = (Element*)c.out + t.batch * c.os[0] + (t.head + r / t.count) * c.os[1] + token * c.os[2];
+        store_row(to, c.os[3], w.rows[r / MR], r % MR);
+    }
+}
