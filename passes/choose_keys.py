@@ -20,16 +20,17 @@ from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
 from sparsify.program import Skip
 from sparsify.ranges import contains
-from sparsify.selection.site import Ask, lists_of, select, usable_keys
+from sparsify.selection.site import Ask, lists_of, segments_of, select, usable_keys
 
 Q, K, N, NQ = (Var(name) for name in ("q", "k", "N", "Nq"))
 
 
 @dataclass
 class Made:
-    """The nodes of one choice: (index, count) for each of its lists."""
+    """The nodes of one choice: (index, count) for each of its lists, and the order of the keys, if it has one."""
 
     lists: list[tuple[fx.Node, fx.Node]]
+    order: fx.Node | None
     q_len: Any
     k_len: Any
 
@@ -41,7 +42,8 @@ class ChooseKeys:
     Before: site.programs say `chosen(...)`, with the text of a selector.
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
-            everything, and what the kernel skips by itself is in site.skips.
+            everything, and what the kernel skips by itself is in site.skips. Where a selector sorts the keys,
+            site.segments says how, and the programs are over its slots.
     """
 
     def __call__(self, capture: Capture) -> None:
@@ -69,9 +71,15 @@ def _choose(site: Site, made: dict[tuple[int | None, str], Made]) -> None:
             replaced[chosen] = _listed(site, choice, chosen, made)
         if not site.open:
             return None
+    if site.segments is not None and len({*found}) > 1:
+        return site.refuse(
+            "the heads share one order of keys, and only some of them have the selection that sorts them",
+            "give all heads of this site that selection",
+        )
     if skips:
         site.skips = tuple(skips.get(of_head[0]) if of_head else None for of_head in found)
-    site.programs = tuple(with_choices(program, replaced) for program in site.programs)
+    keep = site.segments.keep if site.segments else (lambda program: program)
+    site.programs = tuple(with_choices(keep(program), replaced) for program in site.programs)
     return None
 
 
@@ -79,14 +87,15 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, made: dict[tuple[int | N
     """The lists of a choice, made here or by the layer whose choice this one takes."""
     selector = choice.selector
     assert isinstance(selector, Selector)
-    _check(site, selector)
+    causal = _is_causal(site, chosen)
+    _check(site, selector, causal)
     source = choice.reuse.source_of(site.layer)
     if choice.reuse.layers and site.layer is None:
         site.refuse("the spec reuses choices by layer, and which layer this is is not known")
     if not site.open:
         return TRUE
     if source is None:
-        lists = _made(site, selector, _is_causal(site, chosen))
+        lists = _made(site, selector, causal)
         made[site.layer, chosen.text] = lists
         if choice.reuse.is_source(site.layer) and choice.reuse.source == "dense":
             return TRUE
@@ -103,7 +112,7 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, made: dict[tuple[int | N
     return _atoms(site, selector, lists)
 
 
-def _check(site: Site, selector: Selector) -> None:
+def _check(site: Site, selector: Selector, causal: bool) -> None:
     """Refuses a site that the selector doesn't serve."""
     here = phase(site)
     if selector.phase not in ("both", here):
@@ -118,6 +127,8 @@ def _check(site: Site, selector: Selector) -> None:
         site.refuse("the absolute positions of the queries are not known, and a selection depends on them")
     if (selector.force.sink or (selector.lines and selector.lines.first)) and forgets(site.k):
         site.refuse("the selection's sinks are absolute positions, and the cache drops its oldest keys")
+    if selector.permute and not causal:
+        site.refuse("the selection sorts keys inside segments, which a causal attention alone can tell apart")
 
 
 def _is_causal(site: Site, chosen: Chosen) -> bool:
@@ -137,16 +148,23 @@ def _made(site: Site, selector: Selector, causal: bool) -> Made:
     numbers = site.q_offset, float(site.scale), ask.text()
     found = call(before, select, site.q, k, list(site.loads), None, *numbers)
     parts = [call(before, operator.getitem, found, i) for i in range(2 * len(selector.units()))]
-    return Made(list(zip(parts[::2], parts[1::2], strict=True)), shape(site.q)[2], shape(k)[2])
+    order = call(before, operator.getitem, found, len(parts)) if selector.permute else None
+    return Made(list(zip(parts[::2], parts[1::2], strict=True)), order, shape(site.q)[2], shape(k)[2])
 
 
 def _atoms(site: Site, selector: Selector, made: Made) -> Pred:
     """The lists as one predicate, over new loads of the site."""
     first = len(site.loads)
-    nodes = [node for pair in made.lists for node in pair]
+    nodes = [node for pair in made.lists for node in pair] + ([] if made.order is None else [made.order])
     site.loads += tuple(nodes)
     site.load_names += tuple(node.name for node in nodes)
-    return lists_of(selector, first, shape(site.q)[1], shape(site.k)[1], _row(site, selector.unit.q))
+    heads = shape(site.q)[1], shape(site.k)[1]
+    listed = lists_of(selector, first, *heads, _row(site, selector.unit.q))
+    segments = segments_of(selector, len(site.loads) - 1, *heads, site.position)
+    if segments is None:
+        return listed
+    site.segments = segments
+    return segments.chosen(listed)
 
 
 def _row(site: Site, unit: int) -> Expr:

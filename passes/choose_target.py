@@ -38,8 +38,9 @@ def program_of(site: Site) -> Program:
         site.programs,
         loads=len(site.loads),
         softcap=None if site.softcap is None else float(site.softcap),
-        bias=site.bias,
+        bias=site.bias if site.segments is None else site.segments.bias(site.bias),
         sink=site.sink_bias,
+        keys=None if site.segments is None else site.segments.layout(),
         skips=site.skips,
         target=site.target,
     )
