@@ -43,8 +43,9 @@ class Site:
     loads: the tensors that `_0`, `_1`, ... name there; load_names: what a reader calls them.
     sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
-    programs: the final predicate of every query head, over slots where `segments` is the order of the keys. skips: what a kernel may leave out by its weight, for each query
-    head; () for nothing. dense: why the attention is left to Inductor as it stands, for
+    programs: the final predicate of every query head; where `segments` is an order of the keys, over its slots (keep
+    and bias stay over tokens). skips: what a kernel may leave out by its weight, for each query head; () for nothing.
+    dense: why the attention is left to Inductor as it stands, for
     it is faster there; "" if it isn't. notes: what a reader should know of a site that is rewritten.
     """
 
