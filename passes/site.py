@@ -11,7 +11,8 @@ from torch import fx
 from sparsify.bias import Bias
 from sparsify.errors import Refusal
 from sparsify.expr import TRUE, Expr, Pred, Var
-from sparsify.patterns.segments import Segments
+from sparsify.patterns.layouts.lay_out import LaidOut
+from sparsify.patterns.layouts.segments import Segments
 from sparsify.program import Skip
 
 
@@ -80,6 +81,7 @@ class Site:
     patterns: tuple[Any, ...] | None = None
     programs: tuple[Pred, ...] = ()
     segments: Segments | None = None
+    laid_out: LaidOut | None = None
     skips: tuple[Skip | None, ...] = ()
     target: str = ""
     dense: str = ""

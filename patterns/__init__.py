@@ -37,12 +37,9 @@ _CONSTRUCTORS = (
     global_tokens,
     neighborhood,
     expr,
-    select,
-    topk,
-    topp,
-    online,
 )
+SELECTIONS = (select, topk, topp, online)  # those that choose from the data
 # Every constructor that a spec can name, under that name: the primitives and the presets.
-PATTERNS = {constructor.__name__: constructor for constructor in (*_CONSTRUCTORS, *PRESETS)}
+PATTERNS = {constructor.__name__: constructor for constructor in (*_CONSTRUCTORS, *SELECTIONS, *PRESETS)}
 
-__all__ = ["PATTERNS", "PRESETS", "Pattern", *(constructor.__name__ for constructor in _CONSTRUCTORS)]
+__all__ = ["PATTERNS", "PRESETS", "SELECTIONS", "Pattern", *(made.__name__ for made in (*_CONSTRUCTORS, *SELECTIONS))]

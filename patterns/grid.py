@@ -33,6 +33,11 @@ class Grid(Pattern):
         """How many tokens the grid has."""
         return math.prod(self.shape)
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """How far apart the tokens are, in each dimension, that see each other: 1 unless a subclass says more."""
+        return (1,) * len(self.shape)
+
     def keep(self) -> Pred:
         q, k = Q - self.start, K - self.start
         inside = (q >= 0) & (q < self.tokens) & (k >= 0) & (k < self.tokens)
@@ -40,7 +45,7 @@ class Grid(Pattern):
 
     def fits(self, n: int, alone: bool = True) -> str:
         whole, stop = " x ".join(map(str, self.shape)), self.start + self.tokens
-        what = f"shape: {whole} is {self.tokens} tokens"
+        what = f"{type(self).__name__.lower()}.shape: {whole} is {self.tokens} tokens"
         if n < stop:
             return f"{what}{f' from position {self.start}' if self.start else ''}, but there are {n} keys"
         outside = [f"{a}-{b - 1}" for a, b in ((0, self.start), (stop, n)) if a < b]

@@ -128,6 +128,10 @@ class Neighborhood(Grid):
         columns = self.shape, self.window, self.stride, self.dilation, self.causal, self.border
         return tuple(Dimension(*values) for values in zip(*columns, strict=True))
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        return self.dilation
+
     def keep_at(self, q: Coordinates, k: Coordinates) -> Pred:
         return conjunction(one.keep(a, b) for one, a, b in zip(self.dimensions, q, k, strict=True))
 
@@ -137,10 +141,6 @@ class Neighborhood(Grid):
 
     def __str__(self) -> str:
         return called("neighborhood", self.arguments(), DEFAULTS)
-
-    def fits(self, n: int, alone: bool = True) -> str:
-        found = super().fits(n, alone)
-        return f"neighborhood.{found}" if found else ""
 
     def fully_block_sparse(self, q_tile: Sequence[int], k_tile: Sequence[int]) -> bool:
         """Whether no tile of boxes of these shapes is partial: each is kept as a whole or not at all.

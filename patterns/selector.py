@@ -235,7 +235,9 @@ class Lines:
             integer(getattr(self, name), f"lines.{name}", 0)
             if getattr(self, name) > getattr(self, all_of_them):
                 most = getattr(self, all_of_them)
-                raise PatternError(f"lines.{name}: expected at most lines.{all_of_them} = {most}, found more")
+                raise PatternError(
+                    f"lines.{name}: expected at most lines.{all_of_them} = {most}, found {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)

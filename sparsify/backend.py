@@ -60,7 +60,9 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
 def run_passes(capture: Capture, options: Options, placed: bool) -> None:
     """All passes over a capture, whose graph stays as it was given where one of them fails."""
     given = capture.module
-    passes = pipeline(options.spec, options.target, placed, options.strict, options.crossover, options.verify)
+    passes = pipeline(
+        options.spec, options.target, placed, options.strict, options.crossover, options.verify, options.learned
+    )
     try:
         run(passes, capture)
     except PassError as error:

@@ -12,10 +12,13 @@ from sparsify.errors import InputError
 from sparsify.functional_plan import plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
+from sparsify.patterns.layouts.choose import grids
 from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
 
 DROPPED = -1e30  # what is added to a score that is not to count, or less
+
+GridFields = tuple[type[Pattern], tuple[object, ...]]
 
 
 def attention(
@@ -45,11 +48,13 @@ def attention(
     _check_numbers(scale, q_offset)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
-    rules = _rules(pattern, q.shape[1])
+    rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     loads, where = _mask_loads(mask, q_offset)
-    text, asks = plan(rules, where, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
+    laid_out = (found, int(k.shape[2])) if found and whole else ((), 0)
+    text, asks = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
     usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
     for ask in asks:
         loads += select(q, k, usable, None, offset, factor, ask)
@@ -80,6 +85,18 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
         found = f"found {len(pattern)} patterns"
         raise InputError(f"attention: pattern: expected one pattern, or one for each of {heads} heads, {found}")
     return tuple([p.rule for p in pattern])
+
+
+def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
+    """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
+    found: tuple[GridFields, ...] = ()
+    for one in [pattern] if isinstance(pattern, Pattern) else pattern:
+        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids(one)])
+        wrong = one.fits(int(keys)) if mine else ""
+        if wrong:
+            raise InputError(f"attention: pattern: {wrong}")
+        found += mine
+    return found
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -11,11 +11,12 @@ from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import TRUE, Chosen, Pred, Test, Var, conjunction
+from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
 from sparsify.program import Program, Skip
-from sparsify.selection.site import Ask, lists_of, segments_of, usable_keys
+from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
 
 
@@ -33,18 +34,27 @@ class Where(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan(
-    rules: tuple[str, ...], where: tuple, heads: int, kv_heads: int, one_query: bool, device: str
+    rules: tuple[str, ...], where: tuple, grids: tuple, heads: int, kv_heads: int, one_query: bool, device: str
 ) -> tuple[str, tuple[str, ...]]:
     """The canonical program of the rules of all heads and of a mask, and the text of each selection to be made.
 
-    `where` has the fields of a `Where`. Raises InputError for a selection that can't be made here.
+    `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
+    tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made
+    here.
     """
-    return _plan(rules, Where(*where), heads, kv_heads, one_query, env.target(), device)
+    return _plan(rules, Where(*where), grids, heads, kv_heads, one_query, env.target(), device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    rules: tuple[str, ...], where: Where, heads: int, kv_heads: int, one_query: bool, target: str, device: str
+    rules: tuple[str, ...],
+    where: Where,
+    grids: tuple,
+    heads: int,
+    kv_heads: int,
+    one_query: bool,
+    target: str,
+    device: str,
 ) -> tuple[str, tuple[str, ...]]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     made: dict[Chosen, Pred] = {}
@@ -58,18 +68,20 @@ def _plan(
         causal = _is_causal(keeps, chosen, one_query)
         asks.append(Ask(selector, Var("q"), usable, causal).text())
         made[chosen] = lists_of(selector, loads, heads, kv_heads, parse_expr(_row(where)))
-        loads += 2 * len(selector.units())
-        if selector.permute:
+        loads += outputs(selector)
+        order = segments_of(selector, loads - 1, heads, kv_heads, Var("q"))
+        if order is not None:
             _check_order(keeps, causal)
-            order = segments_of(selector, loads, heads, kv_heads, Var("q"))
-            made[chosen], loads = order.chosen(made[chosen]), loads + 1
+            made[chosen] = order.chosen(made[chosen])
     name = codegen.choose(device) if target == "auto" else target
     of_heads = tuple(next((skips[one] for one in _choices(keep) if one in skips), None) for keep in keeps)
-    fields = {"loads": loads, "bias": bias, "target": name, "skips": of_heads if skips else ()}
-    if order is not None:
-        keeps = [order.keep(keep) for keep in keeps]
-        fields |= {"bias": order.bias(bias), "keys": order.layout()}
-    return Program.of([with_choices(keep, made) for keep in keeps], **fields).text(), tuple(asks)
+    if order is None:
+        drawn = [grid(*given) for grid, given in grids[0]]
+        laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
+    else:
+        laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
+    given = {"loads": loads, "target": name, "skips": of_heads if skips else ()}
+    return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
 
 
 def _with_mask(keeps: list[Pred], where: Where, one_query: bool) -> tuple[list[Pred], tuple[Term, ...], Pred]:

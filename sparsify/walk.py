@@ -140,7 +140,20 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
     `env` gives an int or a broadcastable integer tensor (torch or numpy) for each variable and, for each load, a
     tensor under its source name. Python ints give a Python int or bool.
     """
-    go = lambda part: evaluate(part, env)  # noqa: E731
+    return _evaluated(node, env, {})
+
+
+def _evaluated(node: Any, env: Mapping[str, Any], known: dict[Any, int]) -> Any:
+    """`known` has the numbers of what was evaluated before, since tile rules say many things twice; no tensors."""
+    found = known.get(node)
+    if found is None:
+        found = _value(node, env, lambda part: _evaluated(part, env, known))
+        if isinstance(found, int):
+            known[node] = found
+    return found
+
+
+def _value(node: Any, env: Mapping[str, Any], go: Callable[[Any], Any]) -> Any:
     match node:
         case Var(name):
             return env[name]

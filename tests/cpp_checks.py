@@ -1,5 +1,7 @@
 """What the tests of the C++ target share: launches on poisoned tensors, and how far a kernel may be off."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from sparsify import bias
 from sparsify.codegen import Launch, target
+from sparsify.codegen.cpp import launch as launching
 from sparsify.codegen.oracle import environment, kept, oracle
+from sparsify.codegen.slots import gathered, scattered, tokens
 from sparsify.runtime import toolchain as tools
 
 CPP = target("cpp")
@@ -23,6 +27,15 @@ def isa(request, monkeypatch):
         pytest.skip(f"this machine doesn't run {request.param}")
     monkeypatch.setenv("SPARSIFY_ISA", request.param)
     return request.param
+
+
+@pytest.fixture
+def bf16_pairs(monkeypatch):
+    """Kernels that keep bf16 in pairs, by their own code where the machine has no products of such pairs."""
+    best = tools.machine_isa()
+    paired = best if best.bf16_dot else replace(best, name=f"{best.name}_pairs", bf16_dot=True)
+    monkeypatch.setattr(launching.runtime, "machine_isa", lambda: paired)
+    monkeypatch.setattr(launching, "_BUILT", {})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,20 +70,30 @@ def launch(program, shape, dtype, head=(16, 16), *, loads=(), offset=None, scale
 def reference(call):
     """What PyTorch itself computes in the same dtype with the same mask, as plain operations where SDPA has none."""
     group = call.q.shape[1] // call.k.shape[1]
-    k, v = (t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
-    terms, low = bias.evaluate(call.program.bias, environment(call)), torch.finfo(call.q.dtype).min
-    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(call.q.dtype)
+    q, k, v = call.q, *(t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
+    env, queries, keys = environment(call), call.program.queries, call.program.keys
+    if queries is not None:
+        q = gathered(q, *tokens(queries, "q", q.shape[2], env))
+    if keys is not None:
+        k, v = (gathered(t, *tokens(keys, "k", k.shape[2], env)) for t in (k, v))
+    out = _attended(call, q, k, v).nan_to_num(nan=0.0)
+    return out if queries is None else scattered(out, *tokens(queries, "q", call.q.shape[2], env), call.q.shape[2])
+
+
+def _attended(call, q, k, v):
+    """The same of rows by slot."""
+    terms, low = bias.evaluate(call.program.bias, environment(call)), torch.finfo(q.dtype).min
+    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(q.dtype)
     add = add.masked_fill(~kept(call), -torch.inf)
     cap, sink = call.program.softcap, call.program.sink
     if cap is None and sink is None:
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=add, scale=call.scale)
-        return out.nan_to_num(nan=0.0)
-    scores = call.q @ k.mT * call.scale
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=add, scale=call.scale)
+    scores = q @ k.mT * call.scale
     scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + add
     if sink is not None:
         logit = bias.evaluate(sink, environment(call)).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logit.to(scores.dtype)], -1)
-    return (torch.softmax(scores, -1)[..., : v.shape[2]] @ v).nan_to_num(nan=0.0)
+    return torch.softmax(scores, -1)[..., : v.shape[2]] @ v
 
 
 def check(call):
@@ -84,6 +107,9 @@ def check(call):
     floor = torch.finfo(call.q.dtype).eps * truth.abs().max().item()
     assert (found.double() - truth).abs().max().item() <= 2 * own + floor
     nothing = ~kept_pairs(call).any(-1)
+    if call.program.queries is not None:  # then tokens that no slot holds keep nothing, too
+        where = tokens(call.program.queries, "q", call.q.shape[2], environment(call))
+        nothing = scattered(~nothing[..., None] * 1.0, *where, call.q.shape[2])[..., 0] == 0
     assert (found[nothing] == 0).all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def as_sets(lists: list[tuple[torch.Tensor, torch.Tensor]], selector: Selector, 
         table = index.flatten(0, -2).tolist()
         for entries, used in zip(table, count.flatten().tolist(), strict=True):
             assert 0 <= used <= len(entries)
-            assert all(a < b for a, b in zip(entries[:used], entries[1:used], strict=False)), entries
+            assert all(a < b for a, b in pairwise(entries[:used])), entries
             assert all(0 <= u < units for u in entries[:used]) and all(u == units for u in entries[used:]), entries
         sets = [set(entries[:used]) for entries, used in zip(table, count.flatten().tolist(), strict=True)]
         found.append(np.array(sets, dtype=object).reshape(count.shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -167,13 +168,10 @@ def unit_tables(item, forced):
 
 def pooled(item, table, seen, rows, columns, r):
     s, found = item.s, {}
+    mine = [a for a, (row, _, _) in enumerate(rows) if row in (r, None)]
     for u, tokens in enumerate(item.units):
-        values = [
-            table[a, c]
-            for a, (row, _, _) in enumerate(rows)
-            for c, (unit, _) in enumerate(columns)
-            if row in (r, None) and unit == u and seen[a, c]
-        ]
+        own = [c for c, (unit, _) in enumerate(columns) if unit == u]
+        values = [table[a, c] for a in mine for c in own if seen[a, c]]
         if values and item.visible(
             item.rows[r], tokens, s.score.causal if s.score.qview.startswith("last") else "touch"
         ):
@@ -217,7 +215,7 @@ def round_robin(item, tables):
 def ordered(item, table, every=False):
     order = sorted(table, key=lambda u: (-table[u], u))
     if every:
-        for u, v in zip(order, order[1:], strict=False):
+        for u, v in pairwise(order):
             item.near(table[u] - table[v])
     return order
 

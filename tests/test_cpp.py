@@ -4,27 +4,23 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from cpp_checks import CPP, DRAWN, DTYPES, FEW, SHAPES, bf16_pairs, check, isa, launch, poisoned
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BIASES, SINKS, term
 
-from sparsify import bias
 from sparsify import patterns as P
 from sparsify.bias import Term, parse_load
-from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp.source import fill
-from sparsify.codegen.oracle import environment, kept, oracle
 from sparsify.errors import InputError
 from sparsify.expr import FALSE, Test
+from sparsify.patterns.presets import big_bird
 from sparsify.program import Program
 from sparsify.runtime import toolchain as tools
 from sparsify.text import parse_pred
 
-CPP = target("cpp")
+__all__ = ["bf16_pairs", "isa", "poisoned"]  # fixtures
 pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
-
-ISAS = ["avx512", "avx2", "portable"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # One kernel holds all rules of a site, so a mixture over heads tests many at the price of one build.
 BANDS = [
@@ -43,8 +39,19 @@ STRIDED = [
     P.expr("abs(q - k) < (9 if h % 2 == 0 else 30) and max(q, k) % 3 != 1"),
     P.expr("k // 5 + q // 3 < 20 and 3*k >= q - 4 and 2*q - 5*k > 0 - 90"),
 ]
+GRIDS = [
+    P.neighborhood([5, 4, 6], [3, 2, 5], [2, 1, 3], start=3) | P.global_tokens("0-2"),
+    P.neighborhood([9, 13], [3, 4], dilation=[1, 3], causal=[True, False], border=["shift", "wrap"]),
+    P.neighborhood(60, 8, 4, border="truncate", start=7),
+    big_bird(block=8),
+]
 PATTERNS = Program.of([p.keep() for p in (*BANDS, *STRIDED)])
 MIXED = [p.keep() for p in (*BANDS[:3], STRIDED[1])]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 130, 130), (2, 2, 9, 200)], ids=str)
+def test_grids(shape):
+    check(launch(Program.of([pattern.keep() for pattern in GRIDS]), shape, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,6 +74,12 @@ def test_head_sizes(head, dtype, shape, seed, scale):
 def test_head_sizes_elsewhere(isa):
     for dtype in (torch.float32, torch.bfloat16):
         check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
+
+
+def test_bf16_products(bf16_pairs):
+    call = launch(Program.of(MIXED), (1, 2, 150, 170), torch.bfloat16, (45, 83))
+    assert "#define PACKED_BF16 1" in CPP.source(call.program, torch.bfloat16, 45, 83)
+    check(call)
 
 
 def test_bf16_without_bf16_products(monkeypatch):

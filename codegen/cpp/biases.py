@@ -156,6 +156,9 @@ class _BiasRows(Rows):
         """An expression for key j of a row, or of all rows, in terms of what is computed before."""
         return self.separate(expr) if Q in names_in(expr) else rewrite(expr, self.read)
 
+    def of_row(self, expr: Expr) -> str:
+        return self.text(expr)
+
     def filled(self, lines: list[str], name: str, value: str) -> None:
         lines.append(f"float {name}[KB] = {{}};")
         lines.append(self.each(f"{name}[j] = {value};"))

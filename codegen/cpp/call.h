@@ -64,3 +64,16 @@ static inline uint64_t listed_from(I limit, const int32_t* at, int keys) {
 static inline uint64_t listed_to(I limit, const int32_t* at, int keys) {
     return first_keys(keys_below(limit + 1, at, keys));
 }
+
+// Bits that depend on one number, as they were for the latest numbers.
+struct Memory {
+    static constexpr int SIZE = 16;
+    I number[SIZE];
+    uint64_t bits[SIZE];
+    Memory() { for (I& x : number) x = -2 * FAR; }
+    uint64_t& bits_of(I x) { return bits[x & (SIZE - 1)]; }
+    bool renew(I x) { // whether the bits aren't those of x yet
+        I& held = number[x & (SIZE - 1)];
+        return held != x && (held = x, true);
+    }
+};

@@ -90,11 +90,12 @@ struct Rows {
     float out[MR * DVP] __attribute__((aligned(64)));     // weighted values, by panel of NRW columns
 };
 
-// What a tile drops or adds for MR rows: bit j of keep[r] is key j (null keeps all); add[r] is a row of KB floats,
-// with BIAS.
+// What a tile drops or adds for MR rows: bit j of keep[r] is key j (null keeps all), and `any` what some row keeps;
+// add[r] is a row of KB floats, with BIAS.
 struct Masks {
     const uint64_t* keep;
     const float* const* add;
+    uint64_t any;
 };
 
 static inline bool any_lane(Ints found) {
@@ -166,6 +167,13 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     int first = 0, last = KS;
 #pragma GCC unroll 16
     for (int panel = 0; panel < KV; panel += NR) {
+        if (masks && !(masks->any >> (panel * W) & first_keys(NRW))) { // dropped below
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) scores[r][panel + n] = Floats{};
+            continue;
+        }
         for (int from = 0; from < DK; from += scoring.chunk) {
             int to = from + scoring.chunk < DK ? from + scoring.chunk : DK;
             Floats acc[MR][NR] = {};
@@ -192,16 +200,14 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     if (masks && (!BIAS || masks->keep)) {
         Ints lane;
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
-        uint64_t any = 0;
         for (int r = 0; r < MR; r++) {
-            any |= masks->keep[r];
             for (int v = 0; v < KV; v++) {
                 Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
                 scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
             }
         }
-        first = __builtin_ctzll(any) / PAIR;
-        last = (64 - __builtin_clzll(any) + PAIR - 1) / PAIR;
+        first = __builtin_ctzll(masks->any) / PAIR;
+        last = (64 - __builtin_clzll(masks->any) + PAIR - 1) / PAIR;
     }
     Ints above = {}, counts = {};
 #pragma GCC unroll 16

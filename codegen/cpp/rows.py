@@ -47,21 +47,24 @@ LISTED_PARAMETERS = "const Call& c, I b, I h, I q0, I count, const int32_t* at, 
 
 
 class Rows:
-    """Collects what is computed once a tile and once a row. A tile's keys go on from k0."""
+    """Collects what is computed once a query tile, once a key tile and once a row. A tile's keys go on from k0."""
 
     key = "k0 + j"  # key j of a tile
 
     def __init__(self, text: Callable[[Expr | Pred], str]) -> None:
         self.text = text
+        self.query: list[Expr] = []
         self.tile: list[str] = []
         self.row: list[str] = []
         self.slots: dict[object, str] = {}
 
     def loop(self, last: str) -> str:
         """The body of a function: what is collected, and what is done last for each row."""
-        row = "".join(f"        {line}\n" for line in self.row)
-        tile = "".join(f"    {line}\n" for line in self.tile)
-        return f"{tile}    for (I n = 0; n < count; n++) {{\n        I q = q0 + n;\n{row}        {last}\n    }}\n"
+        return _indented(self.tile) + _each_row([*self.row, last])
+
+    def prepare(self) -> str:
+        """The body of a function that fills `y` with what rows need to know whatever the keys."""
+        return _each_row([f"y[{i} * count + n] = {self.text(expr)};" for i, expr in enumerate(self.query)])
 
     def lines(self, node: Expr | Pred) -> list[str]:
         """Where what depends on the node's variables is computed."""
@@ -109,7 +112,9 @@ class Rows:
                 return "(" + (" & " if isinstance(pred, And) else " | ").join(map(self.bits, parts)) + ")"
             case Not(part):
                 return "~" + self.bits(part)
-        return self.gathered(pred, self.row, self.text(self.separate(pred)))
+        found = self.separate(pred)
+        by_row = variables(found) & {Q, *(name for name in self.slots.values() if name[0] == "y")}
+        return self.gathered(pred, self.row, self.text(found), None if by_row & {Q} or len(by_row) > 1 else min(by_row))
 
     def threshold(self, coefficient: int, rest: Expr) -> str:
         """coefficient * k + rest >= 0, where rest is free of k."""
@@ -129,17 +134,24 @@ class Rows:
         """A loop over a tile's keys."""
         return f"for (int j = 0; j < keys; j++) {{ I k = {self.key}; {body} }}"
 
-    def gathered(self, pred: Pred, lines: list[str], condition: str) -> str:
+    def gathered(self, pred: Pred, lines: list[str], condition: str, by_row: str | None = None) -> str:
+        """Bits by a condition on each key. Where it knows of the row one number alone, rows of one number share them."""
         name, new = self.slot(pred, "bits")
-        if new:
-            lines.append(f"uint64_t {name} = 0;")
-            lines.append(self.each(f"{name} |= (uint64_t)({condition} ? 1 : 0) << j;"))
+        loop = self.each(f"{name} |= (uint64_t)({condition} ? 1 : 0) << j;")
+        if new and by_row:
+            self.tile.append(f"Memory of_{name};")
+            lines.append(f"uint64_t& {name} = of_{name}.bits_of({by_row});")
+            lines.append(f"if (of_{name}.renew({by_row})) {{ {name} = 0; {loop} }}")
+        elif new:
+            lines += [f"uint64_t {name} = 0;", loop]
         return name
 
     def by_key(self, expr: Expr) -> Expr:
         """An expression free of q, computed once a tile."""
         if expr == Var(K) or not variables(expr):
             return expr
+        if isinstance(expr, Sum) and repr(-expr) > repr(expr):
+            return -self.by_key(-expr)  # one of the two is enough
         line = self.line(expr) if isinstance(expr, Load) else None
         name, new = self.slot(expr, "x")
         if new:
@@ -154,13 +166,18 @@ class Rows:
         return self.by_key(leaf) if isinstance(leaf, Load) and self.line(leaf) else None
 
     def by_row(self, expr: Expr) -> Expr:
-        """An expression free of k, computed once a row."""
+        """An expression free of k, computed once a query tile."""
         if isinstance(expr, Var) or not variables(expr):
             return expr
         name, new = self.slot(expr, "y")
         if new:
-            self.row.append(f"I {name} = {self.text(expr)};")
+            self.row.append(f"I {name} = {self.of_row(expr)};")
         return Var(name)
+
+    def of_row(self, expr: Expr) -> str:
+        """What is free of k for the current row."""
+        self.query.append(expr)
+        return f"y[{len(self.query) - 1} * count + n]"
 
     def separate(self, node: Expr | Pred) -> Expr | Pred:
         """The node for one key of one row, with everything that can be computed less often taken out."""
@@ -222,6 +239,14 @@ class ListedRows(Rows):
 
     def side(self, upper: bool, limit: str) -> str:
         return f"listed_{'from' if upper else 'to'}({limit}, at, keys)"
+
+
+def _indented(lines: list[str], by: int = 4) -> str:
+    return "".join(f"{' ' * by}{line}\n" for line in lines)
+
+
+def _each_row(lines: list[str]) -> str:
+    return f"    for (I n = 0; n < count; n++) {{\n        I q = q0 + n;\n{_indented(lines, 8)}    }}\n"
 
 
 def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:

@@ -34,8 +34,9 @@ CPP: Mapping[str, str] = {
 PARAMETERS = "const Call& c, I b, I h, I q0, I q1"
 TILE_PARAMETERS = "const Call& c, const I* facts, I b, I h, I q0, I q1, I k0, I k1"
 LIST_PARAMETERS = "const Call& c, I b, I h, I q"
-KEEP_PARAMETERS = f"{ROW_PARAMETERS}, uint64_t* keep"
-KEEP_LISTED_PARAMETERS = f"{LISTED_PARAMETERS}, uint64_t* keep"
+KEEP_PARAMETERS = f"{ROW_PARAMETERS}, const I* y, uint64_t* keep"
+KEEP_LISTED_PARAMETERS = f"{LISTED_PARAMETERS}, const I* y, uint64_t* keep"
+PREPARE_PARAMETERS = "const Call& c, I b, I h, I q0, I count, I* y"
 Text = Callable[[Expr | Pred], str]
 
 
@@ -50,6 +51,11 @@ class Step:
     def gathers(self) -> bool:
         """Whether key tiles are made of several units of a list; else a unit is so many whole tiles."""
         return self.listed is not None and self.listed.unit % KEYS != 0
+
+    def rows(self, names: Names) -> tuple[Rows, str]:
+        """What rows of a tile need to know, and the bits of the keys that one keeps."""
+        rows = ListedRows(names.text) if self.gathers else Rows(names.text)
+        return rows, rows.bits(self.rule.keep)
 
     def tests(self) -> list[Expr | Pred]:
         """What is asked of tiles."""
@@ -122,7 +128,7 @@ def facts_of(rule: TileRule) -> dict[Bound, int]:
 def print_rules(program: Program, names: Names) -> str:
     """All functions that the driver calls on a rule's number.
 
-    full_of, empty_of and ask_of know all rules; bands_of and lists_of those of heads; rows_of those that have tiles of
+    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of those of heads; rows_of those that have tiles of
     keys in a row, and listed_rows_of those that gather their keys.
     """
     parts, found = names.functions(), steps(program)
@@ -138,6 +144,7 @@ def print_rules(program: Program, names: Names) -> str:
         _dispatch("int", "bands_of", f"{PARAMETERS}, Interval* to", kept),
         _dispatch("int", "lists_of", f"{LIST_PARAMETERS}, List* to", kept),
         _dispatch("void", "ask_of", f"{PARAMETERS}, I* facts", everything),
+        _dispatch("void", "prepare_of", PREPARE_PARAMETERS, everything),
         _dispatch("void", "rows_of", KEEP_PARAMETERS, (n for n in everything if not found[n].gathers)),
         _dispatch("void", "listed_rows_of", KEEP_LISTED_PARAMETERS, (n for n in everything if found[n].gathers)),
     ]
@@ -154,6 +161,11 @@ def max_bands(program: Program) -> int:
 def max_facts(program: Program) -> int:
     """How many facts a rule of the program asks at most."""
     return max((len(facts_of(step.rule)) for step in steps(program)), default=0)
+
+
+def max_row_facts(program: Program, names: Names) -> int:
+    """How many numbers a rule of the program needs of each row, whatever the keys, at most."""
+    return max((len(step.rows(names)[0].query) for step in steps(program)), default=0)
 
 
 def max_lists(program: Program) -> int:
@@ -205,8 +217,8 @@ def _rule(number: int, step: Step, names: Names) -> str:
     if step.listed is None:
         bands = "".join(f"    {_band(band, names.text)}\n" for band in rule.bands)
         text += f"static int bands{number}({PARAMETERS}, Interval* to) {{\n    int n = 0;\n{bands}    return n;\n}}\n"
-    rows = ListedRows(names.text) if step.gathers else Rows(names.text)
-    kept = rows.bits(rule.keep)
+    rows, kept = step.rows(names)
+    text += f"static void prepare{number}({PREPARE_PARAMETERS}) {{\n{rows.prepare()}}}\n"
     name, parameters = ("listed_rows", KEEP_LISTED_PARAMETERS) if step.gathers else ("rows", KEEP_PARAMETERS)
     return f"{text}static void {name}{number}({parameters}) {{\n{rows.loop(f'keep[n] = {kept};')}}}"
 

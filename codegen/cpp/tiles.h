@@ -12,6 +12,8 @@ struct Worker {
     float* add;        // BM * KB, with BIAS
     const float** lines; // BM of them: what is added to each row
     I* facts;          // FACTS for each of BM heads
+    I* row_facts;      // ROW_FACTS for each of BM rows
+    bool* prepared;    // of each of BM heads: whether its rows' facts are there
     Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
     List* lists;       // LISTS for each of BM heads
     int32_t* rules;    // of each of BM heads in the list that is gone through
@@ -58,6 +60,8 @@ static Worker worker_at(char* at, I slots) {
     w.add = (float*)carve(at, BIAS ? sizeof(float) * BM * KB : 0);
     w.lines = (const float**)carve(at, BIAS ? sizeof(float*) * BM : 0);
     w.facts = (I*)carve(at, sizeof(I) * BM * FACTS);
+    w.row_facts = (I*)carve(at, sizeof(I) * BM * ROW_FACTS);
+    w.prepared = (bool*)carve(at, BM);
     w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
     w.lists = (List*)carve(at, sizeof(List) * BM * LISTS);
     w.rules = (int32_t*)carve(at, sizeof(int32_t) * BM);
@@ -153,19 +157,28 @@ static void ask(const Call& c, Queries& t, I* facts) {
     }
 }
 
+// Begins to go through keys by a tile's rules: asks what these want to know of data, whatever the keys.
+static void begin(const Call& c, Worker& w, Queries& t) {
+    memset(w.prepared, 0, t.heads);
+    ask(c, t, w.facts);
+}
+
 // Which keys of a tile each row keeps.
 static void fill_keep(const Call& c, const Worker& w, const Queries& t, const Keys& keys) {
-    I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last;
+    I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last, *y = w.row_facts;
     uint64_t inside = first_keys(keys.count), *keep = w.keep;
-    for (I h = t.head; h < t.head + t.heads; h++, keep += t.count) {
+    for (I h = t.head; h < t.head + t.heads; h++, keep += t.count, y += t.count * ROW_FACTS) {
         int rule = t.rule_of(h);
         if (rule < 0 || empty_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
             memset(keep, 0, sizeof(uint64_t) * t.count);
         } else if (full_of(rule, c, t.facts_of(h), t.batch, h, q0, q1, k0, k1)) {
             for (I i = 0; i < t.count; i++) keep[i] = inside;
         } else {
-            if (keys.at) listed_rows_of(rule, c, t.batch, h, q0, t.count, keys.at, keys.count, keep);
-            else rows_of(rule, c, t.batch, h, q0, t.count, k0, keys.count, keep);
+            bool& prepared = w.prepared[h - t.head];
+            if (!prepared) prepare_of(rule, c, t.batch, h, q0, t.count, y);
+            prepared = true;
+            if (keys.at) listed_rows_of(rule, c, t.batch, h, q0, t.count, keys.at, keys.count, y, keep);
+            else rows_of(rule, c, t.batch, h, q0, t.count, k0, keys.count, y, keep);
             for (I i = 0; i < t.count; i++) keep[i] &= inside;
         }
     }
@@ -223,7 +236,7 @@ static void meet_tile(const Call& c, Worker& w, const Queries& t, const Keys& ke
         if (marked && !any) continue;
         if (slot < 0) slot = packed(c, w, t, keys);
         bool whole = !marked || all == ~0ull;
-        Masks masks = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr};
+        Masks masks = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
         meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
              scoring, whole && !BIAS ? nullptr : &masks);
     }
@@ -262,7 +275,7 @@ static void meet_lists(const Call& c, Worker& w, Queries t, const Scoring& scori
         for (I r = 0; r < t.heads; r++) w.rules[r] = -1;
         for (I j = i; j < count; j++)
             if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
-        ask(c, t, w.facts);
+        begin(c, w, t);
         meet_list(c, w, t, list, scoring);
     }
 }
@@ -312,7 +325,7 @@ static void query_tile(const Call& c, Worker& w, Queries t) {
     Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * UNIT), (float)(SOFTCAP ? scale / c.softcap : 0),
                        PAIR == 2 ? DK : t.rows() <= FEW_ROWS ? 16 : 64};
     start_rows(c, w, t);
-    ask(c, t, w.facts);
+    begin(c, w, t);
     I spans = spans_of(c, t, w.spans);
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++)

@@ -13,7 +13,23 @@ from typing import Any
 
 from sparsify.bias import Bias, Term
 from sparsify.codegen.triton.summaries import Summary, of_keys
-from sparsify.expr import TRUE, Bound, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
+from sparsify.expr import (
+    TRUE,
+    Bound,
+    Expr,
+    FloorDiv,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    constant,
+)
 from sparsify.patterns.tiles import BLOCK
 from sparsify.program import Program
 from sparsify.text import Printer
@@ -78,6 +94,30 @@ def rank(node: Any) -> int:
     return bool(names & {"q", "head"}) + 2 * ("k" in names)
 
 
+def _natural(program: Program) -> frozenset[str]:
+    """The variables that are known to be 0 at least where slots are taken apart into coordinates."""
+    if program.queries is None and program.keys is None:
+        return frozenset()
+    queries = {"q", "q0", "q1"} if program.queries else set()
+    return frozenset({"b", "h", "k", "k0", "k1", "N", "Nq"} | queries)
+
+
+def never_negative(expr: Expr, natural: frozenset[str]) -> bool:
+    """Whether an expression is 0 at least, as its parts show."""
+    match expr:
+        case Var(name):
+            return name in natural
+        case Sum(const, terms):
+            return const >= 0 and all(c > 0 and never_negative(atom, natural) for c, atom in terms)
+        case FloorDiv(left, right):
+            return never_negative(left, natural) and constant(right) is not None
+        case Mod(_, right):
+            return constant(right) is not None
+        case Select(_, then, other):
+            return never_negative(then, natural) and never_negative(other, natural)
+    return False
+
+
 class TritonPrinter(Printer):
     """Prints sizes and loads by the names of the kernel's arguments, and makes tests of loads boolean.
 
@@ -88,10 +128,18 @@ class TritonPrinter(Printer):
         super().__init__(OPS, self.leaf_text)
         self.sizes = {name: f"size_{i}" for i, name in enumerate(program.sizes())}
         self.wrapped = wrapped
+        self.natural = _natural(program)
         self.rows: dict[Bound, tuple[str, str]] = {}  # the bounds that one query tile has: a name and a text
 
     def text(self, node: Any) -> str:
-        return f"({self.element(node.load)} != 0)" if isinstance(node, Test) else super().text(node)
+        match node:
+            case Test(load):
+                return f"({self.element(load)} != 0)"
+            case FloorDiv(left, right) if never_negative(left, self.natural) and constant(right):
+                return f"(({self.text(left)}) // {self.text(right)})"
+            case Mod(left, right) if never_negative(left, self.natural) and constant(right):
+                return f"(({self.text(left)}) % {self.text(right)})"
+        return super().text(node)
 
     def leaf_text(self, atom: Expr) -> str | None:
         if isinstance(atom, Load):

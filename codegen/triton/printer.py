@@ -1,4 +1,4 @@
-"""Prints a program as a Triton kernel: the skeleton `attention.py.jinja`, filled with the tile rules and terms."""
+"""Prints a program as a Triton kernel: the skeleton (`PARTS`), filled with the tile rules and terms."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sparsify.text import to_text
 from sparsify.walk import variables
 
 LOG2_E = 1.4426950408889634
+PARTS = ("helpers", "rules", "lists", "attention")  # of the skeleton, one behind another
 HUGE = 1e30  # a factor beyond it is there to drop pairs
 
 
@@ -58,7 +59,8 @@ def fill(skeleton: str, values: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _skeleton() -> str:
-    return resources.files(__package__).joinpath("attention.py.jinja").read_text()
+    folder = resources.files(__package__)
+    return "".join(folder.joinpath(f"{part}.py.jinja").read_text().rstrip("\n") + "\n" for part in PARTS)
 
 
 def used_loads(program: Program) -> dict[str, int]:
@@ -105,6 +107,7 @@ def holes(
         "value_dim": value_dim,
         "rules": rules,
         "rounds": turns,
+        "scans": bool(turns) or any(rule["scanned"] for rule in rules),
         "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
@@ -144,7 +147,7 @@ def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, An
         "empty": text(rule.empty),
         "full": text(analyse(closed).full),
         "gaps": gaps(pred),
-        "scanned": scanned(pred),
+        "scanned": scanned(pred) or (gaps(pred) and program.keys is not None),
         "bands": [_interval(band.low, band.high, high, text) | {"unless": text(band.unless)} for band in rule.bands],
         "interiors": [_interval(one.low, one.high, high, text) | {"when": text(one.when)} for one in inside],
     }

@@ -57,7 +57,7 @@ def _near(name: str, *given: Any) -> Pattern:
 
 
 @dataclass(frozen=True)
-class _Windows(Grid):
+class Windows(Grid):
     """(x + offset) // window is equal for q and k in every dimension."""
 
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def swin(shape: int | Sequence[int], window: int | Sequence[int] = 7, shift: int
         if size > wide and size % wide:
             raise PatternError(f"swin.shape: expected multiples of the window of {wide}, found {size}")
     off = [0 if size <= wide or not by else wide - by for size, wide, by in zip(sizes, windows, shifts, strict=True)]
-    return _Windows(sizes, windows, tuple(off))
+    return Windows(sizes, windows, tuple(off))
 
 
 @preset(

@@ -27,7 +27,7 @@ def _masks(pattern: Pattern, q_len: int, k_len: int) -> np.ndarray:
 
     heads, size = pbs_attn.about.heads, 16  # type: ignore[attr-defined]
     g = torch.Generator().manual_seed(0)
-    text, asks = plan((pattern.rule,) * heads, (0, None, None, "q - N + Nq"), heads, heads, q_len == 1, "cpu")
+    text, asks = plan((pattern.rule,) * heads, (0, None, None, "q - N + Nq"), ((), 0), heads, heads, q_len == 1, "cpu")
     q, k = (torch.randn(1, heads, n, size, generator=g) for n in (q_len, k_len))
     loads = [load for ask in asks for load in lists(q, k, [], None, k_len - q_len, size**-0.5, ask)]
     launch = Launch(Program.parse(text), q, k, k, tuple(loads), k_len - q_len, size**-0.5)
@@ -42,7 +42,6 @@ def _masks(pattern: Pattern, q_len: int, k_len: int) -> np.ndarray:
     omits="an order for each query head where key heads are shared (here it is the key head's, by the mean over its "
     "query heads), and the zeros with which the released code fills up the last block before it takes its mean",
     heads=2,
-    length=2048,
     masks=_masks,
 )
 def pbs_attn(share: float = 0.9, block: int = 128, segment: int = 256, last: int = 128) -> Pattern:

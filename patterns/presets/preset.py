@@ -67,11 +67,22 @@ class Preset(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", self.pattern.rule)
 
+    @property
+    def about(self) -> About:
+        """What to know of this preset."""
+        from sparsify.patterns import PATTERNS
+
+        return PATTERNS[self.name].about
+
     def keep(self) -> Pred:
         return self.pattern.keep()
 
     def parts(self) -> tuple[Pattern, ...]:
         return (self.pattern,)
+
+    def fits(self, n: int, alone: bool = True) -> str:
+        kind, dot, rest = super().fits(n, alone).partition(".")
+        return f"{self.name}.{rest}" if dot else kind
 
     def arguments(self) -> dict[str, Any]:
         return dict(self.given)

@@ -96,7 +96,8 @@ def _ratio_per_head(selector: Selector, scores: Tensor, competes: Tensor, forced
     chosen = best_mask(key, _limit(selector, wanted, there, given)).view_as(scores)
     if not (selector.budget.min or selector.budget.max is not None):
         return chosen
-    by_row = _bounded((chosen & ~forced).sum(-1), selector.budget)
+    counts = chosen if selector.force.counted else chosen & ~forced
+    by_row = _bounded(counts.sum(-1), selector.budget)
     return best_mask(order_key(scores, competes, forced), _limit(selector, by_row, competes, forced))
 
 

@@ -25,6 +25,7 @@ class Rows(NamedTuple):
 class Places(NamedTuple):
     """Everything about positions that the steps share.
 
+    valid: (B, M) keys that may be used, by their slots, or None for all.
     seat, horizon: (B, N) each query's position, and the last key position that it sees; -1 where it is not valid.
     inside: (B, U, unit) which tokens of each unit are keys that may be used.
     reach: (B, R, U) units of which the row sees a token.
@@ -33,6 +34,7 @@ class Places(NamedTuple):
         Positions of keys are slots then, and horizons end before the query's own segment.
     """
 
+    valid: Tensor | None
     seat: Tensor
     horizon: Tensor
     rows: Rows
@@ -63,13 +65,13 @@ def places(
     inside = inside_of(valid, keys, selector.unit.k, seat.device)
     edge = edges(inside, "touch")
     start = edge if token is None else torch.where(inside, token, NEVER).amin(-1)
-    return Places(seat, horizon, rows, inside, seen(rows.horizon, edge), start.amin(-1, keepdim=True), token)
+    return Places(valid, seat, horizon, rows, inside, seen(rows.horizon, edge), start.amin(-1, keepdim=True), token)
 
 
 def usable(position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Tensor:
-    """Queries that take part: not before the first key, and in self-attention not padding themselves."""
+    """Queries that take part: not before the first key, and one of several not where the key is padding."""
     usable = position >= 0
-    if valid is None or not causal:
+    if valid is None or not causal or position.shape[1] == 1:
         return usable
     batch = torch.broadcast_shapes(valid.shape[:1], position.shape[:1])[0]
     own = valid.expand(batch, -1).gather(1, position.clamp(0, keys - 1).expand(batch, -1))
@@ -80,7 +82,15 @@ def split(x: Tensor, size: int, fill: float | bool) -> Tensor:
     """(..., n) as blocks (..., ceil(n / size), size), the last filled up."""
     if size == 1:
         return x.unsqueeze(-1)
-    return pad(x, (0, -x.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
+    n = x.shape[-1]
+    blocks = blocks_in(n, size)
+    return pad(x, (0, blocks * size - n), value=fill).unflatten(-1, (blocks, size))
+
+
+def blocks_in(n: int, size: int) -> int:
+    """How many blocks n tokens fill. Blocks are cut by this number, never by -1, so that symbolic sizes stay simple and
+    no guard is made on them."""
+    return (n + size - 1) // size
 
 
 def inside_of(valid: Tensor | None, keys: int, size: int, device: torch.device) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
+from torch.nn.functional import pad
 
 from sparsify.patterns.selector import Selector
 from sparsify.patterns.selector_checks import argument
-from sparsify.selection.geometry import Places, edges, seen
+from sparsify.selection.geometry import Places, edges, seen, split
 from sparsify.selection.order import order_key
 from sparsify.selection.views import KeyView, QueryView, key_view, query_view
 
@@ -65,26 +65,26 @@ def _products(q: Tensor, keys: KeyView) -> Tensor:
 
 def _spread(forced: Tensor, per_row: int, per_unit: int, shape: torch.Size) -> Tensor:
     """(B, h, R, U) to the views' own slots, (B, h, A, C)."""
-    if per_row > 1:
-        forced = forced.repeat_interleave(per_row, -2)[..., : shape[0], :]
-    return forced.repeat_interleave(per_unit, -1)[..., : shape[1]] if per_unit > 1 else forced
+    return _repeat(_repeat(forced, per_row, -2, shape[0]), per_unit, -1, shape[1])
+
+
+def _repeat(x: Tensor, times: int, dim: int, n: int) -> Tensor:
+    """Each entry of a dimension `times` times, n in all."""
+    return x.index_select(dim, torch.arange(n, device=x.device) // times) if times > 1 else x
 
 
 def _norm(scores: Tensor, visible: Tensor, norm: str, per_row: int) -> Tensor:
     if norm == "softmax":
         return torch.where(visible, torch.softmax(scores, -1), 0.0)  # a row that sees nothing gives NaN
     if norm == "exp_rowmax":
-        best = _rows(scores.amax(-1), per_row, -torch.inf).amax(-1, keepdim=True)
-        best = best.expand(*best.shape[:-1], per_row or scores.shape[-2]).flatten(-2)[..., : scores.shape[-2]]
-        return torch.where(visible, (scores - best.unsqueeze(-1)).exp(), 0.0)
+        best = scores.amax(-1, keepdim=True)
+        if per_row:
+            best = split(best.squeeze(-1), per_row, -torch.inf).amax(-1, keepdim=True)
+            best = _repeat(best, per_row, -2, scores.shape[-2])
+        else:
+            best = best.amax(-2, keepdim=True)
+        return torch.where(visible, (scores - best).exp(), 0.0)
     return scores
-
-
-def _rows(x: Tensor, per_row: int, fill: float) -> Tensor:
-    """(..., A) as (..., R, per_row); one row of all where a row has no views of its own."""
-    if not per_row:
-        return x.unsqueeze(-2)
-    return pad(x, (0, -x.shape[-1] % per_row), value=fill).unflatten(-1, (-1, per_row))
 
 
 def _pool(scores: Tensor, visible: Tensor, per_row: int, per_unit: int, how: str) -> tuple[Tensor, Tensor]:
@@ -106,14 +106,8 @@ def _pool(scores: Tensor, visible: Tensor, per_row: int, per_unit: int, how: str
 
 def _tiles(x: Tensor, per_row: int, per_unit: int, fill: float | bool) -> Tensor:
     """(..., A, C) to (..., R, per_row, U, per_unit)."""
-    if per_unit > 1:
-        x = pad(x, (0, -x.shape[-1] % per_unit), value=fill)
-    x = x.unflatten(-1, (-1, per_unit))
-    if not per_row:
-        return x.unsqueeze(-4)
-    if per_row > 1:
-        x = pad(x, (0, 0, 0, 0, 0, -x.shape[-3] % per_row), value=fill)
-    return x.unflatten(-3, (-1, per_row))
+    x = split(x, per_unit, fill)
+    return split(x.movedim(-3, -1), per_row, fill).movedim((-2, -1), (-4, -3)) if per_row else x.unsqueeze(-4)
 
 
 def _smooth(scores: Tensor, competes: Tensor, how: str) -> Tensor:
@@ -122,13 +116,18 @@ def _smooth(scores: Tensor, competes: Tensor, how: str) -> Tensor:
     if width < 2:
         return scores
     competes = competes.expand_as(scores)
-    options = {"kernel_size": width, "stride": 1, "padding": width // 2}
+    fill = -torch.inf if how.startswith("max") else 0.0
+    near = _neighbours(torch.where(competes, scores, fill), width, fill)
     if how.startswith("max"):
-        smoothed = max_pool1d(torch.where(competes, scores, -torch.inf).flatten(0, 2), **options)
+        smoothed = near.amax(-1)
     else:
-        sums, counts = (avg_pool1d(x.flatten(0, 2), **options) for x in (scores, competes.float()))
-        smoothed = sums / counts.clamp(min=1.0 / (2 * width))
-    return torch.where(competes, smoothed.view_as(scores), 0.0)
+        smoothed = near.sum(-1) / _neighbours(competes.float(), width, 0.0).sum(-1).clamp(min=1)
+    return torch.where(competes, smoothed, 0.0)
+
+
+def _neighbours(x: Tensor, width: int, fill: float) -> Tensor:
+    """(..., U) to (..., U, width): each entry among its neighbours."""
+    return pad(x, (width // 2, width // 2), value=fill).unfold(-1, width, 1)
 
 
 def join_units(selector: Selector, scores: Tensor, competes: Tensor, kv_heads: int) -> Tensor:

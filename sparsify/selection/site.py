@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparsify.expr import TRUE, And, Expr, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
-from sparsify.patterns.segments import Segments
+from sparsify.patterns.layouts.segments import Segments
 from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
 from sparsify.selection.permute import key_order
@@ -64,6 +65,11 @@ def usable_keys(keep: Pred, one_query: bool) -> Pred:
     return keep if one_query else conjunction(part for part in parts if "q" not in variables(part))
 
 
+def outputs(selector: Selector) -> int:
+    """How many tensors `select` gives: index and count of each list, and the order of the keys, if it has one."""
+    return 2 * len(selector.units()) + (selector.permute is not None)
+
+
 def lists_of(selector: Selector, first: int, heads: int, kv_heads: int, row: Expr) -> Pred:
     """The lists of a selector as a predicate, where loads `_first`, ... are what `select` gives; `row` is a query's."""
     lists = selector.lists(heads, kv_heads)
@@ -86,6 +92,17 @@ def segments_of(selector: Selector, number: int, heads: int, kv_heads: int, posi
 @torch.library.impl(LIBRARY, "select", "CompositeImplicitAutograd")
 def _select(q, k, loads, scores, q_offset, scale, text):  # type: ignore[no-untyped-def]
     ask = Ask.parse(text)
+    position, valid = places_of(ask, q, k, loads, q_offset)
+    given = {"scale": scale, "position": position, "valid": valid}
+    order = key_order(ask.selector, q, k, **given) if ask.selector.permute else None
+    lists = choose(ask.selector, q, k, **given, causal=ask.causal, scores=scores, order=order)
+    return [tensor for pair in lists for tensor in pair] + ([] if order is None else [order])
+
+
+def places_of(
+    ask: Ask, q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The positions of the queries (B or 1, Nq), and which keys may be used (B or 1, Nk), None for all."""
     q_len, k_len = q.shape[2], k.shape[2]
     env: dict[str, Any] = {f"_{i}": load for i, load in enumerate(loads)} | {"N": k_len, "Nq": q_len}
     env |= {
@@ -96,10 +113,7 @@ def _select(q, k, loads, scores, q_offset, scale, text):  # type: ignore[no-unty
     }
     position = torch.as_tensor(evaluate(ask.position, env), device=q.device)
     position = position.expand(*(1,) * (4 - position.dim()), *position.shape).expand(-1, -1, q_len, -1)[:, 0, :, 0]
-    given = {"scale": scale, "position": position, "valid": _valid(ask, env)}
-    order = key_order(ask.selector, q, k, **given) if ask.selector.permute else None
-    lists = choose(ask.selector, q, k, **given, causal=ask.causal, scores=scores, order=order)
-    return [tensor for pair in lists for tensor in pair] + ([] if order is None else [order])
+    return position, _valid(ask, env)
 
 
 def _valid(ask: Ask, env: dict[str, Any]) -> torch.Tensor | None:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from sparsify.patterns.selector import Selector
-from sparsify.selection.geometry import Places, split
+from sparsify.selection.geometry import Places, blocks_in, inside_of, split
 
 
 class QueryView(NamedTuple):
     """vectors (B, H, A, D); horizon (B, A), the last key position that each sees; per_row, how many a row has (0: all
-    of them are every row's)."""
+    of them are every row's), the last row fewer."""
 
     vectors: Tensor
     horizon: Tensor
@@ -22,7 +22,8 @@ class QueryView(NamedTuple):
 
 
 class KeyView(NamedTuple):
-    """vectors (B, J, C, D), low and high bounds for minmax (low is None else); inside (B, C, tokens)."""
+    """vectors (B, J, C, D), the greatest values for minmax, and low, the least (None else); inside (B, C, tokens);
+    per_unit, how many a unit has, the last unit fewer."""
 
     vectors: Tensor
     low: Tensor | None
@@ -60,8 +61,7 @@ def key_view(selector: Selector, k: Tensor, at: Places) -> KeyView:
     kview, size = selector.score.kview, selector.unit.k
     if selector.score.stride:
         stride = selector.score.stride
-        inside = at.inside.unflatten(-1, (-1, stride)).flatten(1, 2)
-        inside = inside[:, : -(-k.shape[2] // stride)]
+        inside = inside_of(at.valid, k.shape[2], stride, k.device)
         return KeyView(blocks_of(k, inside).flatten(-2), None, inside, size // stride)
     if kview == "mean" and size > 1:
         return KeyView(means(k, at.inside), None, at.inside, 1)
@@ -69,8 +69,7 @@ def key_view(selector: Selector, k: Tensor, at: Places) -> KeyView:
         blocks, inside = _blocks(k, at.inside.shape[-1]), at.inside[:, None, :, :, None]
         low = torch.where(inside, blocks, torch.inf).amin(-2)
         return KeyView(torch.where(inside, blocks, -torch.inf).amax(-2), low, at.inside, 1)
-    inside = at.inside.flatten(1).unsqueeze(-1)
-    return KeyView(k, None, inside[:, : k.shape[2]], size)
+    return KeyView(k, None, inside_of(at.valid, k.shape[2], 1, k.device), size)
 
 
 def means(x: Tensor, inside: Tensor) -> Tensor:
@@ -86,7 +85,8 @@ def blocks_of(x: Tensor, inside: Tensor) -> Tensor:
 def _blocks(x: Tensor, size: int) -> Tensor:
     if size == 1:
         return x.unsqueeze(-2)
-    return pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    blocks = blocks_in(x.shape[2], size)
+    return pad(x, (0, 0, 0, blocks * size - x.shape[2])).unflatten(2, (blocks, size))
 
 
 def self_similarity(x: Tensor, inside: Tensor) -> Tensor:

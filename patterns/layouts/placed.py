@@ -30,8 +30,8 @@ from sparsify.expr import (
     eq,
     select,
 )
-from sparsify.patterns.boxes import TILE, Boxes
 from sparsify.patterns.grid import coordinates
+from sparsify.patterns.layouts.boxes import TILE, Boxes
 from sparsify.patterns.tiles import unwrap
 from sparsify.sizes import size_values
 from sparsify.walk import rewrite, substitute, variables
@@ -193,7 +193,7 @@ class Placed:
     def _within(self, low: Expr | None, high: Expr | None) -> Pred:
         low = None if low == as_expr(0) else low
         high = None if high == as_expr(self.boxes.slots) else high
-        return conjunction([TRUE if low is None else K >= low, TRUE if high is None else K < high])
+        return conjunction([TRUE if low is None else low <= K, TRUE if high is None else high > K])
 
     def _row(self, place: Expr, after: int = 0) -> Expr:
         """The first slot of the boxes in the query's dilation group with a place along the slowest dimension."""
@@ -226,12 +226,12 @@ class Placed:
         before, after = low < boxes.start, high > boxes.stop
         found: list[Pred] = []
         if before and high > boxes.start and boxes.start % TILE:
-            found.append((K < boxes.start) | (K >= boxes.first))
+            found.append((boxes.start > K) | (boxes.first <= K))
         if low < boxes.stop and high > boxes.start:
-            outside = [K < boxes.first] * before + [K >= boxes.end] * after
+            outside = [boxes.first > K] * before + [boxes.end <= K] * after
             found += [disjunction([*outside, rule]) for rule in boxes.inside(K)]
         if after and high == boxes.total:
-            found.append(K < boxes.end + boxes.total - boxes.stop)
+            found.append(boxes.end + boxes.total - boxes.stop > K)
         return found
 
 

@@ -5,11 +5,13 @@ A slot holds a token of its own segment. So between segments the order is what i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsify import bias
 from sparsify.bias import Bias
 from sparsify.expr import And, Chosen, Expr, Or, Pred, Var, conjunction, disjunction, eq
+from sparsify.patterns.layouts.lay_out import LaidOut
 from sparsify.program import Layout
 from sparsify.walk import substitute
 
@@ -43,13 +45,10 @@ class Segments:
             return self._earlier | (self._own & placed)  # kernels skip, and run unmasked, whole segments by that
         return placed
 
-    def bias(self, terms: Bias) -> Bias:
-        """The terms over slots."""
-        return bias.substitute(terms, {"k": self.token})
-
-    def layout(self) -> Layout:
-        """The program's layout of keys."""
-        return Layout(Var("N"), self.token)
+    def laid_out(self, keeps: Iterable[Pred], terms: Bias = (), sink: Bias | None = None) -> LaidOut:
+        """The fields of a program for rules over slots and for biases over tokens."""
+        keys = Layout(Var("N"), self.token)
+        return LaidOut(tuple(keeps), bias.substitute(terms, {"k": self.token}), sink, keys=keys)
 
     @property
     def _earlier(self) -> Pred:
