@@ -1,1 +1,1 @@
-"""Layouts: in which order the tokens of a grid lie so that tiles of slots are boxes of space (design D9)."""
+"""Layouts: in which order tokens lie: grids in boxes, so that a tile is a box of space; keys sorted in segments (D9)."""

@@ -12,6 +12,7 @@ from sparsify.patterns.presets.blocks import long_lora, phi3_small, s2_attention
 from sparsify.patterns.presets.global_local import big_bird, longformer, sparse_transformer
 from sparsify.patterns.presets.images import axial, gna, halo_net, natten, swin
 from sparsify.patterns.presets.moa import moa_head
+from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.preset import About, Preset, preset, semantics_of
 from sparsify.patterns.presets.streaming import a_shape, based_window, duo_streaming, razor_head, streaming_llm
 
@@ -34,6 +35,7 @@ PRESETS = (
     swin,
     halo_net,
     axial,
+    pbs_attn,
 )
 
 __all__ = ["PRESETS", "About", "Preset", "preset", "semantics_of", *(constructor.__name__ for constructor in PRESETS)]

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from sparsify.expr import TRUE, And, Expr, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
+from sparsify.patterns.layouts.segments import Segments
 from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
+from sparsify.selection.permute import key_order
 from sparsify.text import parse_expr, parse_pred, to_text
 from sparsify.walk import evaluate, variables
 
@@ -63,6 +65,11 @@ def usable_keys(keep: Pred, one_query: bool) -> Pred:
     return keep if one_query else conjunction(part for part in parts if "q" not in variables(part))
 
 
+def outputs(selector: Selector) -> int:
+    """How many tensors `select` gives: index and count of each list, and the order of the keys, if it has one."""
+    return 2 * len(selector.units()) + (selector.permute is not None)
+
+
 def lists_of(selector: Selector, first: int, heads: int, kv_heads: int, row: Expr) -> Pred:
     """The lists of a selector as a predicate, where loads `_first`, ... are what `select` gives; `row` is a query's."""
     lists = selector.lists(heads, kv_heads)
@@ -74,12 +81,22 @@ def lists_of(selector: Selector, first: int, heads: int, kv_heads: int, row: Exp
     )
 
 
+def segments_of(selector: Selector, number: int, heads: int, kv_heads: int, position: Expr) -> Segments | None:
+    """The selector's order of keys, where load `_number` is what `select` gives for it; None if it has none."""
+    if selector.permute is None:
+        return None
+    which = as_expr(0) if kv_heads == 1 else Var("h") if kv_heads == heads else Var("h") // (heads // kv_heads)
+    return Segments(selector.permute.segment, Load(f"_{number}", (Var("b"), which, Var("k"))), position)
+
+
 @torch.library.impl(LIBRARY, "select", "CompositeImplicitAutograd")
 def _select(q, k, loads, scores, q_offset, scale, text):  # type: ignore[no-untyped-def]
     ask = Ask.parse(text)
     position, valid = places_of(ask, q, k, loads, q_offset)
-    lists = choose(ask.selector, q, k, scale=scale, position=position, valid=valid, causal=ask.causal, scores=scores)
-    return [tensor for pair in lists for tensor in pair]
+    given = {"scale": scale, "position": position, "valid": valid}
+    order = key_order(ask.selector, q, k, **given) if ask.selector.permute else None
+    lists = choose(ask.selector, q, k, **given, causal=ask.causal, scores=scores, order=order)
+    return [tensor for pair in lists for tensor in pair] + ([] if order is None else [order])
 
 
 def places_of(
@@ -108,5 +125,6 @@ def _valid(ask: Ask, env: dict[str, Any]) -> torch.Tensor | None:
     return found.expand(-1, -1, -1, env["k"].shape[0]).any(2).any(1)
 
 
-# A flat list: index and count of the first list, then of the second (see `choose`).
+# A flat list: index and count of the first list, then of the second (see `choose`), then the keys' order if they have
+# one of their own (see `key_order`).
 select = torch.ops.sparsify.select.default
