@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparsify.program import Layout, Program
 
 BLOCK_M, BLOCK_N = 32, 32
+BOX = 64  # slots of a tile where there is a layout: a box
 
 
 class NullTarget:
@@ -116,6 +117,8 @@ class _Head:
         self.q, self.placed = self._rows(self.program.queries, "q", q)
         self.k, self.filled = self._rows(self.program.keys, "k", k)
         self.v = self._rows(self.program.keys, "k", v)[0]
+        placed = self.program.queries is not None or self.program.keys is not None
+        self.rows, self.keys = (BOX, BOX) if placed else (BLOCK_M, BLOCK_N)
         skip = self.program.skip_of(h)
         self.far = None if skip is None else skip.below(k_len) * math.log(2)
 
@@ -133,7 +136,7 @@ class _Head:
         """The output (Nq, Dv) in float64."""
         import torch
 
-        height, offset = tile_rows(self.program.keep, BLOCK_M), self.launch.q_offset
+        height, offset = tile_rows(self.program.keep, self.rows), self.launch.q_offset
         starts = range(0, len(self.q), height)
         parts = [self.query_tile(start, min(start + height, len(self.q)), offset) for start in starts]
         out = torch.cat(parts) if parts else self.q.new_zeros(0, self.v.shape[1])
@@ -169,12 +172,12 @@ class _Head:
         import torch
 
         static = analyse(self.passes.static)
-        for low, high in key_tiles(static, env, len(self.k), BLOCK_N):
+        for low, high in key_tiles(static, env, len(self.k), self.keys):
             yield from self.tile(static, torch.arange(low, high), env, rows)
         for step in self.passes.lists:
             rule, keys = analyse(step.keep), listed_keys(step.listed, env, len(self.k))
-            for start in range(0, len(keys), BLOCK_N):
-                yield from self.tile(rule, keys[start : start + BLOCK_N], env, rows)
+            for start in range(0, len(keys), self.keys):
+                yield from self.tile(rule, keys[start : start + self.keys], env, rows)
 
     def tile(
         self, rule: TileRule, keys: torch.Tensor, env: dict[str, Any], rows: dict[str, Any]

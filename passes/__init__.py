@@ -11,10 +11,12 @@ from typing import Any
 from sparsify.passes.attach_spec import AttachSpec
 from sparsify.passes.canonicalise import Canonicalise
 from sparsify.passes.check_sites import CheckSites
+from sparsify.passes.choose_keys import ChooseKeys
 from sparsify.passes.choose_target import ChooseTarget
 from sparsify.passes.crossover import Crossover
 from sparsify.passes.find_sites import FindSites
 from sparsify.passes.functionalise import Functionalise
+from sparsify.passes.lay_out import LayOut
 from sparsify.passes.number_sites import NumberSites
 from sparsify.passes.recover_masks import RecoverMasks
 from sparsify.passes.remember_masks import RememberMasks
@@ -32,11 +34,13 @@ def pipeline(
     exact: bool = False,
     crossover: bool = True,
     verify: bool = False,
+    learned: Any = None,
 ) -> tuple[Pass, ...]:
     """The passes in their order.
 
     placed: whether the addresses of sites can be relied on; exact: take no integers for a mask of 0 and 1 unproven;
-    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the sites were before.
+    crossover: leave sites to Inductor where dense attention is faster; verify: keep what the sites were before;
+    learned: the modules that score units of selections.
     """
     return (
         Canonicalise(),
@@ -47,6 +51,8 @@ def pipeline(
         RecoverMasks(exact),
         NumberSites(),
         AttachSpec(spec, placed),
+        ChooseKeys(learned or {}),
+        LayOut(),
         ChooseTarget(target),
         Crossover(crossover),
         RememberMasks(verify),

@@ -12,6 +12,7 @@ from sparsify.passes.nodes import same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
+from sparsify.patterns.layouts.choose import grids
 from sparsify.walk import substitute, variables
 
 
@@ -43,6 +44,7 @@ class AttachSpec:
         for site, patterns in zip(sites, found, strict=True):
             heads = shape(site.q)[1]
             site.patterns = patterns
+            _check_shapes(site)
             rules = [substitute(pattern.keep(), {"q": site.position}) for pattern in patterns or ()]
             if any("q" in variables(rule) for rule in rules) and not site.positions_known:
                 site.refuse(
@@ -73,6 +75,14 @@ def _check_rule(site: Site, rule: Any) -> None:
             "the spec's pattern compares positions of queries and keys, and this is cross attention",
             "say `kind: cross` in the rule if that is meant, or `kind: self` if not",
         )
+
+
+def _check_shapes(site: Site) -> None:
+    """Refuses a site whose keys are not the tokens of its patterns' grids. A dynamic length is fixed by the grid's."""
+    for pattern in dict.fromkeys(site.patterns or ()):
+        wrong = pattern.fits(int(shape(site.k)[2])) if grids(pattern) else ""
+        if wrong:
+            site.refuse(wrong, "give the shape of the tokens that this site sees, and the others to global_tokens")
 
 
 def _check_uses(site: Site, spec: Any, home: str) -> None:

@@ -8,6 +8,7 @@ from sparsify import codegen
 from sparsify.passes.nodes import dtype, shape, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
+from sparsify.patterns.layouts.lay_out import LaidOut
 from sparsify.program import Program
 
 
@@ -34,11 +35,12 @@ class ChooseTarget:
 
 def program_of(site: Site) -> Program:
     """The program that a site runs. A symbolic softcap is fixed here, with a guard."""
+    laid_out = site.laid_out or LaidOut(site.programs, site.bias, site.sink_bias)
     return Program.of(
-        site.programs,
+        laid_out.keeps,
+        **laid_out.fields(),
         loads=len(site.loads),
         softcap=None if site.softcap is None else float(site.softcap),
-        bias=site.bias,
-        sink=site.sink_bias,
+        skips=site.skips,
         target=site.target,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ATEN = torch.ops.aten
@@ -113,7 +114,8 @@ def fake_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     args, kwargs = fx.map_arg((args, kwargs), value)
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
-    with torch.no_grad(), mode or contextlib.nullcontext():
+    # Some operators have a version for symbolic sizes in Python only.
+    with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         return target(*args, **kwargs)
 
 

@@ -17,12 +17,14 @@ from sparsify.patterns.dense import dense
 from sparsify.patterns.dilated import dilated
 from sparsify.patterns.expression import expr
 from sparsify.patterns.global_tokens import global_tokens
+from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
+from sparsify.patterns.presets import PRESETS
 from sparsify.patterns.same_block import same_block
+from sparsify.patterns.select import online, select, topk, topp
 from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
 
-# Every constructor that a spec can name, under that name.
 _CONSTRUCTORS = (
     dense,
     causal,
@@ -33,8 +35,11 @@ _CONSTRUCTORS = (
     block_window,
     column_stride,
     global_tokens,
+    neighborhood,
     expr,
 )
-PATTERNS = {constructor.__name__: constructor for constructor in _CONSTRUCTORS}
+SELECTIONS = (select, topk, topp, online)  # those that choose from the data
+# Every constructor that a spec can name, under that name: the primitives and the presets.
+PATTERNS = {constructor.__name__: constructor for constructor in (*_CONSTRUCTORS, *SELECTIONS, *PRESETS)}
 
-__all__ = ["PATTERNS", "Pattern", *PATTERNS]
+__all__ = ["PATTERNS", "PRESETS", "SELECTIONS", "Pattern", *(made.__name__ for made in (*_CONSTRUCTORS, *SELECTIONS))]

@@ -13,18 +13,20 @@ from sparsify.walk import evaluate, variables
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 TILE = 64
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
 
 
 def tile_classes(
-    keep: Pred, q_len: int, k_len: int, q_offset: int | None = None, head: int = 0, tile: tuple[int, int] = (TILE, TILE)
-) -> np.ndarray:
+    keep: Pred, q_len: int, k_len: int, q_offset: int | None = None, head: int = 0,
+    tile: tuple[int, int] = (TILE, TILE), rows: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """The class of every tile of one head: an int8 array (query tiles, key tiles) of EMPTY, PARTIAL, FULL.
 
     Sound: EMPTY keeps nothing and FULL keeps everything. Edge tiles are cut at q_len and k_len. Loads from tensors
-    are not known here, so tiles that depend on one are PARTIAL.
+    are not known here, so tiles that depend on one are PARTIAL. rows: the query tiles to look at, all by default.
     """
     offset = k_len - q_len if q_offset is None else q_offset
-    q0 = np.arange(0, q_len, tile[0], dtype=np.int64)[:, None]
+    q0 = np.arange(0, q_len, tile[0], dtype=np.int64)[:, None] if rows is None else rows[:, None] * tile[0]
     k0 = np.arange(0, k_len, tile[1], dtype=np.int64)[None, :]
     env: dict[str, Any] = {
         "h": head,
@@ -41,6 +43,22 @@ def tile_classes(
     classes[np.broadcast_to(evaluate(rule.full, env), classes.shape)] = FULL
     classes[np.broadcast_to(evaluate(rule.empty, env), classes.shape)] = EMPTY
     return classes
+
+
+def executed(
+    keep: Pred, length: int, head: int = 0, tile: tuple[int, int] = (TILE, TILE), samples: int = 64
+) -> tuple[float, float]:
+    """(visited, whole): how many tiles of a length x length square one head visits, and how many of those are FULL.
+
+    Beyond `samples` query tiles it is an estimate from as many, spread evenly.
+    """
+    tiles = -(-length // tile[0])
+    rows = np.arange(tiles, dtype=np.int64)
+    if tiles > samples:
+        rows = np.unique((np.arange(samples) * GOLDEN % 1 * tiles).astype(np.int64))
+    classes = tile_classes(keep, length, length, 0, head, tile, rows)
+    share = tiles / max(1, rows.size)
+    return float(np.count_nonzero(classes != EMPTY)) * share, float(np.count_nonzero(classes == FULL)) * share
 
 
 def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:

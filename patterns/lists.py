@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sparsify.errors import PatternError
 from sparsify.expr import (
     FALSE,
     TRUE,
     And,
+    Chosen,
     FloorDiv,
     Listed,
     Not,
@@ -59,6 +62,30 @@ def lists(pred: Pred) -> tuple[Listed, ...]:
         case Not(part) if isinstance(part, Listed):
             raise AssertionError(f"a list can't be negated: {pred}")
     return ()
+
+
+def choices(pred: Pred) -> tuple[Chosen, ...]:
+    """The distinct choices in a predicate, in order of appearance. Raises PatternError for a negated one."""
+    match pred:
+        case Chosen():
+            return (pred,)
+        case And(parts) | Or(parts):
+            return tuple(dict.fromkeys(found for part in parts for found in choices(part)))
+        case Not(Chosen()):
+            raise PatternError("a selection can't be negated: a kernel only goes where a list leads")
+    return ()
+
+
+def with_choices(pred: Pred, made: Mapping[Chosen, Pred]) -> Pred:
+    """The predicate with each choice replaced."""
+    match pred:
+        case Chosen():
+            return made[pred]
+        case And(parts):
+            return conjunction(with_choices(part, made) for part in parts)
+        case Or(parts):
+            return disjunction(with_choices(part, made) for part in parts)
+    return pred
 
 
 @functools.lru_cache(maxsize=1024)

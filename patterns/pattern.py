@@ -36,6 +36,21 @@ class Pattern:
         """The predicate that is true where a pair is kept."""
         raise NotImplementedError
 
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns that this one is made of: those of `&`, `|`, `~` and of a preset; none for a primitive."""
+        return ()
+
+    def arguments(self) -> dict[str, object]:
+        """The arguments of the constructor that makes this pattern, as plain as a spec would write them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def fits(self, n: int, alone: bool = True) -> str:
+        """What is wrong with this pattern where there are `n` keys, in one sentence, or "".
+
+        `alone`: what this pattern leaves out, no other keeps.
+        """
+        return next(filter(None, (part.fits(n, alone) for part in self.parts())), "")
+
     def __and__(self, other: Pattern) -> Pattern:
         return Both(self, _checked(other, "&"))
 
@@ -133,6 +148,9 @@ class Both(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", _both(self.left.rule, self.right.rule))
 
+    def parts(self) -> tuple[Pattern, ...]:
+        return self.left, self.right
+
     def keep(self) -> Pred:
         return conjunction([self.left.keep(), self.right.keep()])
 
@@ -150,6 +168,12 @@ class Either(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", _either(self.left.rule, self.right.rule))
 
+    def parts(self) -> tuple[Pattern, ...]:
+        return self.left, self.right
+
+    def fits(self, n: int, alone: bool = True) -> str:
+        return super().fits(n, alone=False)
+
     def keep(self) -> Pred:
         return disjunction([self.left.keep(), self.right.keep()])
 
@@ -165,6 +189,12 @@ class Except(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", _opposite(self.pattern.rule))
+
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.pattern,)
+
+    def fits(self, n: int, alone: bool = True) -> str:
+        return super().fits(n, alone=False)
 
     def keep(self) -> Pred:
         return negate(self.pattern.keep())

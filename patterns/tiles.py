@@ -223,7 +223,7 @@ def _alternatives(pred: Pred) -> list[list[Pred]] | None:
             joined = [[]]
             for part in parts:
                 options = _alternatives(part)
-                if options is None:
+                if options is None or not any(map(_decides, options)):
                     continue  # leaving a condition out only widens the bands
                 joined = [a + b for a in joined for b in options]
                 if len(joined) > 4 * MAX_BANDS:
@@ -231,6 +231,11 @@ def _alternatives(pred: Pred) -> list[list[Pred]] | None:
         case _:
             joined = [[pred]]
     return None if joined is None or len(joined) > MAX_BANDS else joined
+
+
+def _decides(parts: list[Pred]) -> bool:
+    """Whether an alternative bounds the keys, or is one of the queries alone."""
+    return any("k" not in variables(part) or limits(part) != (None, None) for part in parts)
 
 
 def _band(parts: list[Pred]) -> Band:
@@ -272,17 +277,19 @@ def solve(expr: Expr, every: bool = False) -> tuple[Expr | None, Expr | None]:
     if limit is None:
         return None, None
     side = limit[0] if every else limit[1]
-    return _unwrap(atom, -side, None) if coefficient == 1 else _unwrap(atom, None, side)
+    return unwrap(atom, -side, None) if coefficient == 1 else unwrap(atom, None, side)
 
 
-def _unwrap(atom: Expr, low: Expr | None, high: Expr | None) -> tuple[Expr | None, Expr | None]:
+def unwrap(
+    atom: Expr, low: Expr | None, high: Expr | None, variable: Expr = Var("k")
+) -> tuple[Expr | None, Expr | None]:
     """From low <= atom <= high to the interval of k, through `(k + c) // divisor` with a divisor free of q and k."""
-    if atom == Var("k"):
+    if atom == variable:
         return low, None if high is None else high + 1
     if not isinstance(atom, FloorDiv) or not _is_scalar(atom.right):
         return None, None
     inner, divisor = atom.left, atom.right
-    shift = inner - Var("k")
+    shift = inner - variable
     if not _is_scalar(shift):
         return None, None
     return None if low is None else low * divisor - shift, None if high is None else (high + 1) * divisor - shift

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 
 from sparsify import env
 from sparsify.errors import RefusedError, SparsifyError, SpecError
@@ -59,7 +60,9 @@ def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) ->
 def run_passes(capture: Capture, options: Options, placed: bool) -> None:
     """All passes over a capture, whose graph stays as it was given where one of them fails."""
     given = capture.module
-    passes = pipeline(options.spec, options.target, placed, options.strict, options.crossover, options.verify)
+    passes = pipeline(
+        options.spec, options.target, placed, options.strict, options.crossover, options.verify, options.learned
+    )
     try:
         run(passes, capture)
     except PassError as error:
@@ -115,8 +118,17 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], inner: str, mode
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _name_own_tensors(gm)
     patches = list_mode_options(mode) if mode and mode != "default" else None
     return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _name_own_tensors(gm: fx.GraphModule) -> None:
+    """Gives the tensors that passes added to the graph a source, which AOTAutograd wants of each."""
+    known = getattr(gm, "_param_name_to_source", None)
+    if known is not None:
+        names = [name for name, _ in (*gm.named_parameters(), *gm.named_buffers())]
+        gm._param_name_to_source = {name: ConstantSource(f"sparsify.{name}") for name in names} | known
 
 
 @contextlib.contextmanager

@@ -32,20 +32,21 @@ def explain(
     target: str | None = None,
     strict: bool = False,
     crossover: bool | None = None,
+    learned: Any = None,
     **kwargs: Any,
 ) -> Report:
     """Runs `model(*args, **kwargs)` once under torch.compile and reports every attention site that is captured.
 
     Only the capture is real: the model's own code computes the result, and no kernel is built. The caller's grad mode
     counts, as it does for the backend: outside of torch.no_grad() a model with parameters is refused for its
-    gradients. `spec`, `target`, `strict` and `crossover` are the backend's options; a model's own argument of such a
-    name has to be given by position. Raises SpecError for a spec that can't be read or that has a rule for no site of
-    the model, and under `strict` RefusedError with all refusals.
+    gradients. `spec`, `target`, `strict`, `crossover` and `learned` are the backend's options; a model's own argument
+    of such a name has to be given by position. Raises SpecError for a spec that can't be read or that has a rule for
+    no site of the model, and under `strict` RefusedError with all refusals.
 
     Nothing is computed where `model` and its inputs are fake tensors: under
     `torch._subclasses.fake_tensor.FakeTensorMode()` models of any size can be made and explained.
     """
-    given = {"spec": spec, "target": target, "strict": strict, "crossover": crossover}
+    given = {"spec": spec, "target": target, "strict": strict, "crossover": crossover, "learned": learned}
     options = Options.read({name: value for name, value in given.items() if value is not None})
     captures: list[tuple[Capture, int]] = []
 
@@ -105,6 +106,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         phase=phase(site),
         bias=describe_bias(site.bias, site.load_names),
         sink="" if site.sink_bias is None else describe_bias(site.sink_bias, site.load_names),
+        layout="" if site.laid_out is None or site.laid_out.chosen is None else str(site.laid_out.chosen),
         refusal=site.refusal,
         notes=tuple(site.notes),
     )

@@ -302,7 +302,7 @@ def _product(left: Expr, right: Expr) -> Expr:
 
 
 def floordiv(left: Expr | int, right: Expr | int) -> Expr:
-    """left // right; folds constants, and pulls multiples of a constant divisor out of a sum."""
+    """left // right; folds constants, pulls multiples of a constant divisor out of a sum, and knows remainders."""
     left, right = as_expr(left), as_expr(right)
     divisor = constant(right)
     if divisor is None:
@@ -310,12 +310,12 @@ def floordiv(left: Expr | int, right: Expr | int) -> Expr:
     if divisor <= 0:
         raise ValueError(f"a divisor must be positive, found {divisor}")
     whole, rest = _split(left, divisor)
-    value = constant(rest)
+    value = 0 if _is_below(rest, divisor) else constant(rest)
     return _sum([(1, whole), (1, as_expr(value // divisor) if value is not None else FloorDiv(rest, right))])
 
 
 def mod(left: Expr | int, right: Expr | int) -> Expr:
-    """left mod right; folds constants, and drops multiples of a constant divisor."""
+    """left mod right; folds constants, drops multiples of a constant divisor, and knows remainders."""
     left, right = as_expr(left), as_expr(right)
     divisor = constant(right)
     if divisor is None:
@@ -324,7 +324,15 @@ def mod(left: Expr | int, right: Expr | int) -> Expr:
         raise ValueError(f"a divisor must be positive, found {divisor}")
     rest = _split(left, divisor)[1]
     value = constant(rest)
-    return as_expr(value % divisor) if value is not None else Mod(rest, right)
+    if value is not None:
+        return as_expr(value % divisor)
+    return rest if _is_below(rest, divisor) else Mod(rest, right)
+
+
+def _is_below(expr: Expr, limit: int) -> bool:
+    """Whether an expression is a remainder, and so one of 0 .. limit-1."""
+    divisor = constant(expr.right) if isinstance(expr, Mod) else None
+    return divisor is not None and divisor <= limit
 
 
 def _split(expr: Expr, divisor: int) -> tuple[Expr, Expr]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 
-from sparsify import codegen, env, op
-from sparsify.bias import Term, parse_load
+from sparsify import op
 from sparsify.errors import InputError
-from sparsify.expr import Test
+from sparsify.functional_plan import plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
-from sparsify.program import Program
+from sparsify.patterns.layouts.choose import grids
+from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
-from sparsify.text import parse_pred
+
+DROPPED = -1e30  # what is added to a score that is not to count, or less
+
+GridFields = tuple[type[Pattern], tuple[object, ...]]
 
 
 def attention(
@@ -46,28 +48,30 @@ def attention(
     _check_numbers(scale, q_offset)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
-    loads = [] if mask is None else _mask_loads(mask, q_offset)
-    kind = None if mask is None else "keep" if mask.dtype == torch.bool else "add"
-    index = None if mask is None else _mask_index(mask, q_offset)
-    program = program_text(_rules(pattern, q.shape[1]), kind, index, q.device.type)
+    rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return op.attention(q, k, v, loads, offset, factor, program)
+    loads, where = _mask_loads(mask, q_offset)
+    whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
+    laid_out = (found, int(k.shape[2])) if found and whole else ((), 0)
+    text, asks = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
+    for ask in asks:
+        loads += select(q, k, usable, None, offset, factor, ask)
+    return op.attention(q, k, v, loads, offset, factor, text)
 
 
-def _mask_loads(mask: torch.Tensor, q_offset: int | None) -> list[torch.Tensor]:
-    """The mask as the load `_0`, and as `_1` the position of its first row where that isn't Nk - Nq."""
-    first = mask if mask.dim() else mask.view(1)
-    if q_offset is None:
-        return [first]
-    return [first, torch.full((1,), q_offset, dtype=torch.int64, device=mask.device)]
-
-
-def _mask_index(mask: torch.Tensor, q_offset: int | None) -> str:
-    """Where the load `_0` is read for b, h, q and k: at 0 in a dimension that is broadcast."""
+def _mask_loads(mask: torch.Tensor | None, q_offset: int | None) -> tuple[list[torch.Tensor], tuple]:
+    """The mask as the load `_0`, and behind it the position of the first row where that isn't Nk - Nq; a `Where`."""
+    if mask is None:
+        return [], (0, None, None, "q - N + Nq" if q_offset is None else None)
+    loads = [mask if mask.dim() else mask.view(1)]
+    if q_offset is not None:
+        loads.append(torch.full((1,), q_offset, dtype=torch.int64, device=mask.device))
     row = "q - N + Nq" if q_offset is None else "q - _1[0]"
     names = ("b", "h", row, "k")[4 - mask.dim() :]
-    return ", ".join([name if size != 1 else "0" for name, size in zip(names, mask.shape, strict=True)]) or "0"
+    index = ", ".join([name if size != 1 else "0" for name, size in zip(names, mask.shape, strict=True)]) or "0"
+    return loads, (len(loads), "keep" if mask.dtype == torch.bool else "add", index, row)
 
 
 def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
@@ -83,22 +87,16 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
     return tuple([p.rule for p in pattern])
 
 
-@torch.compiler.assume_constant_result
-def program_text(rules: tuple[str, ...], kind: str | None, index: str | None, device: str) -> str:
-    """The canonical program of the rules of all heads and of a mask: of its kind ("keep" or "add"), read at `index`."""
-    return _program_text(rules, kind, index, env.target(), device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _program_text(rules: tuple[str, ...], kind: str | None, index: str | None, target: str, device: str) -> str:
-    name = codegen.choose(device) if target == "auto" else target
-    keeps = [parse_pred(rule) for rule in rules]
-    if kind is None:
-        return Program.of(keeps, target=name).text()
-    mask, loads = parse_load(f"_0[{index}]"), 2 if "_1" in str(index) else 1
-    if kind == "keep":
-        return Program.of([keep & Test(mask) for keep in keeps], loads=loads, target=name).text()
-    return Program.of(keeps, loads=loads, bias=(Term(loads=(mask,)),), target=name).text()
+def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
+    """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
+    found: tuple[GridFields, ...] = ()
+    for one in [pattern] if isinstance(pattern, Pattern) else pattern:
+        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids(one)])
+        wrong = one.fits(int(keys)) if mine else ""
+        if wrong:
+            raise InputError(f"attention: pattern: {wrong}")
+        found += mine
+    return found
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

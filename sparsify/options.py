@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class Options:
     pair, and the output of every attention that no spec changes, and raises VerifyError where they differ. That call
     runs the model as it was, too, with its masks as tensors.
     target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
+    learned: the modules that score the units of selections (`learned: name` in a spec), by name: a torch module that
+    takes q (B, Hq, Nq, D) and k (B, Hkv, Nk, D) and gives (B, 1 or Hkv or Hq, rows, units), or a list or a mapping of
+    those by layer.
     inner: who compiles the rest of the graph: "inductor" or "eager".
     """
 
@@ -34,6 +37,7 @@ class Options:
     verify: bool = False
     target: str = "auto"
     inner: str = "inductor"
+    learned: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Options:
@@ -41,7 +45,7 @@ class Options:
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise InputError(f"options: expected a dict, found {given!r}")
-        names = [field.name for field in fields(cls)]
+        names = [one.name for one in fields(cls)]
         for name in given:
             if name not in names:
                 raise InputError(f"unknown option {name!r}; {nearest(str(name), names)}")
@@ -51,6 +55,8 @@ class Options:
         for name in ("strict", "crossover", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise InputError(f"option '{name}': expected True or False, found {values[name]!r}")
+        if not isinstance(values.get("learned", {}), Mapping):
+            raise InputError(f"option 'learned': expected a mapping of names to modules, found {values['learned']!r}")
         return cls(**{**values, "spec": read_spec(values.get("spec"))})
 
 

@@ -19,7 +19,7 @@ def read_ranges(value: object, from_end: bool = False) -> Ranges:
     from_end: negative numbers count from the end, -1 being the last; ranges with one come last (see `counted`).
     """
     parts = value if isinstance(value, list | tuple) else [value]
-    pairs = [pair for part in parts for pair in _pairs(part, from_end)]
+    pairs = [pair for part in parts for pair in read_pairs(part, from_end)]
     if not pairs:
         raise ValueError("names nothing")
     signs: tuple[list[tuple[int, int]], ...] = ([], [], [])  # both from the start, both from the end, one of each
@@ -39,7 +39,8 @@ def counted(ranges: Ranges, total: int | None) -> Ranges:
     return tuple((first + total * (first < 0), last + total * (last < 0)) for first, last in ranges)
 
 
-def _pairs(part: object, from_end: bool) -> list[tuple[int, int]]:
+def read_pairs(part: object, from_end: bool = False, limit: int = LIMIT) -> list[tuple[int, int]]:
+    """The (first, last) pairs that an integer or a text names, as written. Raises ValueError saying what is wrong."""
     expected = f'expected numbers such as 5, "0-3" or "0-3,7"{", or -1 from the end" if from_end else ""}'
     if isinstance(part, bool) or not isinstance(part, int | str):
         raise ValueError(expected)
@@ -51,18 +52,18 @@ def _pairs(part: object, from_end: bool) -> list[tuple[int, int]]:
         first, last = int(match[1]), int(match[2] or match[1])
         if (last < first and not first >= 0 > last) or first < 0 <= last:
             raise ValueError(f"the range {first}-{last} runs backwards")
-        if last >= LIMIT:
-            raise ValueError(f"{last} is beyond any model (below {LIMIT} is allowed)")
+        if last >= limit:
+            raise ValueError(f"{last} is beyond any model (below {limit} is allowed)")
         found.append((first, last))
     return found
 
 
 def joined(pairs: Iterable[tuple[int, int]]) -> Ranges:
-    """Sorted disjoint ranges with those that touch made one."""
+    """Sorted ranges with those that touch or overlap made one."""
     runs: list[tuple[int, int]] = []
     for first, last in pairs:
-        if runs and runs[-1][1] + 1 == first:
-            runs[-1] = (runs[-1][0], last)
+        if runs and first <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
         else:
             runs.append((first, last))
     return tuple(runs)

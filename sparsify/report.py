@@ -27,6 +27,7 @@ class SiteReport:
     model's mask applies as well).
     density: the share of all (head, query, key) triples that is kept, None where it was not computed; `at_most` if
     tensors that are known at run time only, such as padding, may drop more.
+    layout: in which order its tokens are laid out, and what that saves; "" for their own.
     target: what runs it, "" for a site that stays as it is; dense: why dense attention wins there, so that it is left
     to Inductor, or ""; refusal: why it can't be rewritten, or None; notes: what else to know.
     """
@@ -52,6 +53,7 @@ class SiteReport:
     phase: str = "prefill"
     bias: str = ""
     sink: str = ""
+    layout: str = ""
 
     @property
     def rewritten(self) -> bool:

@@ -52,7 +52,7 @@ def address(group: list[SiteReport]) -> str:
 def _key(site: SiteReport) -> Any:
     refusal = None if site.refusal is None else (site.refusal.reason, site.refusal.hint, site.refusal.line)
     notes = tuple(re.sub(r"_\d+\b", "", note) for note in site.notes)  # nodes of other layers have other numbers
-    what = (site.kind, site.phase, site.form, site.mask, site.bias, site.sink, site.patterns, site.density)
+    what = (site.kind, site.phase, site.form, site.mask, site.bias, site.sink, site.patterns, site.density, site.layout)
     sizes = (site.heads, site.kv_heads, site.q_len, site.k_len)
     return shape_of(site.address), site.graph, what, sizes, site.target, refusal, notes, site.dense
 
@@ -75,6 +75,7 @@ def _rows(site: SiteReport) -> Iterator[tuple[str, str, str]]:
     if any(str(pattern) != "dense()" for pattern in site.patterns):
         yield "pattern", site.pattern_text(), ""
     yield "density", site.density_text(), ""
+    yield "layout", site.layout, ""
     if site.refusal is None:
         yield (
             "runs",

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import LocalSource
+from torch._dynamo.source import GetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import Source
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Root:
     """The compiled model (None: a function was compiled) and whose code is being compiled.
 
     names: the path of each module by its key in `nn_module_stack`, its id as text.
-    owner: the name of the local variable that holds the module whose code it is; path: that module's path.
+    owner: where the module whose code it is lies, among the local variables; path: that module's path.
     """
 
     model: torch.nn.Module | None = None
     names: Mapping[str, str] = field(default_factory=dict)
-    owner: str | None = None
+    owner: Source | None = None
     path: str = ""
 
     @classmethod
@@ -37,9 +38,9 @@ class Root:
         if model is None:
             return cls()
         names = {str(id(module)): path for path, module in model.named_modules()}
-        for name, value in _locals().items():
+        for source, value in _locals():
             if isinstance(value, torch.nn.Module) and str(id(value)) in names:
-                return cls(model, names, name, names[str(id(value))])
+                return cls(model, names, source, names[str(id(value))])
         return cls(model, names)
 
     def modules(self) -> dict[str, type]:
@@ -55,7 +56,7 @@ class Root:
         """Makes Dynamo compile anew for another part of the model. False if nothing tells one part from another."""
         if self.owner is None:
             return False
-        install_guard(LocalSource(self.owner, is_input=True).make_guard(GuardBuilder.ID_MATCH))
+        install_guard(self.owner.make_guard(GuardBuilder.ID_MATCH))
         return True
 
 
@@ -73,10 +74,16 @@ def _outermost_compiled() -> torch.nn.Module | None:
     return found
 
 
-def _locals() -> Mapping[str, Any]:
-    """The local variables of the function that is being compiled, `self` first."""
+def _locals() -> list[tuple[Source, Any]]:
+    """The local variables of the function that is being compiled, `self` first, which a decorator has in its `args`."""
     try:
         found = InstructionTranslator.current_tx().output.root_tx.f_locals
     except (AttributeError, AssertionError):
-        return {}
-    return dict(sorted(found.items(), key=lambda item: item[0] != "self"))
+        return []
+    variables = [(LocalSource(name, is_input=True), value) for name, value in found.items()]
+    variables += [(GetItemSource(source, 0), value[0]) for source, value in variables if _is_args(source, value)]
+    return sorted(variables, key=lambda item: item[0] != LocalSource("self", is_input=True))
+
+
+def _is_args(source: LocalSource, value: Any) -> bool:
+    return source.local_name == "args" and isinstance(value, tuple) and len(value) > 0

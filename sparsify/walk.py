@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sparsify.errors import InputError
 from sparsify.expr import (
     And,
     Bound,
@@ -42,7 +43,8 @@ from sparsify.expr import (
 
 
 def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
-    """The node rebuilt bottom-up, with `leaf(atom)` in place of each variable, load and bound where it isn't None."""
+    """The node rebuilt, with `leaf(atom)` in place of each variable, load, bound, quotient and remainder for which it
+    isn't None."""
     go = lambda part: rewrite(part, leaf)  # noqa: E731
     match node:
         case Var():
@@ -56,9 +58,9 @@ def rewrite(node: Any, leaf: Callable[[Expr], Expr | None]) -> Any:
         case Mul(left, right):
             return go(left) * go(right)
         case FloorDiv(left, right):
-            return floordiv(go(left), go(right))
+            return leaf(node) or floordiv(go(left), go(right))
         case Mod(left, right):
-            return mod(go(left), go(right))
+            return leaf(node) or mod(go(left), go(right))
         case Min(left, right):
             return minimum(go(left), go(right))
         case Max(left, right):
@@ -138,7 +140,20 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
     `env` gives an int or a broadcastable integer tensor (torch or numpy) for each variable and, for each load, a
     tensor under its source name. Python ints give a Python int or bool.
     """
-    go = lambda part: evaluate(part, env)  # noqa: E731
+    return _evaluated(node, env, {})
+
+
+def _evaluated(node: Any, env: Mapping[str, Any], known: dict[Any, int]) -> Any:
+    """`known` has the numbers of what was evaluated before, since tile rules say many things twice; no tensors."""
+    found = known.get(node)
+    if found is None:
+        found = _value(node, env, lambda part: _evaluated(part, env, known))
+        if isinstance(found, int):
+            known[node] = found
+    return found
+
+
+def _value(node: Any, env: Mapping[str, Any], go: Callable[[Any], Any]) -> Any:
     match node:
         case Var(name):
             return env[name]
@@ -174,6 +189,8 @@ def evaluate(node: Any, env: Mapping[str, Any]) -> Any:
         case Test(load):
             value = go(load)
             return value if isinstance(value, bool) else value != 0
+        case Chosen():
+            raise InputError("what a selection keeps is known with queries and keys only, so it has no mask by itself")
         case Listed(index, count, unit):
             places = [go(part) for part in index.index[:-1]]
             return _listed(env[index.source], env[count.source], places, go(Var("k")) // unit)

@@ -28,6 +28,12 @@ def primitives(draw: st.DrawFn) -> tuple[Pattern, Rule]:
     a, b, c = draw(sizes), draw(sizes), draw(st.integers(-20, 20))
     text, length = elastic(draw(st.integers(1, 8)), draw(st.integers(0, 9)))
     positions = draw(st.lists(st.integers(0, 60), max_size=6))
+    tall, wide = draw(st.integers(1, 5)), draw(st.integers(3, 7))
+
+    def near(q: int, k: int) -> bool:  # a 3 wide window of one row, moved inward at the ends of the row
+        first = min(max(q % wide - 1, 0), wide - 3)
+        return 0 <= q < tall * wide > k and q // wide == k // wide and first <= k % wide < first + 3
+
     return draw(
         st.sampled_from(
             [
@@ -46,6 +52,7 @@ def primitives(draw: st.DrawFn) -> tuple[Pattern, Rule]:
                 (p.column_stride(a, block=b, offset=c), lambda h, q, k, n: (k // b + c) % a == 0),
                 (p.column_stride(a, block=b, offset="head"), lambda h, q, k, n: (k // b + h) % a == 0),
                 (p.global_tokens(positions), lambda h, q, k, n: q in positions or k in positions),
+                (p.neighborhood([tall, wide], [1, 3]), lambda h, q, k, n: near(q, k)),
                 (p.expr(f"(q - k) % {a} < {b} and k <= q"), lambda h, q, k, n: (q - k) % a < b and k <= q),
                 (
                     p.expr(f"abs(q - k) * 2 <= min(q, k) + {a} + h"),

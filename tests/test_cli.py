@@ -12,10 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import golden
+import numpy as np
 import pytest
 
+import sparsify.cli.presets
 from sparsify import cli
 from sparsify.errors import Refusal
+from sparsify.patterns import PRESETS, Pattern, dense
+from sparsify.patterns.presets import preset
 from sparsify.spec import schema
 
 doctor_module = importlib.import_module("sparsify.cli.doctor")  # the package's `doctor` is the command
@@ -44,6 +48,7 @@ def run(monkeypatch, capsys, tmp_path):
 def test_commands_say_what_they_said(line, expected, accept, run, tmp_path):
     Path(tmp_path, "bad.yaml").write_text("version: 1\nsites:\n  - heads: {windw: 64}\n")
     Path(tmp_path, "two.yaml").write_text("version: 1\nsites:\n  - heads: {0-3: dense, 4-5: {window: 64}}\n")
+    Path(tmp_path, "grid.yaml").write_text("version: 1\nsites: [{heads: {natten: {shape: [6, 4], window: 3}}}]\n")
     code, out, err = run(line)
     lines = [f"exit {code}", *out.splitlines(), *(f"! {text}" for text in err.splitlines())]
     golden.check("cli", line, expected, "\n".join(text.rstrip() for text in lines), accept)
@@ -61,6 +66,37 @@ def test_show_writes_both_pictures(run, tmp_path):
     assert (tmp_path / "pictures" / "mixture.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "pictures" / "mixture.html").read_text()
     assert "medium" in page and "model.layers.{2-3}.self_attn" in page
+
+
+@pytest.mark.parametrize("constructor", PRESETS, ids=lambda constructor: constructor.__name__)
+def test_show_tells_and_draws_every_preset(constructor, run, tmp_path):
+    name, about = constructor.__name__, constructor.about
+    code, out, err = run(f"show {name} --no-png")
+    text = re.sub(r"\s+", " ", out)
+    assert (code, err) == (0, "") and all(len(line) <= 80 for line in out.splitlines())
+    for part in (constructor.__doc__.splitlines()[0], about.source, about.cost, about.omits, about.semantics):
+        assert re.sub(r"\s+", " ", part) in text
+    assert name in (tmp_path / f"{name}.html").read_text() and f" {name} " in run("show --list")[1]
+
+
+def test_show_draws_what_data_would_choose(run, tmp_path, monkeypatch):
+    """A preset with a selector gives the masks of made-up data."""
+    shapes = []
+
+    def masks(pattern, q_len, k_len):
+        shapes.append((pattern.arguments(), q_len, k_len))
+        return np.arange(k_len) % 3 == np.zeros((2, q_len, 1))
+
+    @preset(source="nobody", phase="decode", semantics="approx", cost="little", masks=masks, heads=2, length=60)
+    def chosen(keep: int = 4) -> Pattern:
+        """The best keys."""
+        return dense()
+
+    monkeypatch.setitem(sparsify.patterns.PATTERNS, "chosen", chosen)
+    monkeypatch.setitem(sys.modules["sparsify.cli.presets"].BY_NAME, "chosen", chosen)
+    code, _, err = run("show chosen:keep=5 --queries 30")
+    assert (code, err) == (0, "") and shapes == [({"keep": 5}, 30, 60)]
+    assert "33.3 %" in (tmp_path / "chosen.html").read_text() and (tmp_path / "chosen.png").exists()
 
 
 def test_show_without_matplotlib_says_what_to_install(run, monkeypatch, tmp_path):

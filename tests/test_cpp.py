@@ -14,6 +14,7 @@ from sparsify.bias import Term, parse_load
 from sparsify.codegen.cpp.source import fill
 from sparsify.errors import InputError
 from sparsify.expr import FALSE, Test
+from sparsify.patterns.presets import big_bird
 from sparsify.program import Program
 from sparsify.runtime import toolchain as tools
 from sparsify.text import parse_pred
@@ -38,8 +39,19 @@ STRIDED = [
     P.expr("abs(q - k) < (9 if h % 2 == 0 else 30) and max(q, k) % 3 != 1"),
     P.expr("k // 5 + q // 3 < 20 and 3*k >= q - 4 and 2*q - 5*k > 0 - 90"),
 ]
+GRIDS = [
+    P.neighborhood([5, 4, 6], [3, 2, 5], [2, 1, 3], start=3) | P.global_tokens("0-2"),
+    P.neighborhood([9, 13], [3, 4], dilation=[1, 3], causal=[True, False], border=["shift", "wrap"]),
+    P.neighborhood(60, 8, 4, border="truncate", start=7),
+    big_bird(block=8),
+]
 PATTERNS = Program.of([p.keep() for p in (*BANDS, *STRIDED)])
 MIXED = [p.keep() for p in (*BANDS[:3], STRIDED[1])]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 130, 130), (2, 2, 9, 200)], ids=str)
+def test_grids(shape):
+    check(launch(Program.of([pattern.keep() for pattern in GRIDS]), shape, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

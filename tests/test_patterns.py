@@ -76,6 +76,14 @@ def test_identities():
     assert torch.equal(star.mask(1, 50, 50), (p.same_block(10) & p.causal()).mask(1, 50, 50))
 
 
+def test_global_tokens_are_numbers_and_ranges():
+    for positions in ([0, 1, 2, 3, 9], "0-3,9", ["0-1", "1-3", 9, 2], ["9,0-3"]):
+        assert p.global_tokens(positions) == p.global_tokens((0, 3, 2, 1, 9))
+    assert str(p.global_tokens("9,0-3")) == "global_tokens(['0-3', 9])"
+    assert p.global_tokens(7) == p.global_tokens([7]) and p.global_tokens([]).keep() == (~p.dense()).keep()
+    assert p.global_tokens("0-115199").keep() == p.global_tokens(range(115_200)).keep()
+
+
 def test_canonical_forms_meet():
     assert p.expr("k <= q").keep() == p.causal().keep()
     assert p.expr("q - k < 8 and not q < k").keep() == p.window(8).keep()
@@ -93,6 +101,7 @@ def test_counting_a_long_sequence_needs_no_dense_mask():
     assert pattern.density(32, n, n) == pytest.approx(kept / n**2, rel=1e-12)
 
 
+POSITIONS = "global_tokens.positions: expected non-negative integers, or ranges such as '0-76'"
 BAD = [
     (lambda: p.window(0), "window.size: expected an integer >= 1, found 0"),
     (lambda: p.window(True), "window.size: expected an integer or an expression in N, found True"),
@@ -112,8 +121,14 @@ BAD = [
     (lambda: p.sinks("3 - 5"), "sinks.n: expected an integer >= 0, found -2"),
     (lambda: p.dilated(0), "dilated.every: expected an integer >= 1, found 0"),
     (lambda: p.column_stride(8, offset="haed"), "column_stride.offset: 'haed' is not allowed"),
-    (lambda: p.global_tokens([1, -2]), "global_tokens.positions: expected non-negative integers, found [1, -2]"),
-    (lambda: p.global_tokens("12"), "global_tokens.positions: expected non-negative integers, found '12'"),
+    (
+        lambda: p.global_tokens([1, -2]),
+        "global_tokens.positions: expected non-negative integers, or ranges such as '0-76', found [1, -2]",
+    ),
+    (
+        lambda: p.global_tokens("x"),
+        "global_tokens.positions: expected non-negative integers, or ranges such as '0-76', found 'x'",
+    ),
     (lambda: p.global_tokens(range(0, 1000, 2)), "global_tokens.positions: expected at most 64 runs of neighbours"),
     (lambda: p.expr("kk <= q"), "expression 'kk <= q': unknown name 'kk'; did you mean 'k'?"),
     (lambda: p.expr("k + q"), "expected a condition such as 'k <= q', found a number"),
@@ -150,9 +165,10 @@ def test_a_size_that_divides_by_zero_names_the_length():
 def test_the_list_of_patterns_is_the_folder():
     """Each constructor is listed, and each file that defines one is a file of the list."""
     folder = Path(p.__file__).parent
-    helpers = {"__init__", "pattern", "tiles", "interior", "count", "dense_mask"}
+    helpers = {"__init__", "pattern", "grid", "tiles", "interior", "count", "dense_mask"}
+    presets = {constructor.__name__ for constructor in p.PRESETS}
     assert {path.stem for path in folder.glob("*.py")} - helpers == {
-        {"expr": "expression"}.get(name, name) for name in p.PATTERNS
+        {"expr": "expression"}.get(name, name) for name in p.PATTERNS if name not in presets
     }
 
 

@@ -18,7 +18,7 @@ from sparsify import patterns as p
 from sparsify.errors import InputError
 from sparsify.pictures import Scene, draw
 from sparsify.pictures.page import alpha_png
-from sparsify.pictures.raster import CELLS, raster
+from sparsify.pictures.raster import CELLS, raster, raster_of
 from sparsify.pictures.scene import joined, percent
 
 MIX = [p.dense(), p.sinks(4) | p.window(100), p.column_stride(4, 16, "head"), p.column_stride(4, 16, "head")]
@@ -51,6 +51,26 @@ def test_a_long_sequence_is_estimated_well_and_never_made_whole(pattern, kept):
     found = raster(pattern.keep(), 3, 2**18, 2**18)
     assert found.share.shape == (CELLS, CELLS) and not found.exact
     assert found.kept == pytest.approx(kept, rel=0.02)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 9))
+def test_a_raster_of_a_mask_is_that_mask_averaged(q_len, k_len, seed):
+    mask = np.random.default_rng(seed).random((q_len, k_len)) < 0.3
+    found = raster_of(mask)
+    tall, wide = found.tile
+    assert found.exact and found.kept == mask.sum() and max(found.share.shape) <= CELLS
+    assert found.share[0, 0] == pytest.approx(mask[:tall, :wide].mean(), abs=1e-6)
+    row, column = ((size - 1) // step * step for size, step in ((q_len, tall), (k_len, wide)))
+    assert found.share[-1, -1] == pytest.approx(mask[row:, column:].mean(), abs=1e-6)
+
+
+def test_a_pattern_that_chooses_by_data_is_drawn_by_its_masks():
+    masks = {p.window(5): np.stack([np.eye(64, dtype=bool), np.ones((64, 64), dtype=bool)])}
+    scene = Scene.of({"a": [p.window(5), p.window(5), p.window(6)]}, 64, causal=False, masks=masks)
+    assert [panel.density for panel in scene.rows[0].panels[:2]] == [1 / 64, 1]
+    assert (scene.rasters[scene.rows[0].panels[0].raster].share == np.eye(64)).all()
+    assert scene.rows[0].panels[2].density == pytest.approx(p.window(6).density(1, 64, 64))
 
 
 def test_a_scene_makes_equal_things_one():

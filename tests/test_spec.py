@@ -24,6 +24,7 @@ from sparsify.spec import SiteInfo, Spec, load_spec, schema, unmatched_rules
 from sparsify.spec.reader import read_text
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "specs").glob("*.yaml"))
+FILE = jsonschema.Draft202012Validator(schema())
 HEAD = "version: 1\nsites:\n  - heads: "
 
 
@@ -41,6 +42,15 @@ FORMS = [
     ({"sinks": 4, "window": 8}, p.sinks(4) | p.window(8)),
     ({"column_stride": {"every": 8, "block": 64, "offset": "head"}}, p.column_stride(8, 64, "head")),
     ({"global_tokens": [3, 1]}, p.global_tokens([1, 3])),
+    ({"global_tokens": "0-76"}, p.global_tokens(range(77))),
+    (
+        {"neighborhood": {"shape": [30, 48, 80], "window": [18, 24, 24], "stride": [16, 8, 8]}},
+        p.neighborhood((30, 48, 80), (18, 24, 24), (16, 8, 8)),
+    ),
+    (
+        {"neighborhood": {"shape": [4, 6], "window": 3, "causal": [True, False], "start": 2}, "global_tokens": [0, 1]},
+        p.neighborhood([4, 6], 3, causal=[True, False], start=2) | p.global_tokens([0, 1]),
+    ),
     ({"expr": "k <= q and (q-k) % 7 < 2"}, p.expr("k <= q and (q-k) % 7 < 2")),
     ({"all": ["causal", {"dilated": 3}, {"window": 9}]}, p.causal() & p.dilated(3) & p.window(9)),
     ({"any": [{"dilated": 3}, {"dilated": 5}]}, p.dilated(3) | p.dilated(5)),
@@ -59,6 +69,13 @@ def test_a_form_is_its_pattern(form, pattern):
     spec = Spec(patterns={"it": form}, sites=[{"heads": "it"}, {"heads": form}])
     assert spec.patterns["it"] == pattern and spec.rules[1].groups[0].pattern == pattern
     assert spec.patterns["it"].keep() == pattern.keep()
+
+
+def test_a_neighborhood_comes_back_as_it_was_written():
+    form = {"neighborhood": {"shape": [30, 48, 80], "window": [18, 24, 24], "stride": [16, 8, 8], "border": "wrap"}}
+    document = {"version": 1, "patterns": {"video": form}, "sites": [{"match": "*", "heads": "video"}]}
+    assert Spec.of(document).to_dict() == document
+    jsonschema.validate(document, schema())
 
 
 def test_block_granularity_keeps_what_moa_keeps():
@@ -247,7 +264,7 @@ def test_any_composition_comes_back_equal(pattern, heads, tmp_path_factory):
     again = Spec.of(spec.to_dict())
     assert again == spec and hash(again) == hash(spec) and pickle.loads(pickle.dumps(spec)) == spec
     assert again.to_dict() == spec.to_dict() == json.loads(json.dumps(spec.to_dict()))
-    jsonschema.validate(spec.to_dict(), schema())
+    FILE.validate(spec.to_dict())
     folder = tmp_path_factory.mktemp("specs")
     for name in ("s.yaml", "s.json"):
         spec.save(folder / name)

@@ -5,12 +5,12 @@ Triton decides at import whether it interprets, so each way runs in processes of
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import multiprocessing
 import os
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ import torch
 if importlib.util.find_spec("triton") is None:  # not imported here: the processes below choose how
     pytest.skip("triton is not installed (pip install 'sparsify[triton]')", allow_module_level=True)
 
+from list_cases import ListCase, boxes, sorted_keys
 from triton_cases import CASES, FLOOR, Case, errors
+from triton_list_cases import Made, added, skipping_errors
 
 from sparsify import patterns as p
 from sparsify.codegen.target import Launch
@@ -41,21 +43,27 @@ def _interpret() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Every case's errors, computed side by side in interpreting processes."""
+    """Every case's errors and those of skips, computed side by side in interpreting processes."""
     with ProcessPoolExecutor(2, SPAWN, _interpret) as pool:
-        yield {case: pool.submit(errors, case) for case in CASES}
+        yield {case: pool.submit(errors, case) for case in CASES} | {"skips": pool.submit(skipping_errors)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
-def test_at_most_twice_the_error_of_pytorch(interpreted: dict[Case, Future], case: Case):
+def test_at_most_twice_the_error_of_pytorch(interpreted: dict[Case | Made, Future], case: Case | Made):
     ours, theirs = interpreted[case].result()
     assert ours <= 2 * theirs + FLOOR[case.dtype]
 
 
+def test_skips_leave_out_what_the_null_target_does(interpreted: dict[str, Future]):
+    ours, lost = interpreted["skips"].result()
+    assert ours <= 1e-6 < 1e-3 < lost
+
+
 def test_the_cases_name_every_pattern():
-    used = {str(case.pattern) for case in CASES}
-    missing = [name for name in p.PATTERNS if not any(f"{name}(" in text for text in used)]
+    used = {str(case.pattern) for case in CASES if isinstance(case, Case)}
+    static = [name for name, made in p.PATTERNS.items() if made not in (*p.PRESETS, *p.SELECTIONS)]
+    missing = [name for name in static if not any(f"{name}(" in text for text in used)]
     assert not missing
 
 
@@ -65,13 +73,14 @@ def _rows(**options):
 
 def test_builds_for_every_chip_without_spills():
     found = {(entry.name, entry.dtype, entry.head_dim): entry for entry in entries()}
-    some = [found["streaming", "bfloat16", 128], found["mixture", "bfloat16", 64], found["streaming", "float32", 80]]
+    some = [found["streaming", "bfloat16", 128], found["pages", "bfloat16", 128], found["streaming", "float32", 80]]
+    some += [found["blocks64", "float16", 64], found["neighborhood", "bfloat16", 64]]
     seen: list[tuple[int, int]] = []
     rows = _rows(catalogue=some, progress=lambda done, total: seen.append((done, total)))
-    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 3
+    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 5
     assert not [row for row in rows if row.spills]
     assert all(row.registers > 0 and row.shared > 0 for row in rows)
-    assert seen == [(done, 12) for done in range(1, 13)]
+    assert seen == [(done, 20) for done in range(1, 21)]
     assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
 
 
@@ -83,7 +92,7 @@ def test_the_whole_catalogue_builds_without_spills():
 
 
 def test_a_kernel_that_does_not_build_is_named():
-    entry = dataclasses.replace(next(entries()), head_dim=64)
+    entry = replace(next(entries()), head_dim=64)
     with pytest.raises(BuildError, match=r"kernel dense__bfloat16__d64__\w+ doesn't build for gfx1"):
         _rows(catalogue=[entry], archs=["gfx1"])
 
@@ -194,6 +203,57 @@ def test_every_head_size_has_a_shape_on_every_chip(dtype, size):
         shape = tuning.launch_shape(dtype, size, 64, 4096, arch)
         assert shape.block_m >= 16 and shape.block_n >= 16
         assert tuning.launch_shape(dtype, size, 64, 1, arch).block_m == 16
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "expected"),
+    [
+        (ListCase("causal", 64, 64, lengths=(300, 300), dtype="bfloat16"), 90, (64, 64, 1)),
+        (ListCase("causal", 64, 48, lengths=(300, 300), dtype="bfloat16"), 90, (64, 48, 1)),
+        (ListCase("causal", 16, 0, lengths=(300, 300), dtype="bfloat16"), 90, (128, 128, 1)),
+        (ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)), 90, (16, 1, 4)),
+        (ListCase("causal", 16, heads=(24, 2), lengths=(3, 300), dtype="bfloat16"), 90, (64, 4, 12)),
+        (ListCase("causal", 16, heads=(71, 1), lengths=(1, 300), dtype="bfloat16"), 90, (128, 1, 71)),
+        (ListCase("causal", 16, heads=(71, 1), lengths=(1, 300)), 90, (16, 1, 1)),
+        (ListCase("causal", 64, 1, heads=(8, 2), lengths=(300, 300), dtype="bfloat16"), 90, (16, 1, 4)),
+        (ListCase("causal", 16, scope="head", lengths=(1, 300)), 90, (16, 16, 1)),
+        (ListCase("by head", 16, lengths=(1, 300)), 90, (16, 16, 1)),
+        (ListCase("causal", 16, lengths=(1, 300), mixed=True), 90, (16, 16, 1)),
+        (ListCase("causal", 16, lengths=(1, 300)), None, (16, 1, 2)),
+    ],
+    ids=lambda value: value.name if isinstance(value, ListCase) else str(value),
+)
+def test_a_query_tile_has_one_list_and_at_decode_the_heads_that_share_it(case, arch, expected):
+    shape = tuning.tiled(case.launch("triton"), arch)[1]
+    assert (shape.block_m, shape.queries, shape.heads) == expected
+
+
+def test_what_is_added_to_rows_of_several_heads_is_asked_by_head():
+    launch = added(ListCase("causal", 16, lengths=(1, 300)))
+    packed = tuning.tiled(launch, 90)[0].program
+    assert "head" in str(packed.bias) and packed.keep == launch.program.keep
+    assert tuning.tiled(launch, 90)[0].program.text() != launch.program.text()
+
+
+def test_tiles_of_slots_are_no_larger_than_boxes():
+    for launch in (boxes("triton"), sorted_keys("triton")):
+        for arch in (*ARCHS, None):
+            shape = tuning.tiled(launch, arch)[1]
+            assert 64 % shape.block_n == 0 and shape.rows <= 64
+
+
+def test_offsets_widen_where_any_row_can_be_read():
+    far = torch.empty(1, 1, 2**20, 4096, device="meta")[..., :16]
+    listed = ListCase("causal", 1, heads=(1, 1), lengths=(1, 2**20)).launch("triton")
+    near, wide = (replace(listed, q=far[:, :, :1], k=far, v=far, program=program) for program in (
+        Program.of([p.causal().keep()], target="triton"), listed.program))  # fmt: skip
+    assert not ranges.far(near, near.q) and ranges.far(wide, wide.q)
+
+
+def test_lists_that_start_inside_a_query_tile_are_refused():
+    launch = ListCase("causal", 64, 64, lengths=(128, 256)).launch("triton")
+    with pytest.raises(InputError, match=r"^triton: query 100 of 128 is not the first of its list in listed\("):
+        tuning.tiled(replace(launch, q_offset=100), 90)
 
 
 def test_refusals_say_what_and_what_to_do():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'sparsify[triton]')")
 
+from list_cases import ListCase
 from triton_cases import CASES, DTYPES, FLOOR, C, Case, errors
+from triton_list_cases import Made
 
 from sparsify import patterns as p
 
@@ -35,7 +38,7 @@ def device() -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
-def test_at_most_twice_the_error_of_pytorch(device: str, case: Case):
+def test_at_most_twice_the_error_of_pytorch(device: str, case: Case | Made):
     ours, theirs = errors(case, device)
     assert ours <= 2 * theirs + FLOOR[case.dtype]
 
@@ -43,4 +46,24 @@ def test_at_most_twice_the_error_of_pytorch(device: str, case: Case):
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.name}-{case.dtype}")
 def test_many_tiles(device: str, case: Case):
     ours, theirs = errors(replace(case, pattern=case.pattern * 2), device)
+    assert ours <= 2 * theirs + FLOOR[case.dtype]
+
+
+LISTED = [
+    Made(f"{case.name} d{size}", partial(replace(case, size=size, dtype=dtype, heads=(8, 2)).launch, "triton"), dtype)
+    for case in (
+        ListCase("streaming", 64, 64, lengths=(1000, 1333)),
+        ListCase("causal", 128, 128, "head", lengths=(1000, 1333)),
+        ListCase("padded", 16, lengths=(1, 3333)),
+        ListCase("causal", 1, lengths=(4, 3333)),
+        ListCase("causal", 64, 1, lengths=(100, 1333)),
+    )
+    for size in (64, 128)
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize("case", LISTED, ids=lambda case: f"{case.name}-{case.dtype}")
+def test_many_listed_tiles(device: str, case: Made):
+    ours, theirs = errors(case, device)
     assert ours <= 2 * theirs + FLOOR[case.dtype]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from strategies import BIASES, SINKS
+from triton_list_cases import MADE, Made
 
 from sparsify import bias as biases
 from sparsify import patterns as p
 from sparsify.codegen.oracle import environment, kept, oracle
+from sparsify.codegen.slots import gathered, scattered, tokens
 from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import TritonTarget
 from sparsify.program import Program
@@ -60,6 +62,11 @@ class Case:
         offset = nk - nq if self.q_offset is None else self.q_offset
         return Launch(program, q, k, v, loads, offset, d**-0.5 if self.scale is None else self.scale)
 
+    def poison(self, launch: Launch) -> None:
+        """NaN where nothing must be read."""
+        if self.unread is not None:
+            launch.v[:, :, slice(*self.unread)] = torch.nan
+
     def _loads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Its own, or those that the drawn biases and sinks name."""
         if self.loads or (not self.bias and self.sink == "none"):
@@ -104,12 +111,11 @@ def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor
     return values.to(getattr(torch, kind)) + (shape[-1] // 2 if len(shape) == 1 else 0)
 
 
-def errors(case: Case, device: str = "cpu") -> tuple[float, float]:
+def errors(case: Case | Made, device: str = "cpu") -> tuple[float, float]:
     """The largest error against the float64 oracle: the kernel's, and PyTorch's own in the same dtype."""
     launch = case.launch(device)
     expected, theirs = oracle(launch), _torch(launch)
-    if case.unread is not None:
-        launch.v[:, :, slice(*case.unread)] = torch.nan
+    case.poison(launch)
     found = TritonTarget().run(launch)
     assert found.shape == expected.shape and found.dtype == launch.q.dtype
     assert found.stride() == launch.empty_output().stride()
@@ -123,20 +129,29 @@ def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _torch(launch: Launch) -> torch.Tensor:
     """PyTorch's attention of the same inputs in their dtype; rows that keep nothing are 0."""
-    group = launch.q.shape[1] // launch.k.shape[1]
-    k, v = (t.repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
-    keep = kept(launch)
+    group, program, keep = launch.q.shape[1] // launch.k.shape[1], launch.program, kept(launch)
+    q, k, v = launch.q, *(t.repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
+    if program.keys is not None:
+        held = tokens(program.keys, "k", k.shape[2], environment(launch))
+        k, v = gathered(k, *held), gathered(v, *held)
+    if program.queries is not None:
+        placed = tokens(program.queries, "q", q.shape[2], environment(launch))
+        return scattered(_rows(launch, gathered(q, *placed), k, v, keep), *placed, q.shape[2])
+    return _rows(launch, q, k, v, keep)
+
+
+def _rows(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     bias = torch.zeros(keep.shape, dtype=launch.q.dtype, device=keep.device).masked_fill(~keep, -torch.inf)
     env = environment(launch)
     bias = bias + biases.evaluate(launch.program.bias, env).to(bias.dtype)
     cap, sink = launch.program.softcap, launch.program.sink
-    scores = launch.q @ k.transpose(-1, -2) * launch.scale
+    scores = q @ k.transpose(-1, -2) * launch.scale
     scores = (scores if cap is None else cap * torch.tanh(scores / cap)) + bias  # as model code spells it
     if sink is not None:
         logit = biases.evaluate(sink, env).to(scores.dtype).expand(*scores.shape[:3], 1)
         out = torch.softmax(torch.cat([scores, logit], -1), dim=-1)[..., :-1] @ v
     elif cap is None:
-        out = F.scaled_dot_product_attention(launch.q, k, v, attn_mask=bias, scale=launch.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=launch.scale)
     else:
         out = torch.softmax(scores, dim=-1) @ v
     return out.nan_to_num(nan=0.0).masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
@@ -159,6 +174,7 @@ def _static() -> list[Case]:
         "column_holes": p.column_stride(2, block=64, offset=1),
         "global_tokens": p.global_tokens([0, 7, 33]) | p.window(9, ahead=3),
         "many_globals": p.global_tokens(range(1, 70, 7)) & C,
+        "neighborhood": p.neighborhood([7, 9], [3, 4], [2, 1], start=3) | p.global_tokens("0-2"),
         "expr": p.expr("k <= q and (q - k) % 7 < 2 or q * k % 5 == 1"),
         "expr_negative": p.expr("(k - q) // 5 % 3 == 1 or k < (3 if q > 20 else q // 2)"),
         "nothing": p.window(5) & ~p.window(5),
@@ -246,6 +262,6 @@ def _halves() -> list[Case]:
     return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
 
 
-CASES = _static() + _mixed() + _data() + _halves()
+CASES: list[Case | Made] = [*_static(), *_mixed(), *_data(), *_halves(), *MADE]
 # A kernel may be twice as far from the oracle as PyTorch is, plus what one rounding of an output near 1 costs.
 FLOOR = {"float32": 1e-6, "bfloat16": 2.0**-9, "float16": 2.0**-12}

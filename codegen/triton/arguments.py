@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.triton.printer import LOG2_E, longest_last, units, used_loads
-from sparsify.codegen.triton.ranges import exact, far, large
+from sparsify.codegen.triton.listing import rounds
+from sparsify.codegen.triton.printer import LOG2_E, longest_last, skip_arguments, units, used_loads
+from sparsify.codegen.triton.ranges import exact, far, large, slots
 from sparsify.codegen.triton.summaries import summary_arguments
-from sparsify.codegen.triton.tuning import padded
+from sparsify.codegen.triton.tuning import Shape, padded
+from sparsify.patterns.lists import lists
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +20,14 @@ if TYPE_CHECKING:
 L2_BYTES = 24 << 20  # for the keys and values of neighbouring programs; chips have 32 MB and more
 
 
-def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, interpret: bool) -> dict[str, Any]:
-    """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0."""
+def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
+    """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0.
+
+    The launch is one that `tiled` gave, together with the shape.
+    """
     import triton.language as tl
 
-    program, (batch, heads, q_len, head_dim) = launch.program, launch.q.shape
+    program, (batch, heads, q_len, head_dim), (q_slots, k_slots) = launch.program, launch.q.shape, slots(launch)
     tensors = {"Q": launch.q, "K": launch.k, "V": launch.v, "OUT": out}
     values: dict[str, Any] = dict(tensors)
     for letter, tensor, axes in zip("qkvo", tensors.values(), ("bhmd", "bhnd", "bhnd", "bhmd"), strict=True):
@@ -29,21 +35,26 @@ def arguments(launch: Launch, out: torch.Tensor, block_m: int, block_n: int, int
     values |= load_arguments(launch) | summary_arguments(launch)
     values |= {f"size_{i}": size for i, size in enumerate(program.size_values(launch.k.shape[2]))}
     values |= {
-        "heads": heads,
+        "heads": heads // shape.heads,
         "group": heads // launch.k.shape[1],
         "Nq": q_len,
         "N": launch.k.shape[2],
         "q_offset": launch.q_offset,
-        "q_tiles": -(-q_len // block_m),
-        "all_heads": batch * heads,
-        "section": _section(launch),
+        "q_tiles": -(-q_slots // shape.rows),
+        "all_heads": batch * heads // shape.heads,
+        "section": max(1, _section(launch) // shape.heads),
     }
+    values |= {"q_slots": q_slots} if program.queries else {}
+    values |= {"k_slots": k_slots} if program.keys else {}
+    values |= {"QUERIES": shape.rows, "PACK": shape.heads} if rounds(program) else {}
+    base = math.log(2) if units(program) == "natural" else 1.0
+    values |= {name: skip.below(launch.k.shape[2]) * base for name, skip in skip_arguments(program)}
     natural = program.softcap is not None or units(program) == "natural"
     values["scale"] = launch.scale * (1.0 if natural else LOG2_E)
     return values | {
         "DESCENDING": longest_last(program),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_M": shape.block_m,
+        "BLOCK_N": shape.block_n,
         "BLOCK_D": padded(head_dim),
         "BLOCK_V": padded(launch.v.shape[3]),
         "OFFSETS": tl.int64 if far(launch, out) else tl.int32,
@@ -60,8 +71,11 @@ def _strides(letter: str, tensor: torch.Tensor, axes: str) -> dict[str, int]:
 def load_arguments(launch: Launch) -> dict[str, Any]:
     """The tensors that predicates and biases read, with their lengths and strides."""
     values: dict[str, Any] = {}
+    in_rows = {one.index.source for keep in launch.program.keep for one in lists(keep)}
     for source, rank in used_loads(launch.program).items():
         tensor = launch.loads[int(source[1:])]
+        if source in in_rows and tensor.stride(-1) != 1:  # the kernel steps from element to element of a list
+            tensor = tensor.contiguous()
         values[source] = tensor
         for axis in range(rank):
             values[f"{source}_length_{axis}"] = tensor.shape[axis]

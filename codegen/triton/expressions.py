@@ -13,7 +13,23 @@ from typing import Any
 
 from sparsify.bias import Bias, Term
 from sparsify.codegen.triton.summaries import Summary, of_keys
-from sparsify.expr import TRUE, Bound, Expr, Load, Max, Min, Mul, Select, Sum, Test, Var, as_expr, constant
+from sparsify.expr import (
+    TRUE,
+    Bound,
+    Expr,
+    FloorDiv,
+    Load,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Select,
+    Sum,
+    Test,
+    Var,
+    as_expr,
+    constant,
+)
 from sparsify.patterns.tiles import BLOCK
 from sparsify.program import Program
 from sparsify.text import Printer
@@ -43,7 +59,7 @@ OPS: Mapping[str, str] = {
     "false": "False",
     "group": "({0})",
 }
-NEVER_NEGATIVE = (Var("b"), Var("h"), Var("k"))
+NEVER_NEGATIVE = (Var("b"), Var("h"), Var("head"), Var("k"))
 Q, K = Var("q"), Var("k")
 LARGEST = 3.4028234663852886e38  # of float32
 
@@ -72,9 +88,34 @@ def affine(index: Expr) -> Affine | None:
 
 
 def rank(node: Any) -> int:
-    """What a node depends on: 0 neither queries nor keys, 1 queries, 2 keys, 3 both."""
+    """What a node depends on: 0 neither rows (their queries, or heads where a tile has several) nor keys, 1 rows,
+    2 keys, 3 both."""
     names = variables(node)
-    return ("q" in names) + 2 * ("k" in names)
+    return bool(names & {"q", "head"}) + 2 * ("k" in names)
+
+
+def _natural(program: Program) -> frozenset[str]:
+    """The variables that are known to be 0 at least where slots are taken apart into coordinates."""
+    if program.queries is None and program.keys is None:
+        return frozenset()
+    queries = {"q", "q0", "q1"} if program.queries else set()
+    return frozenset({"b", "h", "k", "k0", "k1", "N", "Nq"} | queries)
+
+
+def never_negative(expr: Expr, natural: frozenset[str]) -> bool:
+    """Whether an expression is 0 at least, as its parts show."""
+    match expr:
+        case Var(name):
+            return name in natural
+        case Sum(const, terms):
+            return const >= 0 and all(c > 0 and never_negative(atom, natural) for c, atom in terms)
+        case FloorDiv(left, right):
+            return never_negative(left, natural) and constant(right) is not None
+        case Mod(_, right):
+            return constant(right) is not None
+        case Select(_, then, other):
+            return never_negative(then, natural) and never_negative(other, natural)
+    return False
 
 
 class TritonPrinter(Printer):
@@ -87,10 +128,18 @@ class TritonPrinter(Printer):
         super().__init__(OPS, self.leaf_text)
         self.sizes = {name: f"size_{i}" for i, name in enumerate(program.sizes())}
         self.wrapped = wrapped
+        self.natural = _natural(program)
         self.rows: dict[Bound, tuple[str, str]] = {}  # the bounds that one query tile has: a name and a text
 
     def text(self, node: Any) -> str:
-        return f"({self.element(node.load)} != 0)" if isinstance(node, Test) else super().text(node)
+        match node:
+            case Test(load):
+                return f"({self.element(load)} != 0)"
+            case FloorDiv(left, right) if never_negative(left, self.natural) and constant(right):
+                return f"(({self.text(left)}) // {self.text(right)})"
+            case Mod(left, right) if never_negative(left, self.natural) and constant(right):
+                return f"(({self.text(left)}) % {self.text(right)})"
+        return super().text(node)
 
     def leaf_text(self, atom: Expr) -> str | None:
         if isinstance(atom, Load):
@@ -100,13 +149,17 @@ class TritonPrinter(Printer):
         return self.sizes.get(atom.name) if isinstance(atom, Var) else None
 
     def element(self, load: Load) -> str:
-        """The element: the scalar parts of its place move a 64-bit pointer, the others are offsets inside a tile."""
+        """The element at its place."""
+        place = self.place(load)
+        return f"fetch({place}, within, MASKED)" if rank(load) >= 2 else f"tl.load({place})"
+
+    def place(self, load: Load) -> str:
+        """A pointer: the scalar parts of the place move it in 64 bits, the others are offsets inside a tile."""
         bases, offsets = [], []
         for axis, index in enumerate(load.index):
             base, offset = self._place(index, f"{load.source}_length_{axis}", f"{load.source}_stride_{axis}")
             bases, offsets = bases + base, offsets + offset
-        place = " + ".join([load.source, *bases] + ([f"({' + '.join(offsets)})"] if offsets else []))
-        return f"fetch({place}, within, MASKED)" if rank(load) >= 2 else f"tl.load({place})"
+        return " + ".join([load.source, *bases] + ([f"({' + '.join(offsets)})"] if offsets else []))
 
     def _place(self, index: Expr, length: str, stride: str) -> tuple[list[str], list[str]]:
         """The scalar and the other parts of one index's offset; a negative index counts from the end, as in Python."""

@@ -1,4 +1,4 @@
-"""Prints a program as a Triton kernel: the skeleton `attention.py.jinja`, filled with the tile rules and terms."""
+"""Prints a program as a Triton kernel: the skeleton (`PARTS`), filled with the tile rules and terms."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 from sparsify.bias import Term
 from sparsify.codegen.target import DTYPES
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
+from sparsify.codegen.triton.listing import predicates, rounds, static
+from sparsify.codegen.triton.round_holes import round_holes
 from sparsify.codegen.triton.summaries import gaps, scanned, split, summaries
-from sparsify.expr import TRUE, Expr
+from sparsify.expr import FALSE, TRUE, Expr
 from sparsify.patterns.interior import interiors
 from sparsify.patterns.tiles import BLOCK, analyse
-from sparsify.program import Program
-from sparsify.ranges import text_of
+from sparsify.program import Layout, Program, Skip
+from sparsify.ranges import Ranges, of_numbers, text_of
 from sparsify.text import to_text
 from sparsify.walk import variables
 
 LOG2_E = 1.4426950408889634
+PARTS = ("helpers", "rules", "lists", "attention")  # of the skeleton, one behind another
 HUGE = 1e30  # a factor beyond it is there to drop pairs
 
 
@@ -56,7 +59,8 @@ def fill(skeleton: str, values: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _skeleton() -> str:
-    return resources.files(__package__).joinpath("attention.py.jinja").read_text()
+    folder = resources.files(__package__)
+    return "".join(folder.joinpath(f"{part}.py.jinja").read_text().rstrip("\n") + "\n" for part in PARTS)
 
 
 def used_loads(program: Program) -> dict[str, int]:
@@ -84,30 +88,43 @@ def holes(
 ) -> dict[str, Any]:
     """What fills the skeleton's holes."""
     printer = TritonPrinter(program, wrapped)
-    sizes = list(printer.sizes.values())
+    slots = [name for name, layout in (("q_slots", program.queries), ("k_slots", program.keys)) if layout]
+    sizes = [*slots, *printer.sizes.values()]
     loads = used_loads(program)
     lengths = [f"{source}_length_{axis}" for source, count in loads.items() for axis in range(count)]
     strides = [f"{source}_stride_{axis}" for source, count in loads.items() for axis in range(count)]
     numbers = ["N", "Nq", "q_offset", "q_tiles", "all_heads", "section", *sizes, *lengths]
     unit = 1.0 if units(program) == "natural" else LOG2_E
     rules = [_rule(program, number, printer) for number in range(len(program.keep))]
+    turns = [round_holes(turn, printer) for turn in rounds(program)]
     scope = ", ".join(["b", "h", "N", "Nq", *sizes, *loads, *lengths, *strides])
     found = [summary.name for summary in summaries(program)]
+    skips = [name for name, _ in skip_arguments(program)]
     return {
         "title": f"Attention in {dtype}, head size {head_dim}, value size {value_dim}: {len(program.keep)} rules.",
         "name": name,
         "head_dim": head_dim,
         "value_dim": value_dim,
         "rules": rules,
+        "rounds": turns,
+        "scans": bool(turns) or any(rule["scanned"] for rule in rules),
+        "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),
-        "assignments": [(_heads_test(program, number), number) for number in range(1, len(program.keep))],
+        "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
         "scope": scope,
+        "own": "head, " if turns else "",
         "tile_scope": ", ".join([scope, *found, *(name for name, _ in printer.rows.values())]),
         "bounds": list(printer.rows.values()),
+        "step": "QUERIES" if turns else "BLOCK_M",
+        "queries": "Nq" if program.queries is None else "q_slots",
+        "keys": "N" if program.keys is None else "k_slots",
+        "query_layout": _layout(program.queries, printer),
+        "key_layout": _layout(program.keys, printer),
+        "skips": _skips(program, "head" if turns else "h"),
         "summaries": bool(found),
         "block": BLOCK,
         "launch_loads": "".join(f"{source}, " for source in (*loads, *found)),
-        "launch_scalars": "".join(f"{scalar}, " for scalar in [*sizes, *lengths, *strides]),
+        "launch_scalars": "".join(f"{scalar}, " for scalar in [*sizes, *skips, *lengths, *strides]),
         "unspecialised": ", ".join(f'"{number}"' for number in numbers),
         "softcap": program.softcap,
         "ceiling": None if program.softcap is None else program.softcap * unit,
@@ -118,33 +135,52 @@ def holes(
 
 
 def _rule(program: Program, number: int, printer: TritonPrinter) -> dict[str, Any]:
-    pred, text = program.keep[number], printer.text
+    pred, text = static(program.keep[number]), printer.text
+    high = "N" if program.keys is None else "k_slots"
     closed, beside = split(pred)
     rule, inside = analyse(pred), [] if gaps(pred) else interiors(closed)
     return {
         "heads": text_of(program.heads_of(number)),
-        "text": to_text(pred),
+        "text": to_text(program.keep[number]),
         "keep": "" if pred == TRUE else f" & {text(pred)}",
         "beside": "" if beside == TRUE else f" & {text(beside)}",
         "empty": text(rule.empty),
         "full": text(analyse(closed).full),
         "gaps": gaps(pred),
-        "scanned": scanned(pred),
-        "bands": [_interval(band.low, band.high, text) | {"unless": text(band.unless)} for band in rule.bands],
-        "interiors": [_interval(one.low, one.high, text) | {"when": text(one.when)} for one in inside],
+        "scanned": scanned(pred) or (gaps(pred) and program.keys is not None),
+        "bands": [_interval(band.low, band.high, high, text) | {"unless": text(band.unless)} for band in rule.bands],
+        "interiors": [_interval(one.low, one.high, high, text) | {"when": text(one.when)} for one in inside],
     }
 
 
-def _interval(low: Expr | None, high: Expr | None, text: Any) -> dict[str, str]:
-    return {"low": "0" if low is None else text(low), "high": "N" if high is None else text(high)}
+def _interval(low: Expr | None, high: Expr | None, keys: str, text: Any) -> dict[str, str]:
+    return {"low": "0" if low is None else text(low), "high": keys if high is None else text(high)}
 
 
-def _heads_test(program: Program, number: int) -> str:
-    tests = [f"(h == {a})" if a == b else f"((h >= {a}) & (h <= {b}))" for a, b in program.heads_of(number)]
+def _layout(layout: Layout | None, printer: TritonPrinter) -> dict[str, str] | None:
+    return layout and {"token": printer.text(layout.token), "filled": printer.text(layout.filled)}
+
+
+def skip_arguments(program: Program) -> list[tuple[str, Skip]]:
+    """The distinct skips, by the names of the kernel's arguments that hold their limits."""
+    return [(f"skip_{i}", skip) for i, skip in enumerate(dict.fromkeys(skip for skip in program.skips if skip))]
+
+
+def _skips(program: Program, head: str) -> list[tuple[str, str]]:
+    """Which heads have which limit, as tests of `head`."""
+    found = []
+    for name, skip in skip_arguments(program):
+        having = of_numbers(h for h, one in enumerate(program.skips) if one == skip)
+        found.append((_heads_test(having, head), name))
+    return found
+
+
+def _heads_test(heads: Ranges, name: str = "h") -> str:
+    tests = [f"({name} == {a})" if a == b else f"(({name} >= {a}) & ({name} <= {b}))" for a, b in heads]
     return " | ".join(tests) or "False"
 
 
 def longest_last(program: Program) -> bool:
     """Whether later queries keep more keys, as under a causal mask: then query tiles are issued last first."""
-    bands = [band for pred in program.keep for band in analyse(pred).bands]
+    bands = [band for pred in predicates(program) for band in analyse(pred).bands]
     return any(b.low is None and b.high is not None and "q1" in variables(b.high) for b in bands)

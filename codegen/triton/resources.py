@@ -11,9 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.target import dtype_name
 from sparsify.codegen.triton.catalogue import ARCHS, Entry, entries
-from sparsify.codegen.triton.tuning import launch_shape
+from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import BuildError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def build(entry: Entry, arch: int | str) -> Row:
 
     if interpreting():
         raise BuildError("kernels can't be compiled while TRITON_INTERPRET=1 (unset it)")
-    shape = launch_shape(entry.dtype, entry.head_dim, entry.head_dim, entry.q_len, arch)
+    shape = tiled(entry.launch(), arch)[1]
     size = f"m{shape.block_m}n{shape.block_n}w{shape.num_warps}s{shape.num_stages}"
     name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{size}"
     try:
@@ -83,9 +82,8 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     from sparsify.codegen.triton.arguments import arguments
     from sparsify.codegen.triton.target import kernel
 
-    dtype, head_dim, value_dim = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
-    shape = launch_shape(dtype, head_dim, value_dim, launch.q.shape[2], arch)
-    values = arguments(launch, launch.empty_output(), shape.block_m, shape.block_n, False)
+    launch, shape = tiled(launch, arch)
+    values = arguments(launch, launch.empty_output(), shape, False)
     function = kernel(launch)
     signature, constants, attributes = _signature(function, values)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)

@@ -9,8 +9,10 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from sparsify.codegen.triton.listing import rounds, static
 from sparsify.expr import FALSE, And, Bound, Expr, Pred, conjunction
 from sparsify.patterns.interior import has_gaps, interiors
+from sparsify.patterns.lists import ListPass
 from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Program
 from sparsify.walk import data_bounds, variables
@@ -62,8 +64,22 @@ def of_keys(bound: Bound) -> bool:
 @functools.lru_cache(maxsize=1024)
 def summaries(program: Program) -> tuple[Summary, ...]:
     """The summaries that a program's kernel reads, in a fixed order."""
-    found = {Summary.of(bound) for pred in program.keep for bound in _in(_parts(pred))}
-    return tuple(sorted(found))
+    steps = [step for turn in rounds(program) for step in turn.steps if step is not None]
+    parts = [part for pred in program.keep for part in _parts(static(pred))]
+    parts += [part for step in steps for part in list_rule(step)]
+    return tuple(sorted({Summary.of(bound) for bound in _in(parts)}))
+
+
+def list_rule(step: ListPass) -> tuple[Pred, Pred]:
+    """When a rule keeps nothing of a tile of its list, and when all that can be known of it beforehand.
+
+    The first and the last key bound a tile. Those of a unit that is smaller than a tile can be far apart, and the
+    summaries between them many: then no data is asked.
+    """
+    rule, closed = analyse(step.keep), analyse(split(step.keep)[0])
+    if step.listed.unit % BLOCK:
+        rule, closed = rule.without_data(), closed.without_data()
+    return rule.empty, closed.full
 
 
 def _parts(pred: Pred) -> list[Expr | Pred | None]:

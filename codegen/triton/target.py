@@ -14,7 +14,7 @@ from sparsify.codegen.triton import printer
 from sparsify.codegen.triton.arguments import arguments
 from sparsify.codegen.triton.module import import_source
 from sparsify.codegen.triton.ranges import wrapped
-from sparsify.codegen.triton.tuning import launch_shape
+from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError, Refusal
 from sparsify.expr import Expr
 from sparsify.program import Program
@@ -64,9 +64,10 @@ class TritonTarget:
         self._check(launch)
         if launch.scale <= 0:  # the kernel takes the largest score before it scales
             launch = replace(launch, q=-launch.q if launch.scale < 0 else launch.q * 0, scale=-launch.scale or 1.0)
-        arch = None if interpreting() else architecture(launch.q.device.index)
-        shape = launch_shape(dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3], launch.q.shape[2], arch)
-        values = arguments(launch, out, shape.block_m, shape.block_n, interpreting())
+        if launch.program.queries is not None:
+            out.zero_()  # the kernel writes only what some slot holds
+        launch, shape = tiled(launch, None if interpreting() else architecture(launch.q.device.index))
+        values = arguments(launch, out, shape, interpreting())
         grid = (values["q_tiles"] * values["all_heads"],)
         with _on_device(launch.q):
             kernel(launch)[grid](**values, num_warps=shape.num_warps, num_stages=shape.num_stages)

@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparsify.codegen.target import dtype_name
+from sparsify.codegen.triton.listing import packed, packs, rounds
+from sparsify.codegen.triton.ranges import slots
+from sparsify.errors import InputError
+from sparsify.expr import FloorDiv
+from sparsify.patterns.lists import lists, tile_rows
+from sparsify.patterns.tiles import BLOCK
+from sparsify.walk import evaluate, loads, variables
+
+if TYPE_CHECKING:
+    from sparsify.codegen.target import Launch
+
+MANY = 4096  # queries of a prefill
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A kernel's tile (queries by keys) and how a chip runs it."""
+    """A kernel's tile (queries by keys) and how a chip runs it.
+
+    queries, heads: what is in the `block_m` rows where that is not one query a row: so many queries, each with so many
+    heads, and rows that nothing is in.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    queries: int = 0
+    heads: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many queries a tile has."""
+        return self.queries or self.block_m
 
 
 INTERPRETED = Shape(32, 32, 4, 1)
+INTERPRETED_SLOTS = Shape(64, 64, 4, 1)  # fewer tiles: each is asked for by a long predicate
 # The largest padded head size of a row -> its shape: the largest of those tried with which no kernel of the catalogue
 # spills, or fewest do (`sparsify doctor --kernels` shows it). Not yet tuned by time on any of these chips.
 _HALF = {
@@ -49,6 +76,46 @@ def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
     if isinstance(arch, int) and arch in (86, 89, 120):  # about 100 KB of shared memory
         shape = replace(shape, num_stages=min(shape.num_stages, 2))
     return replace(shape, block_m=16) if q_len <= 16 else shape
+
+
+def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
+    """The shape of a launch, and the launch as it runs so: a query tile never has queries of two lists.
+
+    Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they share their lists.
+    """
+    program, q_len, (head_dim, value_dim) = launch.program, slots(launch)[0], (launch.q.shape[3], launch.v.shape[3])
+    shape = launch_shape(dtype_name(launch.q.dtype), head_dim, value_dim, q_len, arch)
+    if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
+        shape = INTERPRETED_SLOTS if arch is None else shape
+        shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
+    if not rounds(program):
+        return launch, shape
+    most, group = shape.block_m, launch.q.shape[1] // launch.k.shape[1]
+    heads, queries = 1, tile_rows(program.keep, most)
+    if min(queries, q_len) <= 16 and packs(program, group):
+        most = launch_shape(dtype_name(launch.q.dtype), head_dim, value_dim, MANY, arch).block_m
+        heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
+        queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))
+    _check_starts(launch, queries)
+    if heads > 1:
+        launch = replace(launch, program=packed(program))
+    # one list's units are at most so many keys apart in a tile as a summary's block (`list_rule`)
+    block_n = min(shape.block_n, BLOCK)
+    return launch, replace(shape, block_m=padded(queries * heads), block_n=block_n, queries=queries, heads=heads)
+
+
+def _check_starts(launch: Launch, queries: int) -> None:
+    """Raises InputError where a query tile would have queries of two lists: lists start with the launch's queries."""
+    q_len, k_len, first = launch.q.shape[2], launch.k.shape[2], launch.q_offset
+    for one in (one for keep in launch.program.keep for one in lists(keep)):
+        for part in one.index.index:
+            if isinstance(part, FloorDiv) and "q" in variables(part) and not loads(part):
+                names = dict.fromkeys(variables(part), 0) | {"q": first, "N": k_len, "Nq": q_len}
+                if evaluate(part.left, names) % queries and queries > 1:
+                    raise InputError(
+                        f"triton: query {first} of {q_len} is not the first of its list in {one}"
+                        " (lists of several queries are counted from a launch's first query)"
+                    )
 
 
 def padded(size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,9 +13,20 @@ if TYPE_CHECKING:
     from sparsify.spec import SiteInfo, Spec
 
 
+SITE = "model.layers.{layer}.self_attn"
+
+
 def show(
-    spec: Annotated[Path, typer.Argument(help="The spec: a YAML or JSON file.", show_default=False)],
-    length: Annotated[int, typer.Option("--length", "-n", help="Keys: the sequence length N.", min=1)] = 4096,
+    context: typer.Context,
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            help="A spec's file (YAML, JSON), or a preset: NAME or NAME:field=value,...", show_default=False
+        ),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", "-n", help="Keys: the sequence length N. Default: 4096.", min=1)
+    ] = None,
     queries: Annotated[int | None, typer.Option(help="Queries, the last ones of N. Default: all.", min=1)] = None,
     layers: Annotated[
         int | None, typer.Option(help="Layers to draw. Default: those that the spec names.", min=1)
@@ -24,23 +35,64 @@ def show(
     kv_heads: Annotated[int | None, typer.Option(help="Key heads. Default: as many as query heads.", min=1)] = None,
     site: Annotated[
         str, typer.Option(help="The address of the sites to draw; {layer} stands for the layer's number.")
-    ] = "model.layers.{layer}.self_attn",
+    ] = SITE,
     kind: Annotated[Literal["self", "cross"], typer.Option(help="What kind of attention those sites are.")] = "self",
-    causal: Annotated[bool, typer.Option("--causal/--not-causal", help="Whether the model masks the future.")] = True,
+    causal: Annotated[
+        bool | None, typer.Option("--causal/--not-causal", help="Whether the model masks the future. Default: it does.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pictures.")] = Path("."),
     png: Annotated[bool, typer.Option("--png/--no-png", help="Make the PNG, too (needs matplotlib).")] = True,
     open_it: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
 ) -> None:
     """Draw what each head keeps under a spec: SPEC.html, one self-contained page, and SPEC.png.
 
     No model is needed: the sites are made up from --layers, --heads and --site. Sites that keep the same share a row.
+    A preset's name in place of the file tells its rule, source, phase and cost, and draws it.
     """
+    from sparsify.cli.presets import is_preset, list_presets
+
+    if listed:
+        list_presets()
+        return
+    if spec is None:
+        raise typer.BadParameter("give a spec's file or a preset (--list names them)", ctx=context)
+    endings = ("html", "png") if png else ("html",)
+    if is_preset(spec):
+        only = {"--layers": layers, "--kv-heads": kv_heads, "--site": site != SITE, "--kind": kind != "self"}
+        paths = _preset(spec, only, (length, queries, heads, causal), out, endings)
+    else:
+        shape = (length, queries, True if causal is None else causal)
+        paths = _spec(Path(spec), (layers, heads, kv_heads, site, kind), shape, out, endings)
+    if open_it:
+        typer.launch(paths[0].resolve().as_uri())
+
+
+def _preset(text: str, only: dict[str, Any], shape: tuple[Any, ...], out: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Tells and draws a preset; `only` are options for specs."""
+    from sparsify.cli.presets import draw_preset, read_preset
+    from sparsify.errors import InputError
+
+    for option, given in only.items():
+        if given:
+            raise InputError(f"show: {option} goes with a spec's file only, found the preset '{text}'")
+    paths = draw_preset(read_preset(text), *shape, out, endings)
+    _written(paths)
+    return paths
+
+
+def _spec(
+    path: Path, wanted: tuple[Any, ...], shape: tuple[Any, ...], out: Path, endings: tuple[str, ...]
+) -> list[Path]:
+    """Draws a spec."""
     from sparsify.cli.output import progress, remark
     from sparsify.errors import InputError
     from sparsify.pictures import draw
     from sparsify.spec import load_spec, unmatched_rules
 
-    found = load_spec(spec)
+    found = load_spec(path)
+    layers, heads, kv_heads, site, kind = wanted
+    length, queries, causal = shape
     count, heads = layers or _layers(found), heads or _heads(found)
     kv_heads = kv_heads or heads
     if heads % kv_heads:
@@ -50,19 +102,31 @@ def show(
     drawn = {info.address: kept for info, kept in zip(sites, patterns, strict=True) if kept is not None}
     if not drawn:
         raise InputError(
-            f"show: no rule of {spec} matches '{sites[0].address}'; choose other sites with --site, --kind"
+            f"show: no rule of {path} matches '{sites[0].address}'; choose other sites with --site, --kind"
         )
     for message in unmatched_rules(found, sites):
         remark(f"note: {message} (see --site, --kind, --layers)")
+    length = length or _length(drawn)
+    for message in dict.fromkeys(pattern.fits(length) for kept in drawn.values() for pattern in kept):
+        if message:
+            remark(f"note: {message} (see --length)")
+    paths = [out / f"{path.stem}.{ending}" for ending in endings]
     with progress() as bar:
-        for ending in ("html", "png") if png else ("html",):
-            task = bar.add_task(f"drawing the {ending}", total=None)
-            path = out / f"{spec.stem}.{ending}"
-            draw(drawn, length, path, queries=queries, causal=causal, names=found.patterns, title=spec.name)
+        for target in paths:
+            task = bar.add_task(f"drawing {target.name}", total=None)
+            draw(drawn, length, target, queries=queries, causal=causal, names=found.patterns, title=path.name)
             bar.remove_task(task)
-    _report(drawn, out / spec.stem, png)
-    if open_it:
-        typer.launch((out / f"{spec.stem}.html").resolve().as_uri())
+    _report(drawn)
+    _written(paths)
+    return paths
+
+
+def _length(drawn: dict[str, tuple[Pattern, ...]]) -> int:
+    """The length that grids have; 4096 without any."""
+    from sparsify.cli.presets import natural_length
+
+    distinct = {pattern for kept in drawn.values() for pattern in kept}
+    return max(natural_length(pattern, 0) for pattern in distinct) or 4096
 
 
 def _layers(spec: Spec) -> int:
@@ -93,12 +157,17 @@ def _sites(
     return [SiteInfo(name, layer, *what, layers=layers) for layer, name in enumerate(addresses)]
 
 
-def _report(drawn: dict[str, tuple[Pattern, ...]], stem: Path, png: bool) -> None:
+def _report(drawn: dict[str, tuple[Pattern, ...]]) -> None:
     from sparsify.cli.output import console
 
     distinct = len({pattern for kept in drawn.values() for pattern in kept})
     heads = sum(map(len, drawn.values()))
     plural = "s" if distinct != 1 else ""
     console().print(f"{len(drawn)} sites, {heads} heads, {distinct} pattern{plural}", markup=False)
-    for ending in ("html", "png") if png else ("html",):
-        console().print(f"written to {stem}.{ending}", markup=False, soft_wrap=True)
+
+
+def _written(paths: list[Path]) -> None:
+    from sparsify.cli.output import console
+
+    for path in reversed(paths):
+        console().print(f"written to {path}", markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsify.errors import InputError
 from sparsify.patterns import Pattern
@@ -23,19 +24,21 @@ def draw(
     queries: int | None = None,
     causal: bool = True,
     names: Mapping[str, Pattern] | None = None,
+    masks: Mapping[Pattern, Any] | None = None,
     title: str = "What each head keeps",
 ) -> Path:
     """Draws the pattern of each head of each site at a sequence length, and returns the path.
 
     `sites` maps addresses to one pattern per query head. `queries` is how many queries there are, the last ones of
     the `length` positions (default: all). With `causal`, the model's own causal mask is drawn and counted, too.
-    `names` names patterns in the legend. The path's ending, .png (needs matplotlib) or .html, chooses what is made.
+    `names` names patterns in the legend; `masks` gives bool arrays (heads, queries, length) of what is kept by patterns
+    that choose by data. The path's ending, .png (needs matplotlib) or .html, chooses what is made.
     Raises InputError.
     """
     path = Path(path)
     if path.suffix not in (".png", ".html"):
         raise InputError(f"draw: path: expected a name that ends in .png or .html, found '{path.name}'")
-    scene = Scene.of(sites, length, queries=queries, causal=causal, names=names or {}, title=title)
+    scene = Scene.of(sites, length, queries=queries, causal=causal, names=names or {}, masks=masks or {}, title=title)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -28,7 +28,7 @@ def save_png(scene: Scene, path: Path) -> None:
     rows, left_out = _fitting(scene)
     widest = max(len(row.panels) for row in rows)
     count = sum(len(row.panels) for row in rows)
-    side = 1.35 if count <= 64 else 0.9 if count <= 256 else 0.5
+    side = 3.0 if count <= 2 else 1.35 if count <= 64 else 0.9 if count <= 256 else 0.5
     columns = min(widest, 8 if side > 1 else 16 if side > 0.6 else 32)
     lines = [(row, start) for row in rows for start in range(0, len(row.panels), columns)]
     layout = _Layout(scene, side, columns, lines)
@@ -87,9 +87,8 @@ class _Layout:
         y = self.tops[line] - 0.27
         self.text(figure, self.margin, y, row.title, size=9.5, weight="bold", family="monospace")
         right, sites = self.width - self.margin, f"{row.sites} sites, " if row.sites > 1 else ""
-        self.text(
-            figure, right, y, f"{sites}{row.heads} heads, {percent(row.density)} kept", size=9, color=FAINT, ha="right"
-        )
+        heads = f"{row.heads} head{'s' if row.heads != 1 else ''}"
+        self.text(figure, right, y, f"{sites}{heads}, {percent(row.density)} kept", size=9, color=FAINT, ha="right")
 
     def panel(self, figure: Any, line: int, column: int, panel: Panel) -> None:
         x, y = self.margin + column * (self.side + self.gap), self.tops[line]

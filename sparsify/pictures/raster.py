@@ -52,6 +52,16 @@ def raster(keep: Pred, head: int, q_len: int, k_len: int) -> Raster:
     return Raster(share, tile, kept, exact=lines == tile[0] or not rows.size)
 
 
+def raster_of(mask: Any) -> Raster:
+    """The grid of a mask: a bool array (queries, keys)."""
+    kept = np.asarray(mask, dtype=bool)
+    tile = _cell(kept.shape[0]), _cell(kept.shape[1])
+    starts = [np.arange(0, size, step) for size, step in zip(kept.shape, tile, strict=True)]
+    count = np.add.reduceat(np.add.reduceat(kept.astype(np.int64), starts[0], axis=0), starts[1], axis=1)
+    heights, widths = (np.diff(first, append=size) for first, size in zip(starts, kept.shape, strict=True))
+    return Raster((count / np.outer(heights, widths)).astype(np.float32), tile, float(kept.sum()), exact=True)
+
+
 def _cell(length: int) -> int:
     """The smallest power of two that needs at most CELLS cells: aligned with every power-of-two block."""
     size = 1

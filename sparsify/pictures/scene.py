@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sparsify.errors import InputError
 from sparsify.expr import TRUE, Pred
 from sparsify.patterns import Pattern, causal
-from sparsify.pictures.raster import Raster, raster
+from sparsify.pictures.raster import Raster, raster, raster_of
 from sparsify.ranges import of_numbers, text_of
 from sparsify.walk import variables
 
@@ -90,7 +91,7 @@ class Scene:
     @classmethod
     def of(
         cls, sites: Mapping[str, Sequence[Pattern]], length: int, *, queries: int | None = None, causal: bool = True,
-        names: Mapping[str, Pattern] | None = None, title: str = "",
+        names: Mapping[str, Pattern] | None = None, masks: Mapping[Pattern, Any] | None = None, title: str = "",
     ) -> Scene:  # fmt: skip
         """The scene of `draw`'s arguments."""
         q_len = length if queries is None else queries
@@ -98,7 +99,7 @@ class Scene:
             raise InputError(f"draw: expected 1 <= queries <= length <= 2**24, found {q_len} queries, length {length}")
         if not sites or not all(sites.values()):
             raise InputError("draw: there is nothing to draw: expected sites with at least one head each")
-        builder = _Builder(length, q_len, causal, names or {})
+        builder = _Builder(length, q_len, causal, names or {}, masks or {})
         same: dict[tuple[Pattern, ...], list[str]] = {}
         for address, heads in sites.items():
             same.setdefault(tuple(heads), []).append(address)
@@ -107,12 +108,15 @@ class Scene:
 
 
 class _Builder:
-    def __init__(self, length: int, queries: int, with_causal: bool, names: Mapping[str, Pattern]) -> None:
+    def __init__(
+        self, length: int, queries: int, with_causal: bool, names: Mapping[str, Pattern], masks: Mapping[Pattern, Any]
+    ) -> None:
+        self.masks = masks
         self.length, self.queries = length, queries
         self.mask: Pred = causal().keep() if with_causal else TRUE
         self.names = {pattern: name for name, pattern in reversed(names.items())}
         self.rasters: list[Raster] = []
-        self.known: dict[tuple[Pred, int], int] = {}
+        self.known: dict[tuple[Pred | Pattern, int], int] = {}
         self.patterns: list[Pattern] = []
         self.allowed = raster(self.mask, 0, queries, length)
 
@@ -129,14 +133,21 @@ class _Builder:
     def panel(self, head: int, pattern: Pattern) -> Panel:
         if pattern not in self.patterns:
             self.patterns.append(pattern)
-        keep = pattern.keep() & self.mask
-        key = keep, head if "h" in variables(keep) else 0
-        if key not in self.known:
-            self.known[key] = len(self.rasters)
-            self.rasters.append(raster(keep, key[1], self.queries, self.length))
-        number = self.known[key]
+        number = self.number(head, pattern)
         kept = self.rasters[number].kept / self.allowed.kept if self.allowed.kept else 0.0
         return Panel(head, head, self.patterns.index(pattern), number, min(kept, 1.0))
+
+    def number(self, head: int, pattern: Pattern) -> int:
+        """The number of the raster of what a head keeps."""
+        keep = pattern.keep() & self.mask
+        key = (pattern, head) if pattern in self.masks else (keep, head if "h" in variables(keep) else 0)
+        if key not in self.known:
+            self.known[key] = len(self.rasters)
+            if pattern in self.masks:
+                self.rasters.append(raster_of(self.masks[pattern][head]))
+            else:
+                self.rasters.append(raster(keep, key[1], self.queries, self.length))
+        return self.known[key]
 
     def legend(self, rows: Iterable[Row]) -> tuple[Entry, ...]:
         panels = [(panel, panel.heads * row.sites) for row in rows for panel in row.panels]

@@ -151,7 +151,7 @@ def _referring(part: Any) -> Any:
 
 def _pattern_schema() -> dict[str, Any]:
     names = [name for name in PATTERNS if is_plain(name)]
-    fields = {name: _primitive_schema(name) for name in PATTERNS if not is_plain(name)}
+    fields = {name: _primitive_schema(name) for name in PATTERNS if parameters(name)}
     block = {
         "type": "integer",
         "minimum": 1,

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsify.patterns import PATTERNS, Pattern
 from sparsify.patterns.pattern import Both, Either, Except
+from sparsify.patterns.presets import Preset
 from sparsify.sizes import Size
 from sparsify.spec.forms import parameters
 
@@ -41,17 +42,21 @@ def _union(forms: list[Any]) -> Any:
 
 
 def _primitive(pattern: Pattern) -> Any:
-    name = next((n for n, build in PATTERNS.items() if build.__module__ == type(pattern).__module__), None)
-    if name is None:
+    name = pattern.name if isinstance(pattern, Preset) else _constructor(pattern)
+    if name not in PATTERNS:
         return pattern
-    allowed = parameters(name)
-    values = {key: _plain(getattr(pattern, key, None)) for key in allowed}
+    allowed, arguments = parameters(name), pattern.arguments()
+    values = {key: _plain(arguments[key]) for key in allowed if key in arguments}
+    if not allowed:
+        return name
     if PATTERNS[name](**values) != pattern:
         return pattern
     given = {key: value for key, value in values.items() if value != allowed[key].default}
-    if not allowed:
-        return name
     return {name: next(iter(given.values())) if list(given) == [next(iter(allowed))] else given}
+
+
+def _constructor(pattern: Pattern) -> str | None:
+    return next((n for n, build in PATTERNS.items() if build.__module__ == type(pattern).__module__), None)
 
 
 def _plain(value: Any) -> Any:

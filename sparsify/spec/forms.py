@@ -1,8 +1,8 @@
 """From the forms of a spec to patterns.
 
 A form is the name of a pattern; a mapping of primitives, which is their union; or `all`, `any`, `not` over forms.
-The primitives and their fields are the constructors in `sparsify.patterns.PATTERNS` and their parameters, so a new
-pattern is known here, in the schema and in the errors as soon as it is named there.
+The primitives, the presets and their fields are the constructors in `sparsify.patterns.PATTERNS` and their parameters,
+so a new pattern is known here, in the schema and in the errors as soon as it is named there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsify.errors import PatternError, SpecError, nearest
-from sparsify.patterns import PATTERNS, Pattern
+from sparsify.patterns import PATTERNS, PRESETS, Pattern
 from sparsify.spec.blocks import BLOCKED, at_block
 from sparsify.spec.source import Path, Source, shown
 
@@ -24,8 +24,14 @@ MAX_PARTS = 200  # of one pattern; each costs every kernel that runs it
 
 
 def words() -> tuple[str, ...]:
-    """The keys that a form may have, and that no pattern may be named."""
+    """The keys that a form may have."""
     return (*PATTERNS, *COMBINE, NOT, BLOCK)
+
+
+def reserved() -> tuple[str, ...]:
+    """The words that no pattern of a file may be named; a preset's name it may have, and bare it is then its own."""
+    presets = {constructor.__name__ for constructor in PRESETS}
+    return tuple(word for word in words() if word not in presets)
 
 
 def parameters(name: str) -> Mapping[str, inspect.Parameter]:
@@ -34,8 +40,8 @@ def parameters(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a primitive takes no fields, so that its name alone is a form."""
-    return not parameters(name)
+    """Whether a primitive or a preset needs no fields, so that its name alone is a form."""
+    return all(p.default is not p.empty for p in parameters(name).values())
 
 
 class Builder:

@@ -16,7 +16,7 @@ from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
 from sparsify.spec.document import VERSION, checked
 from sparsify.spec.dump import form_of
-from sparsify.spec.forms import Builder, words
+from sparsify.spec.forms import Builder, reserved
 from sparsify.spec.reader import file_text, read_text
 from sparsify.spec.rules import Rule, SiteInfo
 from sparsify.spec.source import Source, shown
@@ -182,7 +182,7 @@ def _likeness(match: str, address: str) -> float:
 
 def _check_name(name: str, source: Source, extra: Mapping[str, Pattern]) -> None:
     path = ("patterns", name)
-    if name in words():
+    if name in reserved():
         raise source.error(path, f"'{name}' is a word of the spec's own; choose another name", at_key=True)
     if not _NAME.fullmatch(name):
         raise source.error(

@@ -1,0 +1,138 @@
+"""The nodes of a selection: the op that chooses, what it keeps between steps, the module that scores units."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+
+from sparsify.errors import InputError
+from sparsify.expr import Expr, Pred, Var, as_expr
+from sparsify.passes.nodes import ATEN, call, same, shape, size, value
+from sparsify.passes.runner import Capture
+from sparsify.passes.site import Site
+from sparsify.patterns.reuse import Reuse
+from sparsify.patterns.selector import Selector
+from sparsify.selection.site import Ask, lists_of, outputs, segments_of, select, usable_keys
+from sparsify.selection.steps import Held, buffers, select_again
+
+Learned = Mapping[str, Any]  # a module by its name, or several by the number of their layer
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The nodes of one choice, what `select` gives in turn, and the lengths that they are for."""
+
+    nodes: tuple[fx.Node, ...]
+    lengths: tuple[Any, Any]
+
+    def fit(self, site: Site) -> bool:
+        """Whether a site has those lengths, too."""
+        return all(same(a, shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
+
+    def atoms(self, site: Site, selector: Selector) -> Pred:
+        """The lists as one predicate, over new loads of the site; their order of the keys becomes the site's."""
+        first = len(site.loads)
+        site.loads += self.nodes
+        site.load_names += tuple(node.name for node in self.nodes)
+        heads = shape(site.q)[1], shape(site.k)[1]
+        listed = lists_of(selector, first, *heads, _row(site, selector.unit.q))
+        segments = segments_of(selector, len(site.loads) - 1, *heads, site.position)
+        if segments is None:
+            return listed
+        site.segments = segments
+        return segments.chosen(listed)
+
+
+def _row(site: Site, unit: int) -> Expr:
+    """A query's number from the first query on; 0 where all queries share one row of lists."""
+    q_len = shape(site.q)[2]
+    if isinstance(q_len, int) and q_len <= unit:
+        return as_expr(0)
+    return Var("q") - (as_expr(site.q_offset) if isinstance(site.q_offset, int) else Var("N") - Var("Nq"))
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Makes the nodes of a choice, in front of a site's output."""
+
+    capture: Capture
+    learned: Learned = field(default_factory=dict)
+
+    def lists(self, site: Site, selector: Selector, reuse: Reuse, causal: bool) -> Lists | None:
+        """The nodes; None where the site had to be refused."""
+        before, k = site.output, site.k
+        one = bool(same(shape(site.q)[2], 1))
+        ask = Ask(selector, site.position, usable_keys(site.keep, one), causal)
+        if not same(shape(k)[0], shape(site.q)[0]):
+            k = call(before, ATEN.expand.default, k, [size(before, site.q, 0), -1, -1, -1])
+        given = (site.q, k, list(site.loads))
+        numbers = (site.q_offset, float(site.scale))
+        if reuse.by_steps and one:
+            held = self._held(site, k, selector)
+            found = held and call(before, select_again, *given, *numbers, Held.of(ask, reuse).text(), *held)
+        else:
+            scores = None if selector.learned is None else self._scores(site, k, selector.learned)
+            found = call(before, select, *given, scores, *numbers, ask.text()) if site.open else None
+        if found is None:
+            return None
+        parts = tuple(call(before, operator.getitem, found, i) for i in range(outputs(selector)))
+        return Lists(parts, (shape(site.q)[2], shape(k)[2]))
+
+    def _held(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
+        """Buffers for a choice that holds for several steps."""
+        batch, heads, _, head_dim = shape(site.q)
+        if not isinstance(batch, int):
+            return site.refuse("a choice that holds for several steps is kept for each row of a batch of fixed size")
+        try:
+            made = buffers(selector, batch, selector.lists(heads, shape(k)[1]), head_dim, value(site.q).device)
+        except InputError as error:
+            return site.refuse(str(error))
+        return [self._buffer(site.output, f"kept_{site.output.name}_{name}", held) for name, held in made.items()]
+
+    def _buffer(self, before: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A new buffer of the graph, read before a node."""
+        self.capture.module.register_buffer(name, tensor)
+        with self.capture.graph.inserting_before(before):
+            node = self.capture.graph.get_attr(name)
+        node.meta["val"] = detect_fake_mode([value(before)]).from_tensor(tensor, static_shapes=True)
+        return node
+
+    def _scores(self, site: Site, k: fx.Node, name: str) -> fx.Node | None:
+        """The unit scores that a module gives for q and k."""
+        module = self.learned.get(name)
+        if not isinstance(module, nn.Module) or isinstance(module, nn.ModuleList):
+            module = _of_layer(module, site.layer)
+        if module is None:
+            hint = f"give options={{'learned': {{'{name}': module}}}}, or a list or mapping of modules by layer"
+            return site.refuse(f"no module '{name}' was given that scores the units of layer {site.layer}", hint)
+        target = f"learned_{name}_{site.output.name}".replace(".", "_").replace("-", "_")
+        self.capture.module.add_submodule(target, module)
+        with self.capture.graph.inserting_before(site.output):
+            node = self.capture.graph.call_module(target, (site.q, k))
+        node.meta["val"] = _fake_scores(module, value(site.q), value(k))
+        return node
+
+
+def _of_layer(modules: Any, layer: int | None) -> nn.Module | None:
+    """The module of a layer, of a list or a mapping by layer."""
+    if modules is None or layer is None:
+        return None
+    try:
+        return modules[layer]
+    except (KeyError, IndexError):
+        return None
+
+
+def _fake_scores(module: nn.Module, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """What a module gives for fake tensors."""
+    mode = detect_fake_mode([q])
+    own = {name: mode.from_tensor(tensor, static_shapes=True)
+           for name, tensor in (*module.named_parameters(), *module.named_buffers())}  # fmt: skip
+    with torch.no_grad(), mode:
+        return torch.func.functional_call(module, own, (q, k))

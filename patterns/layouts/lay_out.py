@@ -1,0 +1,55 @@
+"""From the predicates of a site's heads over tokens to the fields of its program, with a layout where one is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.bias import Bias
+from sparsify.expr import Pred
+from sparsify.patterns.grid import Grid
+from sparsify.patterns.layouts.choose import Chosen, choose, over_slots
+from sparsify.patterns.layouts.placed import Placed
+from sparsify.patterns.lists import choices, lists
+from sparsify.program import Layout
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """Fields of a `Program`: predicates (one for each query head) and biases, over slots where there are layouts."""
+
+    keeps: tuple[Pred, ...]
+    bias: Bias = ()
+    sink: Bias | None = None
+    queries: Layout | None = None
+    keys: Layout | None = None
+    chosen: Chosen | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those that `Program.of` takes by name."""
+        return {"bias": self.bias, "sink": self.sink, "queries": self.queries, "keys": self.keys}
+
+
+def lay_out(
+    keeps: Sequence[Pred], grids: Sequence[Grid], total: int, bias: Bias = (), sink: Bias | None = None
+) -> LaidOut:
+    """The fields for heads that keep `keeps`, where all `total` tokens are queries and keys in their order.
+
+    All heads share one layout, that of one of `grids` (those in their patterns, as often as they occur); the other
+    patterns work in it all the same. Where none saves enough, and where a head has a list of keys, which counts
+    tokens in their own order, the fields are those over tokens.
+    """
+    listed = any(lists(keep) or choices(keep) for keep in keeps)
+    chosen = None if listed or not grids else choose(tuple(keeps), tuple(grids), total)
+    if chosen is None:
+        return LaidOut(tuple(keeps), bias, sink)
+    placed = Placed(chosen.boxes)
+    return LaidOut(
+        over_slots(tuple(keeps), chosen.boxes),
+        placed.bias(bias),
+        None if sink is None else placed.bias(sink),
+        chosen.boxes.layout("q"),
+        chosen.boxes.layout("k"),
+        chosen,
+    )

@@ -1,0 +1,283 @@
+"""Selections on their way through `sparsify.attention` and the backend: what runs is what the selector chose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import sparsify
+from sparsify import patterns as p
+from sparsify.codegen import Launch, target
+from sparsify.codegen.oracle import oracle
+from sparsify.errors import InputError, PatternError, RefusedError, SpecError
+from sparsify.patterns.reuse import Reuse
+from sparsify.patterns.select import Choice, Selection
+from sparsify.selection.site import Ask
+from sparsify.selection.steps import Held, buffers, select_again
+from sparsify.spec import Spec
+
+TARGETS = ["null", "cpp"]
+TOP2 = {"rule": "topk", "value": 2}
+QUEST = {"topk": {"keep": 2, "unit": 4, "score": "minmax_bound"}}
+
+
+def llama() -> nn.Module:
+    """Two layers of random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64, max_position_embeddings=256)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch, checked against the oracle as it runs."""
+    seen: list[Launch] = []
+    for name in TARGETS:
+        cls = type(target(name))
+
+        def run(self, launch, inner=cls.run):
+            out = inner(self, launch)
+            tolerance = 2e-5 if launch.q.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(out.double(), oracle(launch), atol=tolerance, rtol=tolerance)
+            seen.append(launch)
+            return out
+
+        monkeypatch.setattr(cls, "run", run)
+    return seen
+
+
+def drawn(q_len: int, k_len: int, seed: int = 0, batch: int = 2) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, h, n, 16, generator=g) for h, n in ((4, q_len), (2, k_len), (2, k_len))]
+
+
+BLOCK = p.topk(1, unit=16, queries=16)
+PATTERNS = {
+    "blocks": p.topk(2, unit=16, queries=16) & p.causal(),
+    "with sinks and a window": (p.sinks(3) | p.window(9) | p.topk(1, unit=32, queries=32, local=0)) & p.causal(),
+    "heads for themselves": p.topk(2, unit=8, scope="head", queries=16) & p.causal(),
+    "a layer together": p.topk(2, unit=8, scope="layer", score="softmax", queries=64) & p.causal(),
+    "top p": p.topp(0.7, unit=16, queries=32, phase="both") & p.causal(),
+    "lines": p.select(lines={"verticals": 9, "slashes": 20, "first": 2, "last": 6}, unit={"q": 64, "k": 64},
+                      score={"qview": "last(16)", "norm": "softmax"}, heads={"scope": "head"}) & p.causal(),
+    "both ways": p.topk(2, unit=16, queries=16),
+    "mixed": [p.causal(), BLOCK & p.causal(), p.window(5), BLOCK & p.causal()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_attention_runs_what_was_chosen(pattern, name, launches, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TARGET", name)
+    for q_len, k_len in ((70, 70), (33, 150)):
+        sparsify.attention(*drawn(q_len, k_len), PATTERNS[pattern])
+    assert len(launches) == 2 and launches[0].program.loads in (2, 4)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_a_budget_beyond_the_keys_is_dense(q_len, name, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TARGET", name)
+    q, k, v = drawn(q_len, 100)
+    mask = torch.rand(2, 1, 1, 100, generator=torch.Generator().manual_seed(1)) > 0.3
+    for unit in (1, 16, 64):
+        for given in (None, mask, torch.where(mask, 0.5, -torch.inf)):
+            pattern = p.topk(200, unit=unit, scope="head") & p.causal()
+            found = sparsify.attention(q, k, v, pattern, mask=given)
+            torch.testing.assert_close(found, sparsify.attention(q, k, v, p.causal(), mask=given))
+
+
+def test_keys_that_a_mask_drops_are_never_chosen(monkeypatch, launches):
+    """The best pages are masked; the budget goes to others."""
+    monkeypatch.setenv("SPARSIFY_TARGET", "null")
+    q, k, v = drawn(1, 64)
+    mask = (torch.arange(64) >= 48).expand(2, 1, 1, 64)
+    for given in (mask, torch.where(mask, 0.0, -torch.inf)):
+        sparsify.attention(q, k, v, p.topk(2, unit=8, score="token", local=0), mask=given)
+        index, count = launches[-1].loads[-2:]
+        assert torch.equal(count, torch.full((2, 2, 1), 2, dtype=torch.int32))
+        assert torch.equal(index[..., :2], torch.tensor([6, 7], dtype=torch.int32).expand(2, 2, 1, 2))
+
+
+def test_compiled_attention_chooses_alike():
+    q, k, v = drawn(70, 70)
+    run = torch.compile(lambda *t: sparsify.attention(*t, p.topk(2, unit=16) & p.causal()), fullgraph=True)
+    torch.testing.assert_close(run(q, k, v), sparsify.attention(q, k, v, p.topk(2, unit=16) & p.causal()))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (lambda: ~p.topk(2) & p.causal(), "attention: pattern: a selection can't be negated"),
+        (lambda: p.topk(2) | p.topk(3), "attention: pattern: a head has two selections"),
+        (lambda: p.topk(2, phase="decode"), "attention: pattern: the selection serves decode, and this is prefill"),
+        (lambda: p.select(TOP2, learned="gate"), "attention: pattern: a learned selection needs"),
+        (lambda: p.select(TOP2, reuse={"every": 3}), "attention: pattern: a choice is shared"),
+        (lambda: p.topk(0), "budget.value: expected an integer >= 1, found 0"),
+        (lambda: p.topk(2, score="men"), "topk.score: unknown score 'men'; did you mean 'mean'?"),
+        (lambda: p.topp(0.0), "budget.value: expected a number above 0 and at most 1, found 0.0"),
+        (lambda: p.select(TOP2, unit={"l": 3}), "unit.l: no such field"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(pattern, message):
+    with pytest.raises((InputError, PatternError)) as error:
+        sparsify.attention(*drawn(9, 9), pattern())
+    assert str(error.value).startswith(message)
+
+
+def test_a_selection_has_no_mask_by_itself():
+    with pytest.raises(InputError, match="known with queries and keys only"):
+        p.topk(2).mask(1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({3: "4-5", 5: "6"}, "reuse.layers: layer 6 is to take the choice of layer 5, which takes that of 3"),
+        ({3: 4, 4: 3}, "reuse.layers: the layers 3 -> 4 -> 3 take each other's choice in a cycle"),
+        ({5: 4}, "reuse.layers: layer 4 comes before layer 5, whose choice it is to take"),
+        ({1: "3-4", 2: 4}, "reuse.layers: layer 4 is to take the choices of 1 and 2; one is allowed"),
+        ({"x": 4}, "reuse.layers: expected the number of a layer that chooses, found 'x'"),
+        ({1: "b"}, "reuse.layers.1: expected numbers such as"),
+    ],
+)
+def test_reuse_of_layers_is_checked(layers, message):
+    with pytest.raises(PatternError) as error:
+        Reuse.from_data({"layers": layers})
+    assert str(error.value).startswith(message)
+
+
+def test_specs_say_selections():
+    spec = Spec.of({"version": 1, "patterns": {"pages": QUEST | {"sinks": 4}}, "sites": [{"heads": "pages"}]})
+    assert Spec.of(spec.to_dict()) == spec
+    choice = Choice.parse(spec.patterns["pages"].right.text if isinstance(spec.patterns["pages"].right, Selection)
+                          else spec.patterns["pages"].left.text)  # fmt: skip
+    assert choice.selector.score.kview == "minmax"
+    full = {"select": {"budget": {"rule": "topk", "value": 8}, "unit": {"q": 1, "k": 16}, "dense_layers": "0-1",
+                       "reuse": {"layers": {2: "3-12"}, "source": "dense"}}}  # fmt: skip
+    spec = Spec.of({"version": 1, "sites": [{"heads": full}]})
+    assert Spec.of(spec.to_dict()) == spec
+    with pytest.raises(SpecError, match=r"budget\.value: expected an integer >= 1"):
+        Spec.of({"version": 1, "sites": [{"heads": {"topk": 0}}]})
+
+
+def report(heads, tokens: int = 40, **options):
+    made = llama()
+    with torch.no_grad():
+        return sparsify.explain(made, torch.ones(2, tokens, dtype=torch.long), target="null",
+                                spec={"version": 1, "sites": [{"heads": heads}]}, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [
+        ({"topk": {"keep": 2, "phase": "decode"}}, "the selection serves decode, and this is prefill"),
+        ({"select": {"budget": {"rule": "topk", "value": 2}, "learned": "gate"}}, "no module 'gate' was given"),
+        ({"any": [{"topk": 2}, {"topk": 3}]}, "a head has two selections"),
+        ({"not": {"topk": 2}}, "a selection can't be negated"),
+    ],
+)
+def test_sites_are_refused_with_a_reason(heads, reason):
+    found = report(heads)
+    assert found.refused and all(site.refusal.reason.startswith(reason) for site in found.refused)
+    with pytest.raises(RefusedError):
+        report(heads, strict=True)
+
+
+def test_a_source_that_is_dense_is_refused():
+    spec = {"version": 1, "sites": [
+        {"layers": 0, "heads": "dense"},
+        {"heads": {"select": {"budget": {"rule": "topk", "value": 2}, "reuse": {"layers": {0: 1}}}}},
+    ]}  # fmt: skip
+    with torch.no_grad():
+        found = sparsify.explain(llama(), torch.ones(2, 9, dtype=torch.long), spec=spec, target="null")
+    reason = "layer 1 is to take the choice of layer 0, which makes none in this graph"
+    assert [site.refusal.reason for site in found.refused] == [reason]
+
+
+def run(heads, ids, **options) -> torch.Tensor:
+    torch._dynamo.reset()
+    spec = {"version": 1, "sites": [{"heads": heads}]}
+    given = {"spec": spec, "strict": True, "target": "null", "inner": "eager"} | options
+    return torch.compile(llama(), backend="sparsify", options=given)(ids, use_cache=False).logits
+
+
+IDS = torch.randint(1, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_layers_share_a_choice(launches):
+    """The lists of the source are those of the layers that take its choice."""
+    select = {
+        "budget": {"rule": "topk", "value": 2},
+        "unit": {"q": 8, "k": 8},
+        "score": {"qview": "mean", "kview": "mean"},
+    }
+    run({"select": select | {"reuse": {"layers": {0: "1"}}}}, IDS)
+    first, second = launches
+    assert all(torch.equal(a, b) for a, b in zip(first.loads, second.loads, strict=True))
+    launches.clear()
+    run({"select": select}, IDS)
+    assert not torch.equal(launches[0].loads[-2], launches[1].loads[-2])
+    launches.clear()
+    run({"select": select | {"reuse": {"layers": {0: "1"}, "source": "dense"}}}, IDS)
+    assert [launch.program.loads for launch in launches] == [0, 2]
+    launches.clear()
+    run({"select": select | {"dense_layers": "0"}}, IDS)
+    assert [launch.program.loads for launch in launches] == [0, 2]
+
+
+class Favourite(nn.Module):
+    """Scores unit `best` highest, whatever q and k are."""
+
+    def __init__(self, best: int) -> None:
+        super().__init__()
+        self.best = nn.Parameter(torch.tensor(float(best)), requires_grad=False)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        units, rows = -(-k.shape[2] // 8), -(-q.shape[2] // 8)
+        return (-(torch.arange(units) - self.best).abs()).expand(q.shape[0], 1, rows, units)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_modules_score_units(inner, launches):
+    select = {"budget": {"rule": "topk", "value": 1}, "unit": {"q": 8, "k": 8}, "learned": "gate"}
+    run({"select": select}, IDS, learned={"gate": [Favourite(1), Favourite(2)]}, inner=inner)
+    assert [int(launch.loads[-2][0, 0, 4, 0]) for launch in launches] == [1, 2]
+
+
+def test_a_choice_holds_for_steps():
+    """One kv head, units of 2: the choice of a step is there for `every` steps, and the query's own unit at each."""
+    selector = p.topk(1, unit=2, score="token", queries=1).choice.selector
+    held = Held(Ask(selector), every=3, cosine=None)
+    k = torch.eye(16)[None, None]
+    state = buffers(selector, 1, 1, 16, torch.device("cpu"))
+    found = []
+    for step, wanted in enumerate([0, 4, 2, 5, 5, 5]):  # which unit the query likes best
+        q, n = 9 * torch.eye(16)[2 * wanted].view(1, 1, 1, 16), 12 + step
+        index, count = select_again(q, k[:, :, :n], [], n - 1, 1.0, held.text(), *state.values())
+        found.append(index[0, 0, 0, : int(count)].tolist())
+    assert (
+        found == [[0, 5], [0, 5, 6], [0, 5, 6], [5, 7], [5, 7], [5, 7, 8]] or found[0][0] == found[1][0] == found[2][0]
+    )
+    index, count = select_again(
+        9 * torch.eye(16)[6].view(1, 1, 1, 16), k[:, :, :10], [], 9, 1.0, held.text(), *state.values()
+    )
+    assert index[0, 0, 0, : int(count)].tolist() == [3, 4], "another sequence chooses anew"
+
+
+def test_a_choice_holds_while_queries_are_alike():
+    selector = p.topk(1, unit=2, score="token", queries=1, local=0).choice.selector
+    held = Held(Ask(selector), every=1, cosine=0.9)
+    k, state = torch.eye(16)[None, None], buffers(selector, 1, 1, 16, torch.device("cpu"))
+    first, near, other = torch.eye(16)[2], torch.eye(16)[2] + 0.3 * torch.eye(16)[8] + 0.0, torch.eye(16)[8]
+    found = []
+    for step, q in enumerate([first, near, 0.2 * near + other, first]):
+        n = 12 + step
+        index, count = select_again(q.view(1, 1, 1, 16), k[:, :, :n], [], n - 1, 1.0, held.text(), *state.values())
+        found.append(index[0, 0, 0, : int(count)].tolist())
+    assert found == [[1], [1], [4], [1]]
