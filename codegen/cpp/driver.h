@@ -1,6 +1,7 @@
 // From a launch to query tiles: work items, the longest first, and threads that take them.
 
 constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
+constexpr I MANY_ITEMS = 32; // for one thread
 constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
 
 struct Item { I batch, kv_head, first, cost; }; // the queries first.. of the heads that share a KV head
@@ -60,9 +61,15 @@ static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* sp
         for (I i = 0; i < listed; i++)
             if (!met_before(lists, i)) tiles += (lists[i].count * lists[i].unit + KB - 1) / KB;
     }
-    int shift = 0; // keep the three leading bits: items of about one cost are of one cost
-    while (tiles >> shift > 7) shift++;
-    return tiles >> shift << shift;
+    return tiles;
+}
+
+// A cost by its leading bits, so that items of about one cost are of one cost and stay in order: tiles that one packs
+// serve the next. Few bits where threads have many items each, and the last ones even out who is done first.
+static I about(I cost, I items_per_thread) {
+    int shift = 0, limit = items_per_thread >= MANY_ITEMS ? 1 : 7;
+    while (cost >> shift > limit) shift++;
+    return cost >> shift << shift;
 }
 
 // Whether the query heads of a KV head have the rules of those of the one before, and so its costs.
@@ -87,8 +94,10 @@ static void fill_items(const Call& c, Plan& plan, Item* items) {
             }
         }
     free(spans);
-    for (I i = 0; i < plan.count; i++)
+    for (I i = 0; i < plan.count; i++) {
         plan.work += items[i].cost * (4 + (plan.item_rows * plan.item_heads + MR - 1) / MR);
+        items[i].cost = about(items[i].cost, plan.count / c.threads);
+    }
     qsort(items, plan.count, sizeof(Item), longest_first);
 }
 
