@@ -110,11 +110,11 @@ ALIVE = {
     "learned": [(HOOK, {"learned": None})],
 }
 TOGETHER = ({"score.kview", "score.combine"}, {"heads.scope", "heads.op"})  # one can't change without the other
-NOT_OF_THE_PIPELINE = {"phase", "semantics"}
+NOT_OF_THE_PIPELINE = {"phase", "semantics"}  # read by whoever decides where a selector goes
 OF_THE_ORDER = {
     "permute.segment",
     "permute.qview",
-}  # of the step before; see `test_permute`  # read by whoever decides where a selector goes
+}  # of the step before; see `test_permute`
 
 
 def case_of(selector: Selector) -> Inputs:
