@@ -340,7 +340,7 @@ def test_what_is_native_stays_marked():
     native = {constructor.__name__ for constructor in p.PRESETS if constructor.about.semantics == "native"}
     assert native == {
         *("s2_attention", "phi3_small", "based_window", "sparse_transformer", "longformer", "big_bird"),
-        *("natten", "swin", "halo_net", "axial"),
+        *("natten", "swin", "halo_net", "axial", "moba", "nsa_selection", "vsa"),
     }
     assert pre.semantics_of(~(pre.swin([7, 7]) | p.sinks(3)) & pre.streaming_llm()) == "native"
     assert pre.semantics_of(pre.streaming_llm() & p.causal()) == "approx" and pre.semantics_of(p.window(3)) is None
@@ -352,7 +352,10 @@ def test_every_preset_says_what_to_know(constructor):
     assert re.match(r"[^.]*[.:]$|.*[.]$", first) and about.phase in get_args(Phase)
     assert all(text and text[-1] != "." for text in (about.source, about.cost, about.omits))
     pattern = example(constructor)
-    kept = pattern.density(about.heads, about.length, about.length)
+    if about.masks:
+        kept = about.masks(pattern, 256, 512).mean()
+    else:
+        kept = pattern.density(about.heads, about.length, about.length)
     assert 0 < kept < 1 or (constructor is pre.star_attention)
 
 

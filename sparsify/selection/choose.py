@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsify.errors import InputError
 from sparsify.patterns.selector import Selector
 from sparsify.selection.budget import kept_lists
+from sparsify.selection.cover import cover_list
 from sparsify.selection.geometry import Places, dense_rows, edges, forced_units, places, seen, split
 from sparsify.selection.lines import line_lists
 from sparsify.selection.score import join_units, unit_scores
@@ -43,7 +44,8 @@ def choose(
     q, k = q.detach().float(), k.detach().float()
     at = places(selector, position, valid, k.shape[2], causal)
     if selector.lines:
-        return line_lists(selector, q, k, scale, at)
+        by_number = selector.lines.cover is None
+        return line_lists(selector, q, k, scale, at) if by_number else [cover_list(selector, q, k, scale, at)]
     forced, dense = _forced(selector, q, k, at)
     if scores is None:
         unit_score, competes = unit_scores(selector, q, k, scale, at, forced)

@@ -68,6 +68,8 @@ def split(x: Tensor, size: int, fill: float | bool) -> Tensor:
     """(..., n) as blocks (..., ceil(n / size), size), the last filled up."""
     if size == 1:
         return x.unsqueeze(-1)
+    if x.dtype == torch.bool:  # Inductor's C++ for a padded mask that is looked up does not compile
+        return split(x.int(), size, int(fill)).bool()
     n = x.shape[-1]
     blocks = blocks_in(n, size)
     return pad(x, (0, blocks * size - n), value=fill).unflatten(-1, (blocks, size))
