@@ -25,6 +25,17 @@ def kept(launch: Launch) -> torch.Tensor:
     return torch.stack([rules[rule][:, h] for h, rule in enumerate(program.heads)], dim=1)
 
 
+def kept_tokens(launch: Launch) -> torch.Tensor:
+    """The same over the tokens of keys, (B, Hq, Nq, Nk), where they are laid out and queries are not."""
+    keep, layout, k_len = kept(launch), launch.program.keys, launch.k.shape[2]
+    assert launch.program.queries is None
+    if layout is None:
+        return keep
+    token, filled = tokens(layout, "k", k_len, environment(launch))
+    keep = keep & filled[:, :, None]
+    return keep.new_zeros(*keep.shape[:3], k_len).scatter_add_(-1, token[:, :, None].expand_as(keep), keep)
+
+
 def environment(launch: Launch) -> dict[str, Any]:
     """What the names in a program's predicates and biases stand for, each broadcastable to (B, Hq, Nq, Nk)."""
     import torch

@@ -28,7 +28,8 @@ class ChooseKeys:
     Before: site.programs say `chosen(...)`, with the text of a selector.
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
-            everything, and what the kernel skips by itself is in site.skips.
+            everything, and what the kernel skips by itself is in site.skips. Where a selector sorts the keys,
+            site.segments says how, and the programs are over its slots.
 
     learned: the modules that score units, by name.
     """
@@ -60,9 +61,15 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
             replaced[chosen] = _listed(site, choice, chosen, chooser, made)
         if not site.open:
             return None
+    if site.segments is not None and len({*found}) > 1:
+        return site.refuse(
+            "the heads share one order of keys, and only some of them have the selection that sorts them",
+            "give all heads of this site that selection",
+        )
     if skips:
         site.skips = tuple(skips.get(of_head[0]) if of_head else None for of_head in found)
-    site.programs = tuple(with_choices(program, replaced) for program in site.programs)
+    keep = site.segments.keep if site.segments else (lambda program: program)
+    site.programs = tuple(with_choices(keep(program), replaced) for program in site.programs)
     return None
 
 
@@ -70,12 +77,13 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, chooser: Chooser, made: 
     """The lists of a choice, made here or by the layer whose choice this one takes."""
     selector, reuse = choice.selector, choice.reuse
     assert isinstance(selector, Selector)
-    _check(site, choice)
+    causal = _is_causal(site, chosen)
+    _check(site, choice, causal)
     source = reuse.source_of(site.layer)
     if not site.open:
         return TRUE
     if source is None:
-        lists = chooser.lists(site, selector, reuse, _is_causal(site, chosen))
+        lists = chooser.lists(site, selector, reuse, causal)
         if lists is not None:
             made[site.layer, chosen.text] = lists
         if lists is None or (reuse.is_source(site.layer) and reuse.source == "dense"):
@@ -93,7 +101,7 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, chooser: Chooser, made: 
     return lists.atoms(site, selector)
 
 
-def _check(site: Site, choice: Choice) -> None:
+def _check(site: Site, choice: Choice, causal: bool) -> None:
     """Refuses a site that the choice doesn't serve."""
     selector, here = choice.selector, phase(site)
     assert isinstance(selector, Selector)
@@ -108,6 +116,8 @@ def _check(site: Site, choice: Choice) -> None:
         site.refuse("the absolute positions of the queries are not known, and a selection depends on them")
     if (selector.force.sink or (selector.lines and selector.lines.first)) and forgets(site.k):
         site.refuse("the selection's sinks are absolute positions, and the cache drops its oldest keys")
+    if selector.permute and not causal:
+        site.refuse("the selection sorts keys inside segments, which a causal attention alone can tell apart")
 
 
 def _is_causal(site: Site, chosen: Chosen) -> bool:

@@ -18,7 +18,8 @@ class LayOut:
 
     Before: site.programs are predicates over tokens, some from patterns over a grid of tokens.
     After:  site.laid_out has them over slots, with a layout that all heads share, where that saves tiles; else, and
-            where not all queries are there in their order, such as in decoding, as they are.
+            where not all queries are there in their order, such as in decoding, as they are. What a selection sorts is
+            over slots already, and its order is the layout.
 
     Nothing is moved in memory: kernels read the rows of a box where they are, so no permutation is to be hoisted or
     shared between neighbouring sites.
@@ -30,6 +31,8 @@ class LayOut:
 
 
 def _laid_out(site: Site) -> LaidOut:
+    if site.segments is not None:
+        return site.segments.laid_out(site.programs, site.bias, site.sink_bias)
     found = [grid for pattern in site.patterns or () for grid in grids(pattern)]
     q_len, k_len = shape(site.q)[2], shape(site.k)[2]
     whole = same(q_len, k_len) and isinstance(site.q_offset, int) and site.q_offset == 0

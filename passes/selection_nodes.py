@@ -18,7 +18,7 @@ from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.selector import Selector
-from sparsify.selection.site import Ask, lists_of, select, usable_keys
+from sparsify.selection.site import Ask, lists_of, outputs, segments_of, select, usable_keys
 from sparsify.selection.steps import Held, buffers, select_again
 
 Learned = Mapping[str, Any]  # a module by its name, or several by the number of their layer
@@ -26,7 +26,7 @@ Learned = Mapping[str, Any]  # a module by its name, or several by the number of
 
 @dataclass(frozen=True)
 class Lists:
-    """The nodes of one choice, index and count of each list in turn, and the lengths that they are for."""
+    """The nodes of one choice, what `select` gives in turn, and the lengths that they are for."""
 
     nodes: tuple[fx.Node, ...]
     lengths: tuple[Any, Any]
@@ -36,11 +36,17 @@ class Lists:
         return all(same(a, shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
 
     def atoms(self, site: Site, selector: Selector) -> Pred:
-        """The lists as one predicate, over new loads of the site."""
+        """The lists as one predicate, over new loads of the site; their order of the keys becomes the site's."""
         first = len(site.loads)
         site.loads += self.nodes
         site.load_names += tuple(node.name for node in self.nodes)
-        return lists_of(selector, first, shape(site.q)[1], shape(site.k)[1], _row(site, selector.unit.q))
+        heads = shape(site.q)[1], shape(site.k)[1]
+        listed = lists_of(selector, first, *heads, _row(site, selector.unit.q))
+        segments = segments_of(selector, len(site.loads) - 1, *heads, site.position)
+        if segments is None:
+            return listed
+        site.segments = segments
+        return segments.chosen(listed)
 
 
 def _row(site: Site, unit: int) -> Expr:
@@ -75,7 +81,7 @@ class Chooser:
             found = call(before, select, *given, scores, *numbers, ask.text()) if site.open else None
         if found is None:
             return None
-        parts = tuple(call(before, operator.getitem, found, i) for i in range(2 * len(selector.units())))
+        parts = tuple(call(before, operator.getitem, found, i) for i in range(outputs(selector)))
         return Lists(parts, (shape(site.q)[2], shape(k)[2]))
 
     def _held(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:

@@ -12,6 +12,7 @@ from sparsify.bias import Bias
 from sparsify.errors import Refusal
 from sparsify.expr import TRUE, Expr, Pred, Var
 from sparsify.patterns.layouts.lay_out import LaidOut
+from sparsify.patterns.layouts.segments import Segments
 from sparsify.program import Skip
 
 
@@ -43,8 +44,9 @@ class Site:
     loads: the tensors that `_0`, `_1`, ... name there; load_names: what a reader calls them.
     sink: a node (B, H, Nq, 1), or what broadcasts to it: a logit that joins each row's softmax and has no value.
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
-    programs: the final predicate of every query head. skips: what a kernel may leave out by its weight, for each query
-    head; () for nothing. dense: why the attention is left to Inductor as it stands, for
+    programs: the final predicate of every query head; where `segments` is an order of the keys, over its slots (keep
+    and bias stay over tokens). skips: what a kernel may leave out by its weight, for each query head; () for nothing.
+    dense: why the attention is left to Inductor as it stands, for
     it is faster there; "" if it isn't. notes: what a reader should know of a site that is rewritten.
     """
 
@@ -78,6 +80,7 @@ class Site:
     mask_text: str = ""
     patterns: tuple[Any, ...] | None = None
     programs: tuple[Pred, ...] = ()
+    segments: Segments | None = None
     laid_out: LaidOut | None = None
     skips: tuple[Skip | None, ...] = ()
     target: str = ""

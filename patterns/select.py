@@ -98,6 +98,7 @@ def select(
     heads: dict[str, str] | None = None,
     force: dict[str, Any] | None = None,
     lines: dict[str, Any] | None = None,
+    permute: dict[str, Any] | None = None,
     learned: str | None = None,
     phase: str = "both",
     semantics: str = "approx",
@@ -109,11 +110,12 @@ def select(
     budget: {rule, value, per, min, max}, rule one of topk, ratio, topp, relmax, threshold; or lines: {verticals,
     slashes, first, last} or {cover, first, last, least, switch}. unit: {q, k}: so many queries share a choice among
     blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op,
-    when}. force: {sink, local, of, last_rows, exempt, counted}. learned: the name of a module that scores units.
-    reuse: {layers, source, every, cosine}.
+    when}. force: {sink, local, of, last_rows, exempt, counted}. permute: {segment, qview}: keys are sorted inside
+    segments first. learned: the name of a module that scores units. reuse: {layers, source, every, cosine}.
     dense_layers: layers that keep everything. Raises PatternError.
     """
-    given = {"budget": budget, "unit": unit, "score": score, "heads": heads, "force": force, "lines": lines}
+    given: dict[str, Any] = {"budget": budget, "unit": unit, "score": score, "heads": heads, "force": force}
+    given |= {"lines": lines, "permute": permute}
     present = {name: value for name, value in given.items() if value is not None}
     return Selection(
         _select_text(_frozen(present), learned, phase, semantics, _frozen(reuse or {}), _layers(dense_layers))

@@ -1,7 +1,7 @@
 """Selectors: which units of keys an attention keeps, chosen from the data by a pipeline of fixed order.
 
-    views -> combine -> causality and domain -> heads (query, pre) -> norm -> heads (token) -> pool and smooth ->
-    heads (unit) -> forced units -> budget -> a sorted list with its count
+    (permute) -> views -> combine -> causality and domain -> heads (query, pre) -> norm -> heads (token) -> pool and
+    smooth -> heads (unit) -> forced units -> budget -> a sorted list with its count
 
 A selector is a frozen, hashable value without tensors; `sparsify.selection.choose` runs it. Where systems differ in the
 order of two steps, a field says which order is meant.
@@ -277,9 +277,32 @@ class Online:
 
 
 @dataclass(frozen=True)
+class Permute:
+    """Keys and values in an order of their own before they are made units, one order for each key head (PBS-Attn).
+
+    segment: so many consecutive keys are sorted among themselves, those that are looked at most first. qview: who
+    looks: the last n queries (`last(n)`), by the mean of their attention over whole segments and of the heads' over the
+    group. A query keeps its own segment beside what is chosen for it from the earlier ones.
+    """
+
+    segment: int
+    qview: str = "last(128)"
+
+    def __post_init__(self) -> None:
+        integer(self.segment, "permute.segment", 1)
+        one_of(self.qview, "permute.qview", (), ("last(n)",))
+
+    @property
+    def last(self) -> int:
+        """How many queries look at the keys."""
+        return argument(self.qview)
+
+
+@dataclass(frozen=True)
 class Selector:
     """The whole pipeline; see its parts. Give a `budget` or `lines` (with `lines.switch` both).
 
+    permute: an order of the keys that is found first; None for their own. Units are then so many slots of that order.
     phase: the calls that it serves: `prefill`, `decode` or `both`.
     learned: the name of a hook that gives unit scores in place of the steps up to pooling.
     semantics: `approx` of a dense model, or `native` to a model trained with it, which must never fall back to dense.
@@ -291,6 +314,7 @@ class Selector:
     heads: Heads = Heads()
     force: Force = Force()
     lines: Lines | None = None
+    permute: Permute | None = None
     learned: str | None = None
     phase: str = "both"
     semantics: str = "approx"
@@ -313,6 +337,10 @@ class Selector:
         """The key unit of each list: one, or for lines by number the diagonals' units and the columns' tokens."""
         return (self.unit.k, 1) if self.lines and self.lines.cover is None else (self.unit.k,)
 
+    def most_forced(self) -> int:
+        """The greatest number of units that sink and local can force in a row."""
+        return self.force.sink if self.permute else self.force.most(self.unit)
+
     def lists(self, heads: int, kv_heads: int) -> int:
         """How many choices are made for so many query heads and key heads."""
         return {"head": heads, "kv_group": kv_heads, "layer": 1}[self.heads.scope]
@@ -321,7 +349,15 @@ class Selector:
         return self.text()
 
 
-PARTS = {"unit": Unit, "score": Score, "heads": Heads, "force": Force, "budget": Budget, "lines": Lines}
+PARTS = {
+    "unit": Unit,
+    "score": Score,
+    "heads": Heads,
+    "force": Force,
+    "budget": Budget,
+    "lines": Lines,
+    "permute": Permute,
+}
 
 
 @functools.lru_cache(maxsize=1024)

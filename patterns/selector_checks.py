@@ -74,14 +74,15 @@ def check_fields(selector: Selector) -> None:
         _check_force,
         _check_measure,
         _check_lines,
+        _check_permute,
     ):
         check(selector)
 
 
 def _check_kinds(s: Selector) -> None:
-    for name in ("unit", "score", "heads", "force", "budget", "lines"):
+    for name in ("unit", "score", "heads", "force", "budget", "lines", "permute"):
         kind, value = name.capitalize(), getattr(s, name)
-        if type(value).__name__ != kind and not (name in ("budget", "lines") and value is None):
+        if type(value).__name__ != kind and not (name in ("budget", "lines", "permute") and value is None):
             raise PatternError(f"{name}: expected a {kind}, found {value!r}")
 
 
@@ -128,8 +129,8 @@ def _check_force(s: Selector) -> None:
         raise PatternError("force.counted: forced units outside the domain 'middle' have no share of topp to count")
     if force.exempt is not None:
         raise PatternError("force.counted: exempt units have no number known beforehand, so they can't count")
-    if budget.rule == "topk" and force.most(s.unit) > budget.value:
-        most = force.most(s.unit)
+    if budget.rule == "topk" and s.most_forced() > budget.value:
+        most = s.most_forced()
         raise PatternError(f"budget.value: {budget.value} units can't hold the {most} that are forced and counted")
 
 
@@ -166,3 +167,26 @@ def _check_lines(s: Selector) -> None:
         raise PatternError(f"budget.rule: heads that lines.switch takes out have topp, found '{s.budget.rule}'")
     if s.force != type(s.force)():
         raise PatternError("force: lines have forced ones of their own (lines.first and lines.last)")
+
+
+def _check_permute(s: Selector) -> None:
+    if not s.permute:
+        return
+    if s.permute.segment % s.unit.k:
+        raise PatternError(f"permute.segment: expected a multiple of unit.k = {s.unit.k}, found {s.permute.segment}")
+    if s.lines:
+        raise PatternError(
+            "permute: lines are columns and diagonals of keys in their own order, so leave one of them out"
+        )
+    if s.learned is not None:
+        raise PatternError(f"permute: the hook '{s.learned}' scores units of keys in their own order, so leave it out")
+    if s.heads.scope == "layer":
+        raise PatternError(
+            "heads.scope: each key head has its own order of keys, so 'head' or 'kv_group', found 'layer'"
+        )
+    if s.force.local:
+        raise PatternError(
+            f"force.local: with permute a query's own segment is kept anyway, so leave it out, found {s.force.local}"
+        )
+    if s.force.sink and s.force.of != "tokens":
+        raise PatternError("force.of: units of sorted keys have no first one, so sinks are counted in 'tokens'")

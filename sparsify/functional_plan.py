@@ -16,7 +16,7 @@ from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
 from sparsify.program import Program, Skip
-from sparsify.selection.site import Ask, lists_of, usable_keys
+from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
 
 
@@ -59,19 +59,27 @@ def _plan(
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     made: dict[Chosen, Pred] = {}
     skips: dict[Chosen, Skip] = {}
-    asks, loads = [], where.loads
+    asks, loads, order = [], where.loads, None
     for chosen in dict.fromkeys(one for keep in keeps for one in _choices(keep)):
         selector = _selector(chosen, one_query)
         if isinstance(selector, Online):
             made[chosen], skips[chosen] = TRUE, Skip(selector.value, selector.per_length)
             continue
-        asks.append(Ask(selector, Var("q"), usable, _is_causal(keeps, chosen, one_query)).text())
+        causal = _is_causal(keeps, chosen, one_query)
+        asks.append(Ask(selector, Var("q"), usable, causal).text())
         made[chosen] = lists_of(selector, loads, heads, kv_heads, parse_expr(_row(where)))
-        loads += 2 * len(selector.units())
+        loads += outputs(selector)
+        order = segments_of(selector, loads - 1, heads, kv_heads, Var("q"))
+        if order is not None:
+            _check_order(keeps, causal)
+            made[chosen] = order.chosen(made[chosen])
     name = codegen.choose(device) if target == "auto" else target
     of_heads = tuple(next((skips[one] for one in _choices(keep) if one in skips), None) for keep in keeps)
-    drawn = [grid(*given) for grid, given in grids[0]]
-    laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
+    if order is None:
+        drawn = [grid(*given) for grid, given in grids[0]]
+        laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
+    else:
+        laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
     given = {"loads": loads, "target": name, "skips": of_heads if skips else ()}
     return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
 
@@ -124,3 +132,13 @@ def _is_causal(keeps: list[Pred], chosen: Chosen, one_query: bool) -> bool:
     """Whether the heads with this choice see no key after their query."""
     mine = [keep for keep in keeps if chosen in choices(keep)]
     return one_query or all(conjunction([keep, Var("k") <= Var("q")]) == keep for keep in mine)
+
+
+def _check_order(keeps: list[Pred], causal: bool) -> None:
+    """Refuses a selection that sorts the keys of some heads only, or of an attention that isn't causal."""
+    if len({_choices(keep) for keep in keeps}) > 1:
+        found = "the heads share one order of keys, and only some of them have the selection that sorts them"
+        raise InputError(f"attention: pattern: {found}; give all heads that selection")
+    if not causal:
+        found = "the selection sorts keys inside segments, which a causal attention alone can tell apart"
+        raise InputError(f"attention: pattern: {found}; combine it with causal()")

@@ -352,10 +352,8 @@ def test_every_preset_says_what_to_know(constructor):
     assert re.match(r"[^.]*[.:]$|.*[.]$", first) and about.phase in get_args(Phase)
     assert all(text and text[-1] != "." for text in (about.source, about.cost, about.omits))
     pattern = example(constructor)
-    if about.masks:
-        kept = about.masks(pattern, 256, 512).mean()
-    else:
-        kept = pattern.density(about.heads, about.length, about.length)
+    sizes = about.heads, about.length, about.length
+    kept = pattern.density(*sizes) if about.masks is None else about.masks(pattern, *sizes[1:]).mean()
     assert 0 < kept < 1 or (constructor is pre.star_attention)
 
 

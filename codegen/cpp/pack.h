@@ -81,21 +81,33 @@ static inline __attribute__((always_inline)) void transpose(Ints (&rows)[W]) {
     }
 }
 
-// Keys, transposed: panels of NRW keys, by step. A null row is zeros.
-static void pack_keys(int32_t* to, const Element* const* rows, I column) {
-    constexpr int WIDTH = (DK + W - 1) / W * W; // lanes of a line, padded
-    Packed lines[W * WIDTH * PAIR] = {};
+// Whether rows of so many elements, one after the other, are read as they lie: nothing to widen, and whole vectors.
+constexpr bool as_it_lies(int size, int lanes) { return sizeof(Element) == sizeof(Packed) && size % lanes == 0; }
+
+// Fetches a row that is needed soon: rows from lists lie where no processor expects them.
+static inline void fetch(const Element* row, int size) {
+    for (int i = 0; row && i < size; i += 64 / (int)sizeof(Element)) __builtin_prefetch(row + i);
+}
+
+// Keys, transposed: panels of NRW keys, by step. A null row is zeros. Meanwhile the keys' values are fetched.
+static void pack_keys(int32_t* to, const Element* const* rows, I column, const Element* const* values) {
+    constexpr int WIDTH = (DK + W - 1) / W * W * PAIR; // of a line, padded
+    static const Packed zeros[WIDTH] = {};
+    Packed lines[W * WIDTH] = {};
     for (int group = 0; group < KB; group += W) {
+        const Packed* from[W];
         for (int i = 0; i < W; i++) {
-            Packed* line = lines + i * WIDTH * PAIR;
-            if (rows[group + i]) pack_line(line, rows[group + i], column, D);
-            else memset(line, 0, WIDTH * 4);
+            const Element* row = rows[group + i];
+            if (group + W < KB) fetch(rows[group + W + i], D);
+            fetch(values[group + i], DV);
+            from[i] = !row ? zeros : as_it_lies(D, W * PAIR) && column == 1 ? (const Packed*)row : lines + i * WIDTH;
+            if (from[i] == lines + i * WIDTH) pack_line(lines + i * WIDTH, row, column, D);
         }
         int32_t* panel = to + group / NRW * NRW * DK + group % NRW;
         for (int step = 0; step < DK; step += W) {
             Ints square[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; i++) square[i] = *(const AnyInts*)((const int32_t*)lines + i * WIDTH + step);
+            for (int i = 0; i < W; i++) memcpy(square + i, from[i] + step * PAIR, sizeof(Ints));
             transpose<1>(square);
 #pragma GCC unroll 16
             for (int i = 0; i < W; i++)
@@ -104,23 +116,31 @@ static void pack_keys(int32_t* to, const Element* const* rows, I column) {
     }
 }
 
+template <int WIDTH>
+static inline __attribute__((always_inline)) void pack_lanes(int32_t* to, const Packed* const* from, int column) {
+#if PACKED_BF16
+    for (int i = 0; i < WIDTH; i++) to[i] = from[0][column + i] | (uint32_t)from[1][column + i] << 16;
+#else
+#pragma GCC unroll 8
+    for (int i = 0; i < WIDTH; i += W) *(AnyFloats*)((float*)to + i) = *(const AnyFloats*)(from[0] + column + i);
+#endif
+}
+
 // Values: panels of NRW columns, by key (or pair of keys). Null rows, and columns from DV on, are zeros.
 static void pack_values(int32_t* to, const Element* const* rows, I column) {
+    static const Packed zeros[DVP] = {};
     Packed lines[PAIR][DVP] = {};
     for (int key = 0; key < KB; key += PAIR) {
+        const Packed* from[PAIR];
         for (int i = 0; i < PAIR; i++) {
-            if (rows[key + i]) pack_line(lines[i], rows[key + i], column, DV);
-            else memset(lines[i], 0, sizeof lines[i]);
+            const Element* row = rows[key + i];
+            from[i] = !row ? zeros : as_it_lies(DV, W) && column == 1 ? (const Packed*)row : lines[i];
+            if (from[i] == lines[i]) pack_line(lines[i], row, column, DV);
         }
-        for (int panel = 0; panel < DVP; panel += NRW) {
-            int width = DVP - panel < NRW ? DVP - panel : NRW;
-            int32_t* lanes = to + panel * KS + key / PAIR * width;
-#if PACKED_BF16
-            for (int i = 0; i < width; i++) lanes[i] = lines[0][panel + i] | (uint32_t)lines[1][panel + i] << 16;
-#else
-            memcpy(lanes, lines[0] + panel, width * 4);
-#endif
-        }
+        constexpr int REST = DVP % NRW, DONE = DVP - REST;
+        for (int panel = 0; panel < DONE; panel += NRW)
+            pack_lanes<NRW>(to + panel * KS + key / PAIR * NRW, from, panel);
+        if constexpr (REST > 0) pack_lanes<REST>(to + DONE * KS + key / PAIR * REST, from, DONE);
     }
 }
 

@@ -107,6 +107,7 @@ class Rows:
             return self.threshold(*found)
         if Q not in names and not isinstance(pred, And | Or | Not):
             return self.gathered(pred, self.tile, self.text(rewrite(pred, self.read)))
+        pred = _split(pred)
         match pred:
             case And(parts) | Or(parts):
                 return "(" + (" & " if isinstance(pred, And) else " | ").join(map(self.bits, parts)) + ")"
@@ -114,11 +115,14 @@ class Rows:
                 return "~" + self.bits(part)
         found = self.separate(pred)
         by_row = variables(found) & {Q, *(name for name in self.slots.values() if name[0] == "y")}
-        return self.gathered(pred, self.row, self.text(found), None if by_row & {Q} or len(by_row) > 1 else min(by_row))
+        return self.gathered(pred, self.row, self.text(found), *(by_row - {Q} if len(by_row) == 1 else ()))
 
     def threshold(self, coefficient: int, rest: Expr) -> str:
         """coefficient * k + rest >= 0, where rest is free of k."""
-        bits = self.side(coefficient > 0, self.text(floordiv(rest, abs(coefficient))))
+        limit = floordiv(rest, abs(coefficient))
+        if Q in variables(rest) and not all(isinstance(atom, Var) for _, atom in _terms(limit)):
+            limit = self.by_row(limit)
+        bits = self.side(coefficient > 0, self.text(limit))
         if Q in variables(rest):
             return bits
         name, new = self.slot(bits, "bits")
@@ -135,7 +139,7 @@ class Rows:
         return f"for (int j = 0; j < keys; j++) {{ I k = {self.key}; {body} }}"
 
     def gathered(self, pred: Pred, lines: list[str], condition: str, by_row: str | None = None) -> str:
-        """Bits by a condition on each key. Where it knows of the row one number alone, rows of one number share them."""
+        """Bits by a condition on each key. Rows share them where the condition knows one number of the row alone."""
         name, new = self.slot(pred, "bits")
         loop = self.each(f"{name} |= (uint64_t)({condition} ? 1 : 0) << j;")
         if new and by_row:
@@ -150,8 +154,8 @@ class Rows:
         """An expression free of q, computed once a tile."""
         if expr == Var(K) or not variables(expr):
             return expr
-        if isinstance(expr, Sum) and repr(-expr) > repr(expr):
-            return -self.by_key(-expr)  # one of the two is enough
+        if _negative(expr):
+            return -self.by_key(-expr)
         line = self.line(expr) if isinstance(expr, Load) else None
         name, new = self.slot(expr, "x")
         if new:
@@ -169,6 +173,8 @@ class Rows:
         """An expression free of k, computed once a query tile."""
         if isinstance(expr, Var) or not variables(expr):
             return expr
+        if _negative(expr):
+            return -self.by_row(-expr)
         name, new = self.slot(expr, "y")
         if new:
             self.row.append(f"I {name} = {self.of_row(expr)};")
@@ -241,6 +247,28 @@ class ListedRows(Rows):
         return f"listed_{'from' if upper else 'to'}({limit}, at, keys)"
 
 
+def _terms(expr: Expr) -> tuple[tuple[int, Expr], ...]:
+    return expr.terms if isinstance(expr, Sum) else ((1, expr),)
+
+
+def _negative(expr: Expr) -> bool:
+    """Of an expression and its opposite, one is: then either is computed from the same numbers."""
+    opposite = -expr
+    return isinstance(expr, Sum) and (not isinstance(opposite, Sum) or repr(opposite) > repr(expr))
+
+
+def _split(pred: Pred) -> Pred:
+    """A bound on a maximum or a minimum of what depends on keys as bounds on both."""
+    if not isinstance(pred, Ge):
+        return pred
+    for coefficient, atom in _terms(pred.expr):
+        if isinstance(atom, Max | Min) and K in variables(atom):
+            rest = pred.expr - atom * coefficient
+            join = disjunction if (coefficient > 0) == isinstance(atom, Max) else conjunction
+            return join(rest + side * coefficient >= 0 for side in (atom.left, atom.right))
+    return pred
+
+
 def _indented(lines: list[str], by: int = 4) -> str:
     return "".join(f"{' ' * by}{line}\n" for line in lines)
 
@@ -251,7 +279,7 @@ def _each_row(lines: list[str]) -> str:
 
 def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
     """A sum as (what depends on k but not on q, what is free of k, the terms with both)."""
-    terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
+    terms = _terms(expr)
     by_key, by_row = as_expr(0), as_expr(expr.const if isinstance(expr, Sum) else 0)
     both = []
     for coefficient, atom in terms:
@@ -267,7 +295,6 @@ def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
 
 def linear(expr: Expr) -> tuple[int, Expr] | None:
     """(coefficient, rest) if expr is coefficient * k + rest with rest free of k; the coefficient may be 0."""
-    terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
-    coefficient = next((c for c, atom in terms if atom == Var(K)), 0)
+    coefficient = next((c for c, atom in _terms(expr) if atom == Var(K)), 0)
     rest = expr - Var(K) * coefficient
     return (coefficient, rest) if K not in variables(rest) else None

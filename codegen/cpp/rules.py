@@ -128,8 +128,8 @@ def facts_of(rule: TileRule) -> dict[Bound, int]:
 def print_rules(program: Program, names: Names) -> str:
     """All functions that the driver calls on a rule's number.
 
-    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of those of heads; rows_of those that have tiles of
-    keys in a row, and listed_rows_of those that gather their keys.
+    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of those of heads; rows_of those that
+    have tiles of keys in a row, and listed_rows_of those that gather their keys.
     """
     parts, found = names.functions(), steps(program)
     parts += [_rule(number, step, names) for number, step in enumerate(found)]

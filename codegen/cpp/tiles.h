@@ -90,7 +90,7 @@ static void pack(const Call& c, const Queries& t, const Keys& keys, int32_t* to_
 #endif
         key[j] = k + row * c.ks[2], value[j] = v + row * c.vs[2];
     }
-    pack_keys(to_keys, key, c.ks[3]);
+    pack_keys(to_keys, key, c.ks[3], value);
     pack_values(to_values, value, c.vs[3]);
 }
 
@@ -242,6 +242,15 @@ static void meet_tile(const Call& c, Worker& w, const Queries& t, const Keys& ke
     }
 }
 
+// Has a tile, if it is packed, on its way to the core while another one is met.
+static void fetch_packed(const Worker& w, const Queries& t, I tile) {
+    I slot = tile % w.slots;
+    const Tag& tag = w.tags[slot];
+    if (tag.batch != t.batch || tag.kv_head != t.kv_head || tag.tile != tile) return;
+    for (I i = 0; i < K_TILE; i += 16) __builtin_prefetch(w.keys + slot * K_TILE + i, 0, 2);
+    for (I i = 0; i < V_TILE; i += 16) __builtin_prefetch(w.values + slot * V_TILE + i, 0, 2);
+}
+
 // Goes through the units of a list. Those that are no whole tiles are gathered into tiles.
 static void meet_list(const Call& c, Worker& w, const Queries& t, const List& list, const Scoring& scoring) {
     int32_t at[KB];
@@ -254,6 +263,7 @@ static void meet_list(const Call& c, Worker& w, const Queries& t, const List& li
         I low = list.first_key(i), high = least(low + list.unit, c.k_slots);
         if (low < 0 || low >= high) continue;
         if (list.unit % KB == 0) {
+            if (i + 1 < list.count) fetch_packed(w, t, list.first_key(i + 1) / KB);
             for (I tile = low / KB; tile * KB < high; tile++) meet_tile(c, w, t, tile_of(c, tile), scoring);
         } else if (class_of(c, t, {low, high - 1, 1, nullptr})) {
             for (I k = low; k < high; k++) {

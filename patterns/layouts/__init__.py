@@ -1,1 +1,1 @@
-"""Layouts: in which order the tokens of a grid lie so that tiles of slots are boxes of space (design D9)."""
+"""Layouts: how tokens lie: grids in boxes, so that tiles are boxes of space, and keys sorted in segments (D9)."""

@@ -86,7 +86,7 @@ class Boxes:
         return _digits(slot - self.first, self.group_slots, self.dilation)
 
     def places(self, slot: Expr) -> tuple[Expr, ...]:
-        """The coordinates of a slot in the grid of its dilation group: of the nearest inside it, if the slot is empty."""
+        """The coordinates of a slot in the grid of its dilation group; of the nearest inside it, if it is empty."""
         found = zip(self._reach(slot), self._lengths(slot), strict=True)
         return tuple(place if last is None else minimum(place, last - 1) for place, last in found)
 

@@ -133,7 +133,7 @@ class Placed:
         return narrowed, exact, rest
 
     def _slot(self, token: int, before: bool = False) -> int:
-        """The slot of a token outside the grid or of its first one; `before`: the one after that of the token before."""
+        """The slot of a token outside the grid, or of its first; `before`: the one after that of the token before."""
         boxes = self.boxes
         if token >= boxes.stop:
             return token - boxes.stop + boxes.end
@@ -259,7 +259,7 @@ def solved(part: Pred, variable: Expr) -> tuple[Expr | None, Expr | None]:
 
 
 def _side(expr: Expr, variable: Expr) -> tuple[Expr | None, Expr | None]:
-    """Solves expr >= 0, where the variable occurs once, alone or inside floored divisions, and its side nowhere else."""
+    """Solves expr >= 0, where the variable occurs once, alone or in floored divisions, and its side nowhere else."""
     terms = expr.terms if isinstance(expr, Sum) else ((1, expr),)
     (name,) = variables(variable)
     own = [(c, atom) for c, atom in terms if any(found.split("_")[0] == name[0] for found in variables(atom))]

@@ -21,6 +21,7 @@ from sparsify.patterns.presets.prefill import (
     minference_lines,
     x_attention,
 )
+from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.preset import About, Preset, preset, semantics_of
 from sparsify.patterns.presets.skipping import blasst, sparge_attention
 from sparsify.patterns.presets.streaming import a_shape, based_window, duo_streaming, razor_head, streaming_llm
@@ -66,6 +67,7 @@ PRESETS = (
     moba,
     nsa_selection,
     vsa,
+    pbs_attn,
 )
 
 __all__ = ["PRESETS", "About", "Preset", "preset", "semantics_of", *(constructor.__name__ for constructor in PRESETS)]

@@ -38,7 +38,12 @@ def bench(
     lossless: Annotated[
         bool, typer.Option(help="Measure whole models without a spec beside the inductor backend, instead.")
     ] = False,
-    case: Annotated[list[str] | None, typer.Option(help="Models for --lossless (repeat it). Default: all.")] = None,
+    neighborhood: Annotated[
+        bool, typer.Option(help="Measure neighborhoods in grids, and those of video and image models, instead.")
+    ] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases of --lossless or --neighborhood (repeat it). Default: all.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
 ) -> None:
     """Measure sparsify beside dense SDPA and compiled FlexAttention, in one process, interleaved.
@@ -50,6 +55,8 @@ def bench(
         return _preparation()
     if lossless:
         return _lossless(case, dtype, repeats, seconds, json)
+    if neighborhood:
+        return _neighborhood(case, repeats, seconds, json)
     import torch
 
     cases = _cases(pattern, length, head_dim, dtype, heads, kv_heads)
@@ -81,6 +88,23 @@ def _lossless(case: list[str] | None, dtype: list[str] | None, repeats: int, sec
     for result in results:
         if not result.holds:
             console.print(f"{result.case.name}: not what it has to be", style="red", highlight=False)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _neighborhood(case: list[str] | None, repeats: int, seconds: float, json: Path | None) -> None:
+    from sparsify.bench.measure import measure
+    from sparsify.bench.sites import named
+
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for prepare in named(case):
+            inputs = prepare("cpu")
+            tell = partial(_describe, progress, task)
+            results.append(measure(inputs.case, "cpu", repeats, seconds, tell, inputs))
+            _print(results[-1:], "cpu", None)
+    _print(results, "cpu", json)
     if not all(result.right for result in results):
         raise typer.Exit(1)
 

@@ -39,7 +39,7 @@ def _capacity(selector: Selector, units: int) -> int:
     if most is None or force.last_rows or force.exempt is not None:
         return units
     counted = force.counted and budget.rule == "topk"
-    return torch.sym_min(units, int(most) + (0 if counted else force.most(selector.unit)))
+    return torch.sym_min(units, int(most) + (0 if counted else selector.most_forced()))
 
 
 def _limit(selector: Selector, wanted: Tensor | float, competes: Tensor, forced: Tensor) -> Tensor:

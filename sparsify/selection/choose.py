@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparsify.errors import InputError
-from sparsify.patterns.selector import Selector
+from sparsify.patterns.selector import Selector, Unit
 from sparsify.selection.budget import kept_lists
 from sparsify.selection.cover import cover_list
 from sparsify.selection.geometry import Places, dense_rows, edges, forced_units, places, seen, split
 from sparsify.selection.lines import line_lists
+from sparsify.selection.permute import by_key_head, gathered
 from sparsify.selection.score import join_units, unit_scores
 from sparsify.selection.views import self_similarity
 
@@ -25,6 +28,7 @@ def choose(
     valid: Tensor | None = None,
     causal: bool = True,
     scores: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """One (index, count) for each of `selector.units()`.
 
@@ -38,11 +42,28 @@ def choose(
         row without queries keeps nothing.
     causal: a query sees the keys up to its own position only.
     scores: (B, H or J or 1, R, U), a learned hook's unit scores.
+    order: (B, J, M), what `key_order` gives, where the selector has a `permute`; units are then of its slots.
     Raises InputError for tensors that do not fit.
     """
     _check(selector, q, k, position, valid, causal, scores)
+    _check_order(selector, k, causal, order)
+    if q.shape[2] == 1 and not selector.score.stride and not selector.lines:
+        selector = replace(selector, unit=Unit(1, selector.unit.k))  # a row of one query needs no filling up
     q, k = q.detach().float(), k.detach().float()
-    at = places(selector, position, valid, k.shape[2], causal)
+    if order is None:
+        return _lists(selector, q, k, scale, places(selector, position, valid, k.shape[2], causal), scores)
+    batch, kv_heads = k.shape[:2]
+    q, k, order = q.unflatten(1, (kv_heads, -1)).flatten(0, 1), gathered(k, order), order.flatten(0, 1).long()
+    position, valid = by_key_head(position, batch, kv_heads), by_key_head(valid, batch, kv_heads)
+    at = places(selector, position, valid, k.shape[2], causal, order)
+    lists = _lists(selector, q, k, scale, at, None)
+    return [tuple(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in pair) for pair in lists]  # type: ignore[misc]
+
+
+def _lists(
+    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, scores: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The lists over the slots of keys that `at` speaks of."""
     if selector.lines:
         by_number = selector.lines.cover is None
         return line_lists(selector, q, k, scale, at) if by_number else [cover_list(selector, q, k, scale, at)]
@@ -106,3 +127,17 @@ def _check(
         )
     if selector.lines and not causal:
         raise InputError("causal: lines are diagonals behind the query, so the attention must be causal")
+
+
+def _check_order(selector: Selector, k: Tensor, causal: bool, order: Tensor | None) -> None:
+    if (order is None) != (selector.permute is None):
+        wanted = "none" if selector.permute is None else "the keys' order"
+        raise InputError(f"order: expected {wanted} for this selector, found {type(order).__name__}")
+    if order is None:
+        return
+    if tuple(order.shape) != tuple(k.shape[:3]):
+        raise InputError(f"order: expected (batch, key heads, keys) = {tuple(k.shape[:3])}, found {tuple(order.shape)}")
+    if not causal:
+        raise InputError(
+            "causal: with permute a query sees earlier segments and its own, so the attention must be causal"
+        )

@@ -25,11 +25,13 @@ class Rows(NamedTuple):
 class Places(NamedTuple):
     """Everything about positions that the steps share.
 
-    valid: (B, M) keys that may be used, or None for all.
+    valid: (B, M) keys that may be used, by their slots, or None for all.
     seat, horizon: (B, N) each query's position, and the last key position that it sees; -1 where it is not valid.
     inside: (B, U, unit) which tokens of each unit are keys that may be used.
     reach: (B, R, U) units of which the row sees a token.
     start: (B, 1) the first key that may be used.
+    token: (B, U, unit) which token each slot of a unit holds, where keys are sorted; None where slots are tokens.
+        Positions of keys are slots then, and horizons end before the query's own segment.
     """
 
     valid: Tensor | None
@@ -39,22 +41,34 @@ class Places(NamedTuple):
     inside: Tensor
     reach: Tensor
     start: Tensor
+    token: Tensor | None = None
 
 
-def places(selector: Selector, position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Places:
-    """The places of queries at `position` (B, N) among keys of which `valid` (B, M) may be used."""
-    seat = torch.where(_usable(position, valid, keys, causal), position, -1)
+def places(
+    selector: Selector, position: Tensor, valid: Tensor | None, keys: int, causal: bool, order: Tensor | None = None
+) -> Places:
+    """The places of queries at `position` (B, N) among keys of which `valid` (B, M) may be used.
+
+    order: (B, M), the token of each slot, where the selector has an order of the keys.
+    """
+    seat = torch.where(usable(position, valid, keys, causal), position, -1)
     horizon = seat if causal else torch.where(seat >= 0, ALWAYS, -1)
+    token = None
+    if order is not None:
+        horizon = torch.where(seat >= 0, seat // selector.permute.segment * selector.permute.segment - 1, -1)
+        token = split(order, selector.unit.k, NEVER)
+        valid = None if valid is None else valid.expand(order.shape[0], -1).gather(1, order)
     blocks = split(seat, selector.unit.q, -1)
     rows = Rows(
         torch.where(blocks >= 0, blocks, NEVER).amin(-1), blocks.amax(-1), split(horizon, selector.unit.q, -1).amax(-1)
     )
     inside = inside_of(valid, keys, selector.unit.k, seat.device)
     edge = edges(inside, "touch")
-    return Places(valid, seat, horizon, rows, inside, seen(rows.horizon, edge), edge.amin(-1, keepdim=True))
+    start = edge if token is None else torch.where(inside, token, NEVER).amin(-1)
+    return Places(valid, seat, horizon, rows, inside, seen(rows.horizon, edge), start.amin(-1, keepdim=True), token)
 
 
-def _usable(position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Tensor:
+def usable(position: Tensor, valid: Tensor | None, keys: int, causal: bool) -> Tensor:
     """Queries that take part: not before the first key, and one of several not where the key is padding."""
     usable = position >= 0
     if valid is None or not causal or position.shape[1] == 1:
@@ -68,8 +82,8 @@ def split(x: Tensor, size: int, fill: float | bool) -> Tensor:
     """(..., n) as blocks (..., ceil(n / size), size), the last filled up."""
     if size == 1:
         return x.unsqueeze(-1)
-    if x.dtype == torch.bool:  # Inductor's C++ for a padded mask that is looked up does not compile
-        return split(x.int(), size, int(fill)).bool()
+    if x.dtype == torch.bool:  # Inductor can't pad what is compared on the way: its C++ for AVX2 doesn't compile
+        return split(x.float(), size, float(fill)) > 0.5
     n = x.shape[-1]
     blocks = blocks_in(n, size)
     return pad(x, (0, blocks * size - n), value=fill).unflatten(-1, (blocks, size))
@@ -107,6 +121,9 @@ def forced_units(selector: Selector, at: Places) -> Tensor:
     force, size = selector.force, selector.unit.k
     unit = torch.arange(at.reach.shape[-1], device=at.reach.device)
     forced = torch.zeros_like(at.reach)
+    if at.token is not None:
+        first = at.inside & (at.token < (at.start + force.sink).unsqueeze(-1))
+        return first.any(-1).unsqueeze(-2) & at.reach
     if force.sink:
         first = at.start // size
         end = first + force.sink if force.of == "units" else (at.start + force.sink - 1) // size + 1

@@ -62,6 +62,8 @@ def _parse(text: str) -> Held:
 
 def room(selector: Selector) -> int:
     """How many units a kept list has room for. Raises InputError for a selector whose lists have no fixed size."""
+    if selector.permute:
+        raise InputError("a choice that holds for several steps is of keys in their own order, and permute sorts them")
     budget, force = selector.budget, selector.force
     most = None if budget is None else budget.value if budget.rule == "topk" else budget.max
     if most is None or force.last_rows or force.exempt is not None or selector.learned is not None:

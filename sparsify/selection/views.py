@@ -35,7 +35,7 @@ def query_view(selector: Selector, q: Tensor, at: Places) -> QueryView:
     """The view of queries q (B, H, N, D) float32."""
     score, size = selector.score, selector.unit.q
     if score.last:
-        return _last(q, at, score.last)
+        return last_queries(q, at.seat, at.horizon, score.last)
     if score.stride:
         stride = score.stride
         groups = blocks_of(q, split(at.seat, stride, -1) >= 0).flip(-2).flatten(-2) / stride
@@ -45,13 +45,13 @@ def query_view(selector: Selector, q: Tensor, at: Places) -> QueryView:
     return QueryView(q, at.horizon, size)
 
 
-def _last(q: Tensor, at: Places, n: int) -> QueryView:
-    """The last n valid queries, in order."""
-    step = torch.arange(at.seat.shape[-1], device=q.device)
-    order = torch.where(at.seat >= 0, step, step - at.seat.shape[-1])  # padding stands before all others
-    best = order.topk(torch.sym_min(n, at.seat.shape[-1])).values.flip(-1)
-    rank = torch.where(best >= 0, best, best + at.seat.shape[-1])
-    horizon = at.horizon.gather(-1, rank)
+def last_queries(q: Tensor, seat: Tensor, horizon: Tensor, n: int) -> QueryView:
+    """The last n valid queries of q (B, H, N, D), in order; seat and horizon (B or 1, N) as those of `Places`."""
+    step = torch.arange(seat.shape[-1], device=q.device)
+    order = torch.where(seat >= 0, step, step - seat.shape[-1])  # padding stands before all others
+    best = order.topk(torch.sym_min(n, seat.shape[-1])).values.flip(-1)
+    rank = torch.where(best >= 0, best, best + seat.shape[-1])
+    horizon = horizon.gather(-1, rank)
     rows = rank[:, None, :, None].expand(q.shape[0], q.shape[1], -1, q.shape[3])
     return QueryView(q.gather(2, rows), horizon, 0)
 
