@@ -97,7 +97,7 @@ def select(
     score: dict[str, str] | None = None,
     heads: dict[str, str] | None = None,
     force: dict[str, Any] | None = None,
-    lines: dict[str, int] | None = None,
+    lines: dict[str, Any] | None = None,
     permute: dict[str, Any] | None = None,
     learned: str | None = None,
     phase: str = "both",
@@ -108,11 +108,11 @@ def select(
     """The keys that a selector chooses from the data; the fields are the steps of its pipeline (`Selector`).
 
     budget: {rule, value, per, min, max}, rule one of topk, ratio, topp, relmax, threshold; or lines: {verticals,
-    slashes, first, last}. unit: {q, k}: so many queries share a choice among blocks of so many keys. score: {qview,
-    kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op, when}. force: {sink, local, of, last_rows,
-    exempt, counted}. permute: {segment, qview}: keys are sorted inside segments first. learned: the name of a module
-    that scores units. reuse: {layers, source, every, cosine}. dense_layers: layers that keep everything. Raises
-    PatternError.
+    slashes, first, last} or {cover, first, last, least, switch}. unit: {q, k}: so many queries share a choice among
+    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op,
+    when}. force: {sink, local, of, last_rows, exempt, counted}. permute: {segment, qview}: keys are sorted inside
+    segments first. learned: the name of a module that scores units. reuse: {layers, source, every, cosine}.
+    dense_layers: layers that keep everything. Raises PatternError.
     """
     given: dict[str, Any] = {"budget": budget, "unit": unit, "score": score, "heads": heads, "force": force}
     given |= {"lines": lines, "permute": permute}

@@ -39,7 +39,8 @@ class Item:
 
     def usable(self, i):
         p = self.position[i]
-        return p >= 0 and not (self.causal and p < len(self.valid) and not self.valid[p])
+        one = len(self.position) == 1
+        return p >= 0 and not (self.causal and not one and p < len(self.valid) and not self.valid[p])
 
     def visible(self, queries, tokens, how):
         """Whether queries, looked at together, see a view of these keys."""
@@ -85,7 +86,7 @@ def key_slots(item):
     """[(unit, tokens)]"""
     s, m = item.s, item.k.shape[1]
     stride = argument(s.score.kview)
-    if s.score.kview in ("mean", "minmax"):
+    if s.score.kview in ("mean", "minmax", "attn_pool"):
         return list(enumerate(item.units))
     step = stride or 1
     return [(g // s.unit.k, [j for j in range(g, min(g + step, m)) if item.valid[j]]) for g in range(0, m, step)]
@@ -101,6 +102,9 @@ def product(item, query, keys, tokens):
     if kview == "minmax":
         low, high = keys[tokens].min(0), keys[tokens].max(0)
         return sum(max(a * x, a * y) for a, x, y in zip(query, low, high, strict=True)) * item.scale
+    if kview == "attn_pool":
+        weights = np.exp(keys[tokens] @ keys[tokens].mean(0) * item.scale)
+        return float(query @ (weights / weights.sum() @ keys[tokens])) * item.scale
     return float(query @ keys[tokens].mean(0)) * item.scale
 
 

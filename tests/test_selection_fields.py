@@ -44,6 +44,10 @@ SPARGE = Selector(
 )
 LINES = Selector(None, Unit(8, 8), Score("last(8)", norm="softmax"), HEAD, lines=Lines(6, 4, 2, 2))
 SNAP = Selector(Budget("topk", 9), Unit(1, 1), Score("last(8)", norm="softmax", smooth="max(3)"), phase="decode")
+FLEX = Selector(
+    Budget("topp", 0.5, "head"), Unit(8, 8), Score("last(8)", norm="softmax"), HEAD,
+    lines=Lines(first=1, last=1, cover=0.5, switch=0.0),
+)  # fmt: skip
 PEAKS = Selector(Budget("topk", 3), Unit(k=8), Score(pool="max"), HEAD)
 GROUP = Selector(Budget("topk", 12), score=Score(norm="softmax"), heads=Heads("kv_group", "sum", "token"))
 EDGES = Selector(Budget("topk", 4), Unit(k=4), Score(kview="mean"), HEAD, Force(3, 3))
@@ -59,6 +63,7 @@ ALIVE = {
     ],
     "score.kview": [
         (PEAKS, {"score": Score(kview="mean", pool="max")}),
+        (MOBA, {"score": Score(kview="attn_pool")}),
         (XATTENTION, {"score": Score(kview="strided(2)", norm="softmax")}),
         (XATTENTION, {"score": Score(kview="token", norm="softmax")}),
     ],
@@ -107,6 +112,9 @@ ALIVE = {
     "lines.slashes": [(LINES, {"lines": Lines(6, 3, 2, 2)})],
     "lines.first": [(LINES, {"lines": Lines(6, 4, 0, 2)})],
     "lines.last": [(LINES, {"lines": Lines(6, 4, 2, 0)})],
+    "lines.cover": [(FLEX, {"lines": replace(FLEX.lines, cover=0.9)})],
+    "lines.least": [(FLEX, {"lines": replace(FLEX.lines, least=4)})],
+    "lines.switch": [(FLEX, {"lines": replace(FLEX.lines, switch=1.0)})],
     "learned": [(HOOK, {"learned": None})],
 }
 TOGETHER = ({"score.kview", "score.combine"}, {"heads.scope", "heads.op"})  # one can't change without the other

@@ -28,6 +28,7 @@ __all__ = [
     "flag",
     "preset",
     "semantics_of",
+    "share",
     "size",
     "whole",
 ]
@@ -138,3 +139,12 @@ def choice(value: Any, field: str, allowed: tuple[str, ...]) -> Any:
         hint = nearest(value, allowed) if isinstance(value, str) else f"allowed: {', '.join(allowed)}"
         raise PatternError(f"{field}: unknown value {value!r}; {hint}")
     return value
+
+
+def share(value: Any, field: str, low: float | None = None) -> float:
+    """A number above 0, or from `low`, to 1. Raises PatternError naming the field."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if good and (value > 0 if low is None else value >= low) and value <= 1:
+        return float(value)
+    allowed = "above 0 and at most 1" if low is None else f"from {low:g} to 1"
+    raise PatternError(f"{field}: expected a number {allowed}, found {value!r}")
