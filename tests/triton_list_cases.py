@@ -144,6 +144,7 @@ def _smaller(case: ListCase) -> ListCase:
 
 def _named() -> list[Made]:
     shared = ListCase("streaming", 16, lengths=(3, 150))
+    few = replace(shared, rule="with sinks", heads=(2, 1))
     return [
         *(Made(f"list {case.name}", partial(_smaller(case).launch, "triton"), case.dtype) for case in CASES),
         Made("list unread blocks", partial(CASES[1].launch, "triton"), unlisted=True),
@@ -157,7 +158,7 @@ def _named() -> list[Made]:
         Made("skip", partial(weighed, ListCase("streaming", 64, 64, heads=(2, 1), share=1.0)), unread=(64, 200)),
         Made(
             "skip in heads of a group",
-            partial(weighed, replace(shared, rule="with sinks", heads=(2, 1))),
+            partial(weighed, few),
             unread=(64, 150),
         ),
         Made("layout boxes", partial(few_heads, boxes, 1)),
