@@ -13,6 +13,7 @@ from sparsify.patterns.presets.global_local import big_bird, longformer, sparse_
 from sparsify.patterns.presets.images import axial, gna, halo_net, natten, swin
 from sparsify.patterns.presets.moa import moa_head
 from sparsify.patterns.presets.pages import delta, kinetics, long_heads, quest, seer_attention_decode
+from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.prefill import (
     dhsa,
     flash_prefill,
@@ -21,7 +22,6 @@ from sparsify.patterns.presets.prefill import (
     minference_lines,
     x_attention,
 )
-from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.preset import About, Preset, preset, semantics_of
 from sparsify.patterns.presets.skipping import blasst, sparge_attention
 from sparsify.patterns.presets.streaming import a_shape, based_window, duo_streaming, razor_head, streaming_llm
