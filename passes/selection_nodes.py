@@ -32,8 +32,8 @@ class Lists:
     lengths: tuple[Any, Any]
 
     def fit(self, site: Site) -> bool:
-        """Whether a site has those lengths, too."""
-        return all(same(a, shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
+        """Whether a site has those lengths, too; a guard says so for symbolic ones, as caches grow alike."""
+        return all(bool(a == shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
 
     def atoms(self, site: Site, selector: Selector) -> Pred:
         """The lists as one predicate, over new loads of the site; their order of the keys becomes the site's."""

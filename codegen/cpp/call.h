@@ -65,6 +65,20 @@ static inline uint64_t listed_to(I limit, const int32_t* at, int keys) {
     return first_keys(keys_below(limit + 1, at, keys));
 }
 
+// A byte for each key of a tile, 1 or 0: vectors fill these faster than bits.
+struct Bytes {
+    uint8_t of[KB] = {};
+    uint64_t bits() const {
+        uint64_t found = 0;
+        for (int j = 0; j < KB; j += 8) { // eight bytes to eight bits
+            uint64_t eight;
+            memcpy(&eight, of + j, 8);
+            found |= (eight * 0x0102040810204080) >> 56 << j;
+        }
+        return found;
+    }
+};
+
 // Bits that depend on one number, as they were for the latest numbers.
 struct Memory {
     static constexpr int SIZE = 16;

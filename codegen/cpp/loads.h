@@ -111,21 +111,15 @@ static inline void integers_of(const Line& line, int keys, I* to) {
 
 // Which elements of a line aren't 0, as bits.
 static inline uint64_t bits_of(const Line& line, int keys) {
-    uint8_t found[KB] = {};
+    Bytes found;
     if (line.from.type <= 1 && line.inside && line.step == 1) {
-        memcpy(found, (const uint8_t*)line.from.data + line.at, keys);
-        for (int j = 0; j < KB; j++) found[j] = found[j] != 0;
+        memcpy(found.of, (const uint8_t*)line.from.data + line.at, keys);
+        for (int j = 0; j < KB; j++) found.of[j] = found.of[j] != 0;
     } else {
         for (int j = 0; j < keys; j++)
-            found[j] = element(line.from, line.inside ? line.at + j * line.step : line.place_of(j)) != 0;
+            found.of[j] = element(line.from, line.inside ? line.at + j * line.step : line.place_of(j)) != 0;
     }
-    uint64_t bits = 0;
-    for (int j = 0; j < KB; j += 8) { // eight bytes of 0 or 1 to eight bits
-        uint64_t eight;
-        memcpy(&eight, found + j, 8);
-        bits |= (eight * 0x0102040810204080) >> 56 << j;
-    }
-    return bits;
+    return found.bits();
 }
 
 // The least and the greatest element of each SUMMARY_BLOCK elements along one axis, for all other indices.

@@ -141,13 +141,13 @@ class Rows:
     def gathered(self, pred: Pred, lines: list[str], condition: str, by_row: str | None = None) -> str:
         """Bits by a condition on each key. Rows share them where the condition knows one number of the row alone."""
         name, new = self.slot(pred, "bits")
-        loop = self.each(f"{name} |= (uint64_t)({condition} ? 1 : 0) << j;")
+        loop = f"{{ Bytes found; {self.each(f'found.of[j] = {condition};')} {name} = found.bits(); }}"
         if new and by_row:
             self.tile.append(f"Memory of_{name};")
             lines.append(f"uint64_t& {name} = of_{name}.bits_of({by_row});")
-            lines.append(f"if (of_{name}.renew({by_row})) {{ {name} = 0; {loop} }}")
+            lines.append(f"if (of_{name}.renew({by_row})) {loop}")
         elif new:
-            lines += [f"uint64_t {name} = 0;", loop]
+            lines += [f"uint64_t {name};", loop]
         return name
 
     def by_key(self, expr: Expr) -> Expr:

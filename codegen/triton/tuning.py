@@ -58,19 +58,6 @@ _FLOAT = {
     "blackwell": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 3), 256: Shape(16, 32, 8, 1)},
     "cdna3": {64: Shape(64, 32, 4, 1), 128: Shape(64, 32, 4, 1), 256: Shape(32, 32, 4, 1)},
 }
-# What differs for kernels with lists, by kind, chip and padded head size: their loops are printed twice as often.
-_LISTED: dict[tuple[str, str, int], dict[str, int]] = {
-    ("half", "hopper", 128): {"block_m": 64},
-    ("half", "blackwell", 64): {"num_stages": 3},
-    ("float", "ampere", 128): {"block_n": 64},
-    ("float", "hopper", 64): {"num_stages": 2},
-    ("float", "hopper", 128): {"num_stages": 2},
-}
-# And for those of few queries.
-_LISTED_LOW: dict[tuple[str, str, int], dict[str, int]] = {
-    ("half", "ampere", 128): {"num_warps": 4},
-    ("half", "hopper", 128): {"num_warps": 4, "num_stages": 3},
-}
 
 
 def chip_class(arch: int | str) -> str:
@@ -94,12 +81,8 @@ def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
 def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
     """`launch_shape` for a kernel with lists. Their tiles are no wider than a block of a summary (`list_rule`)."""
     shape = launch_shape(dtype, head_dim, value_dim, q_len, arch)
-    if arch is None:
-        return shape
-    size = max(padded(head_dim), padded(value_dim), 64)
-    key = "float" if dtype == "float32" else "half", chip_class(arch), size
-    changes = _LISTED_LOW.get(key, {}) if q_len <= 16 else _LISTED.get(key, {})
-    shape = replace(shape, **changes)
+    if arch == 90 and dtype != "float32" and max(head_dim, value_dim) > 64:
+        shape = replace(shape, block_m=min(shape.block_m, 64))  # more spill beside the loops of static rules
     return replace(shape, block_n=min(shape.block_n, BLOCK))
 
 

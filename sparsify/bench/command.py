@@ -41,8 +41,12 @@ def bench(
     neighborhood: Annotated[
         bool, typer.Option(help="Measure neighborhoods in grids, and those of video and image models, instead.")
     ] = False,
+    selection: Annotated[
+        bool, typer.Option(help="Measure selections from the data, and what choosing costs of it, instead.")
+    ] = False,
     case: Annotated[
-        list[str] | None, typer.Option(help="Cases of --lossless or --neighborhood (repeat it). Default: all.")
+        list[str] | None,
+        typer.Option(help="Cases of --lossless, --neighborhood or --selection (repeat it). Default: all."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
 ) -> None:
@@ -57,6 +61,8 @@ def bench(
         return _lossless(case, dtype, repeats, seconds, json)
     if neighborhood:
         return _neighborhood(case, repeats, seconds, json)
+    if selection:
+        return _selection(case, dtype, repeats, seconds, json)
     import torch
 
     cases = _cases(pattern, length, head_dim, dtype, heads, kv_heads)
@@ -105,6 +111,25 @@ def _neighborhood(case: list[str] | None, repeats: int, seconds: float, json: Pa
             results.append(measure(inputs.case, "cpu", repeats, seconds, tell, inputs))
             _print(results[-1:], "cpu", None)
     _print(results, "cpu", json)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _selection(
+    case: list[str] | None, dtype: list[str] | None, repeats: int, seconds: float, json: Path | None
+) -> None:
+    from sparsify.bench import selection
+
+    _check_dtypes(dtype)
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for one in selection.named(case):
+            for kind in dtype or ("float32",):
+                results.append(selection.measure(one, kind, repeats, seconds, partial(_describe, progress, task)))
+    Console().print(selection.table(results))
+    if json is not None:
+        Console().print(f"written to {selection.write_json(results, json)}", soft_wrap=True, highlight=False)
     if not all(result.right for result in results):
         raise typer.Exit(1)
 
