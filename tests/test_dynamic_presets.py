@@ -9,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import sparsify
 from sparsify import patterns as p
 from sparsify.errors import PatternError
 from sparsify.expr import TRUE
@@ -36,6 +37,16 @@ def kept(pattern: p.Pattern, q: np.ndarray, k: np.ndarray, scores: np.ndarray | 
     )  # fmt: skip
     mask = mask_of(lists, selector, n, m)[0].numpy()
     return rest & np.repeat(mask, heads // len(mask), 0)
+
+
+def rule_of(pattern: p.Pattern) -> str:
+    """The text of a pattern's choice."""
+    (chosen,) = choices(pattern.keep())
+    return chosen.text
+
+
+def choice_of(pattern: p.Pattern) -> Choice:
+    return Choice.parse(rule_of(pattern))
 
 
 # name -> (preset, rule by hand, arguments of the rule after scale, one query at a time)
@@ -88,6 +99,17 @@ def test_a_preset_chooses_as_its_system_does(name, seed, length, group, kv_heads
     assert (kept(pattern, q, k) == expected).all()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if not choice_of(CASES[name][0]).reuse.layers])
+def test_attention_runs_what_a_preset_chose(name, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TARGET", "null")
+    pattern, _, _, decodes = CASES[name]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 8) for heads, n in ((4, 1 if decodes else 75), (2, 75), (2, 75)))
+    mask = torch.from_numpy(kept(pattern, q[0].numpy(), k[0].numpy()))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALE, enable_gqa=True)
+    torch.testing.assert_close(sparsify.attention(q, k, v, pattern, scale=SCALE), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_flex_prefill_has_heads_of_both_kinds():
     """The case above with tau between is between the others: some heads take lines, some take blocks."""
     drawn = np.random.default_rng(5)
@@ -117,13 +139,7 @@ def test_gates_choose_by_their_scores(name):
 
 
 def test_blasst_is_the_kernels_own_budget():
-    (chosen,) = choices(pre.blasst(500).keep())
-    assert Choice.parse(chosen.text).selector == Online(500.0, per_length=True)
-
-
-def choice_of(pattern: p.Pattern) -> Choice:
-    (chosen,) = choices(pattern.keep())
-    return Choice.parse(chosen.text)
+    assert choice_of(pre.blasst(500)).selector == Online(500.0, per_length=True)
 
 
 def test_layers_that_choose_for_others():
