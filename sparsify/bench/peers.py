@@ -77,18 +77,17 @@ def flex(inputs: Inputs) -> Run:
 
 
 def natten(inputs: Inputs) -> Run:
-    """NATTEN's own operator, compiled where it runs on FlexAttention (as on CPUs), on tensors in its layout."""
+    """NATTEN's own operator on tensors in its layout; on CPUs it has FlexAttention, not compiled, and no other."""
     import natten as library
 
     case, found = inputs.case, grids(inputs.case.rules[0])
     one = found[0] if len(found) == 1 and found[0].tokens == case.length else None
     if not isinstance(one, Neighborhood) or set(one.border) != {"shift"}:
         raise InputError("NATTEN has no such pattern")
-    library.allow_flex_compile()
     q, k, v = (t.transpose(1, 2).contiguous().unflatten(1, one.shape) for t in (inputs.q, inputs.k, inputs.v))
     call = getattr(library, f"na{len(one.shape)}d")
     rule = {"kernel_size": one.window, "stride": one.stride, "dilation": one.dilation, "is_causal": one.causal}
-    return lambda: call(q, k, v, **rule, torch_compile=True)
+    return lambda: call(q, k, v, **rule)
 
 
 @functools.cache
