@@ -76,13 +76,19 @@ class Selection(Pattern):
 
     def arguments(self) -> dict[str, Any]:
         """Those of `select` or `online` that make it again, defaults left out."""
+        selector = self.choice.selector
+        if isinstance(selector, Online):
+            return {"share": selector.value} | ({"by_length": True} if selector.per_length else {})
         found = json.loads(self.text)
-        inner = found.pop("online", None) or found.pop("select")
-        return inner | found
+        return found.pop("select") | found
+
+    @property
+    def constructor(self) -> str:
+        """The name of the one of `select` and `online` that makes it."""
+        return "online" if isinstance(self.choice.selector, Online) else "select"
 
     def __str__(self) -> str:
-        name = "online" if isinstance(self.choice.selector, Online) else "select"
-        return f"{name}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
+        return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
 
 
 def _shown(value: Any) -> str:

@@ -160,6 +160,11 @@ def test_specs_say_selections():
                        "reuse": {"layers": {2: "3-12"}, "source": "dense"}}}  # fmt: skip
     spec = Spec.of({"version": 1, "sites": [{"heads": full}]})
     assert Spec.of(spec.to_dict()) == spec
+    skipping = {"all": ["causal", {"online": {"share": 1000, "by_length": True}}]}
+    spec = Spec.of({"version": 1, "sites": [{"heads": skipping}]})
+    assert Spec.of(spec.to_dict()) == spec and "online(share=1000.0, by_length=True)" in str(
+        spec.rules[0].groups[0].pattern
+    )
     with pytest.raises(SpecError, match=r"budget\.value: expected an integer >= 1"):
         Spec.of({"version": 1, "sites": [{"heads": {"topk": 0}}]})
 
