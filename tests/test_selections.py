@@ -192,6 +192,16 @@ def test_sites_are_refused_with_a_reason(heads, reason):
         report(heads, strict=True)
 
 
+@torch.no_grad()
+def test_what_is_native_to_a_model_never_falls_back_to_dense():
+    """Without strict, a refusal of an approximation is logged, and one of a native pattern is raised."""
+    native = {"select": {"budget": TOP2, "phase": "decode", "semantics": "native"}}
+    with pytest.raises(RefusedError, match="2 of 2 attention sites were refused, and their patterns are native"):
+        run(native, IDS, strict=False)
+    approx = {"select": {"budget": TOP2, "phase": "decode"}}
+    torch.testing.assert_close(run(approx, IDS, strict=False), llama()(IDS, use_cache=False).logits)
+
+
 def test_a_source_that_is_dense_is_refused():
     spec = {"version": 1, "sites": [
         {"layers": 0, "heads": "dense"},

@@ -12,6 +12,7 @@ from sparsify.errors import PatternError, nearest
 from sparsify.expr import Pred
 from sparsify.patterns.grid import flag, whole, written
 from sparsify.patterns.pattern import Pattern
+from sparsify.patterns.select import Selection
 from sparsify.sizes import Size
 
 Phase = Literal["prefill", "decode", "both", "train"]
@@ -123,7 +124,9 @@ def _plain(value: Any) -> Any:
 
 
 def semantics_of(pattern: Pattern) -> Semantics | None:
-    """`native` if any preset in a pattern is; else `approx` if there is a preset in it; else None."""
+    """`native` if any preset or selection in a pattern is; else `approx` if there is one in it; else None."""
+    if isinstance(pattern, Selection):
+        return getattr(pattern.choice.selector, "semantics", "approx")
     found = {pattern.semantics} if isinstance(pattern, Preset) else {semantics_of(part) for part in pattern.parts()}
     return "native" if "native" in found else "approx" if "approx" in found else None
 
