@@ -103,8 +103,8 @@ def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> No
 def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
     """Logs each refusal once; under `strict` raises RefusedError with all of them.
 
-    So it does of those that the spec gives a `native` pattern, whatever `strict` says: with dense attention in the place
-    of what a model was trained with it is another model.
+    So it does of those that the spec gives a `native` pattern, whatever `strict` says: with dense attention in place
+    of what it was trained with, a model is another one.
     """
     refused = [site for site in sites if site.refusal is not None]
     raised = [site for site in refused if strict or _is_native(site, spec)]
