@@ -79,10 +79,10 @@ def inputs_of(name: str, device: str) -> Inputs:
     made, given = site.build()
     own = F.scaled_dot_product_attention
 
-    def record(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if q.shape[2] == k.shape[2]:
-            found[:] = [t.to(device) for t in (q, k, v)]
-        return own(q, k, v, *args, **kwargs)
+    def record(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if query.shape[2] == key.shape[2]:
+            found[:] = [t.to(device) for t in (query, key, value)]
+        return own(query, key, value, *args, **kwargs)
 
     with torch.inference_mode(), mock.patch.object(F, "scaled_dot_product_attention", record):
         made.eval()(**given)
