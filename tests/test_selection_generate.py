@@ -90,8 +90,18 @@ def generated(made: nn.Module, cache: str | None, padded: bool, steps: int = 14)
                          pad_token_id=0, **options)  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "heads"), [(quest, QUEST), (tidal, TIDAL)], ids=["quest", "tidal"])
-@pytest.mark.parametrize(("cache", "padded"), [(None, False), ("static", False), (None, True)], ids=str)
+SLOW = pytest.mark.slow
+RUNS = [
+    pytest.param(quest, QUEST, None, True, id="quest dynamic padded"),
+    pytest.param(tidal, TIDAL, "static", False, id="tidal static"),
+    pytest.param(quest, QUEST, "static", False, id="quest static", marks=SLOW),
+    pytest.param(quest, QUEST, None, False, id="quest dynamic", marks=SLOW),
+    pytest.param(tidal, TIDAL, None, True, id="tidal dynamic padded", marks=SLOW),
+    pytest.param(tidal, TIDAL, None, False, id="tidal dynamic", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("rule", "heads", "cache", "padded"), RUNS)
 @torch.no_grad()
 def test_tokens_are_those_of_the_rule(rule, heads, cache, padded):
     ALL_ATTENTION_FUNCTIONS.register("reference", reference(rule, {}))
