@@ -20,10 +20,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) ## the tests (under 12 minutes on two cores)
+test: $(STAMP) ## the tests, on two cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the exhaustive tests
 	$(BIN)/python -m pytest -m "slow"

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from sparsify.expr import conjunction
+from sparsify.expr import Load, Var, conjunction
 from sparsify.passes.forms.caches import forgets, moves_along
-from sparsify.passes.nodes import same, shape
+from sparsify.passes.nodes import call, same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.layouts.choose import grids
-from sparsify.walk import substitute, variables
+from sparsify.selection.site import last_key
+from sparsify.text import to_text
+from sparsify.walk import loads, substitute, variables
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class AttachSpec:
             heads = shape(site.q)[1]
             site.patterns = patterns
             _check_shapes(site)
+            if patterns:
+                _find_query(site)
             rules = [substitute(pattern.keep(), {"q": site.position}) for pattern in patterns or ()]
             if any("q" in variables(rule) for rule in rules) and not site.positions_known:
                 site.refuse(
@@ -58,6 +62,20 @@ class AttachSpec:
                 )
             keeps = {rule: conjunction([site.keep, rule]) for rule in rules}
             site.programs = tuple(keeps[rule] for rule in rules) if rules else (site.keep,) * heads
+
+
+def _find_query(site: Site) -> None:
+    """The position of a single query from the mask, where tensors say which keys it may use: that of the last one.
+
+    It is the last of all keys behind padding, but not where a cache has room for keys to come and the mask that leaves
+    them out was made outside of the graph.
+    """
+    reads_keys = any("k" in variables(load) for load in loads(site.keep))
+    if site.kind == "self" and site.position == Var("q") and reads_keys and same(shape(site.q)[2], 1):
+        node = call(site.output, last_key, site.q, site.k, list(site.loads), site.q_offset, to_text(site.keep))
+        site.position = Load(f"_{len(site.loads)}", (Var("b"),))
+        site.loads += (node,)
+        site.load_names += (node.name,)
 
 
 def _check_rule(site: Site, rule: Any) -> None:

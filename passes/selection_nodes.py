@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from sparsify.errors import InputError
@@ -32,8 +33,8 @@ class Lists:
     lengths: tuple[Any, Any]
 
     def fit(self, site: Site) -> bool:
-        """Whether a site has those lengths, too."""
-        return all(same(a, shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
+        """Whether a site has those lengths, too; a guard says so for symbolic ones, as caches grow alike."""
+        return all(bool(a == shape(node)[2]) for a, node in zip(self.lengths, (site.q, site.k), strict=True))
 
     def atoms(self, site: Site, selector: Selector) -> Pred:
         """The lists as one predicate, over new loads of the site; their order of the keys becomes the site's."""
@@ -134,5 +135,5 @@ def _fake_scores(module: nn.Module, q: torch.Tensor, k: torch.Tensor) -> torch.T
     mode = detect_fake_mode([q])
     own = {name: mode.from_tensor(tensor, static_shapes=True)
            for name, tensor in (*module.named_parameters(), *module.named_buffers())}  # fmt: skip
-    with torch.no_grad(), mode:
+    with torch.no_grad(), enable_python_dispatcher(), mode:
         return torch.func.functional_call(module, own, (q, k))

@@ -27,18 +27,28 @@ class Splice:
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
-            _splice(site)
+            old, new = site.output, _splice(site)
+            for other in capture.sites if new is not None else ():
+                _read_instead(other, old, new)
         capture.graph.eliminate_dead_code()
 
 
-def _splice(site: Site) -> None:
+def _splice(site: Site) -> fx.Node | None:
+    """The node that replaces the site's output; None where the site had to be refused."""
     old, new = site.output, rewritten(site, site.v)
     if not same_kind(new, old):
         found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
-        site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
-        return
+        return site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
     old.replace_all_uses_with(new)
     forget_strides(new)
+    return new
+
+
+def _read_instead(site: Site, old: fx.Node, new: fx.Node) -> None:
+    """A site that reads the output of another, with nothing between them, reads what replaces it."""
+    for name in ("q", "k", "v"):
+        if getattr(site, name) is old:
+            setattr(site, name, new)
 
 
 def rewritten(site: Site, values: fx.Node) -> fx.Node:

@@ -76,13 +76,19 @@ class Selection(Pattern):
 
     def arguments(self) -> dict[str, Any]:
         """Those of `select` or `online` that make it again, defaults left out."""
+        selector = self.choice.selector
+        if isinstance(selector, Online):
+            return {"share": selector.value} | ({"by_length": True} if selector.per_length else {})
         found = json.loads(self.text)
-        inner = found.pop("online", None) or found.pop("select")
-        return inner | found
+        return found.pop("select") | found
+
+    @property
+    def constructor(self) -> str:
+        """The name of the one of `select` and `online` that makes it."""
+        return "online" if isinstance(self.choice.selector, Online) else "select"
 
     def __str__(self) -> str:
-        name = "online" if isinstance(self.choice.selector, Online) else "select"
-        return f"{name}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
+        return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
 
 
 def _shown(value: Any) -> str:
@@ -97,7 +103,7 @@ def select(
     score: dict[str, str] | None = None,
     heads: dict[str, str] | None = None,
     force: dict[str, Any] | None = None,
-    lines: dict[str, int] | None = None,
+    lines: dict[str, Any] | None = None,
     permute: dict[str, Any] | None = None,
     learned: str | None = None,
     phase: str = "both",
@@ -108,11 +114,11 @@ def select(
     """The keys that a selector chooses from the data; the fields are the steps of its pipeline (`Selector`).
 
     budget: {rule, value, per, min, max}, rule one of topk, ratio, topp, relmax, threshold; or lines: {verticals,
-    slashes, first, last}. unit: {q, k}: so many queries share a choice among blocks of so many keys. score: {qview,
-    kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op, when}. force: {sink, local, of, last_rows,
-    exempt, counted}. permute: {segment, qview}: keys are sorted inside segments first. learned: the name of a module
-    that scores units. reuse: {layers, source, every, cosine}. dense_layers: layers that keep everything. Raises
-    PatternError.
+    slashes, first, last} or {cover, first, last, least, switch}. unit: {q, k}: so many queries share a choice among
+    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op,
+    when}. force: {sink, local, of, last_rows, exempt, counted}. permute: {segment, qview}: keys are sorted inside
+    segments first. learned: the name of a module that scores units. reuse: {layers, source, every, cosine}.
+    dense_layers: layers that keep everything. Raises PatternError.
     """
     given: dict[str, Any] = {"budget": budget, "unit": unit, "score": score, "heads": heads, "force": force}
     given |= {"lines": lines, "permute": permute}

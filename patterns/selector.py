@@ -45,8 +45,9 @@ class Score:
     qview: the queries as they are (`token`), the mean of the queries that share a choice (`mean`), or the last n
         queries for all rows (`last(n)`).
     kview: the keys as they are (`token`), a unit's mean (`mean`), its least and greatest value in each channel
-        (`minmax`, Quest), or groups of S keys against groups of S queries in reverse order, so that one product sums an
-        anti-diagonal (`strided(S)`, XAttention).
+        (`minmax`, Quest), its keys weighted by a softmax of their products with the mean (`attn_pool`), or groups of S
+        keys against groups of S queries in reverse order, so that one product sums an anti-diagonal (`strided(S)`,
+        XAttention).
     combine: `dot`, or with minmax `upper_bound`: the greatest dot product that a key within the bounds could have.
     norm: `none`, `softmax` over the keys, or `exp_rowmax`: exp of the distance to the greatest score among the queries
         that share the choice (FlashPrefill).
@@ -67,7 +68,7 @@ class Score:
 
     def __post_init__(self) -> None:
         one_of(self.qview, "score.qview", ("token", "mean"), ("last(n)",))
-        one_of(self.kview, "score.kview", ("token", "mean", "minmax"), ("strided(S)",))
+        one_of(self.kview, "score.kview", ("token", "mean", "minmax", "attn_pool"), ("strided(S)",))
         one_of(self.combine, "score.combine", ("dot", "upper_bound"))
         one_of(self.norm, "score.norm", ("none", "softmax", "exp_rowmax"))
         one_of(self.domain, "score.domain", ("all", "middle"))
@@ -216,28 +217,48 @@ class Budget:
 
 @dataclass(frozen=True)
 class Lines:
-    """Vertical-slash (MInference): whole columns and whole diagonals, the same for every query.
+    """Vertical-slash: whole columns and whole diagonals, the same for every query.
 
-    The best `verticals` columns and `slashes` diagonals by their sums of the scores, `first` columns and `last`
-    diagonals (those nearest to the query) forced and counted. A diagonal is kept as the units that it touches in a row;
-    what is left of the columns is kept token by token.
+    By number (MInference): the best `verticals` columns and `slashes` diagonals by their sums of the scores, `first`
+    columns and `last` diagonals (those nearest to the query) forced and counted. A diagonal is kept as the units that
+    it touches in a row; what is left of the columns is kept token by token.
+
+    By `cover` (FlexPrefill): columns and diagonals of whole units, as many as the single ones that hold this share of
+    the scores would fill, `least` at least; `first` and `last` count units. A head for which √JSD between the true
+    attention on units and the one that the mean of the queries predicts is below `switch` keeps `least` of each and
+    what the budget chooses by the means of blocks.
     """
 
-    verticals: int
-    slashes: int
+    verticals: int | None = None
+    slashes: int | None = None
     first: int = 0
     last: int = 0
+    cover: float | None = None
+    least: int = 1
+    switch: float | None = None
 
     def __post_init__(self) -> None:
-        integer(self.verticals, "lines.verticals", 1)
-        integer(self.slashes, "lines.slashes", 1)
-        for name, all_of_them in (("first", "verticals"), ("last", "slashes")):
+        for name in ("first", "last"):
             integer(getattr(self, name), f"lines.{name}", 0)
-            if getattr(self, name) > getattr(self, all_of_them):
-                most = getattr(self, all_of_them)
-                raise PatternError(
-                    f"lines.{name}: expected at most lines.{all_of_them} = {most}, found {getattr(self, name)}"
-                )
+        integer(self.least, "lines.least", 1)
+        if self.cover is None:
+            self._check_numbers()
+            return
+        object.__setattr__(self, "cover", number(self.cover, "lines.cover", 0.0, 1.0, above=True))
+        if self.verticals is not None or self.slashes is not None:
+            raise PatternError("lines.cover: gives the number of lines, so leave verticals and slashes out")
+        if self.switch is not None:
+            object.__setattr__(self, "switch", number(self.switch, "lines.switch", 0.0, 1.0))
+
+    def _check_numbers(self) -> None:
+        for name, all_of_them in (("first", "verticals"), ("last", "slashes")):
+            most, found = getattr(self, all_of_them), getattr(self, name)
+            integer(most, f"lines.{all_of_them}", 1)
+            if found > most:
+                raise PatternError(f"lines.{name}: expected at most lines.{all_of_them} = {most}, found {found}")
+        for name, default in (("least", 1), ("switch", None)):
+            if getattr(self, name) != default:
+                raise PatternError(f"lines.{name}: goes with lines.cover, and there is none")
 
 
 @dataclass(frozen=True)
@@ -279,7 +300,7 @@ class Permute:
 
 @dataclass(frozen=True)
 class Selector:
-    """The whole pipeline; see its parts. Give a `budget` or `lines`.
+    """The whole pipeline; see its parts. Give a `budget` or `lines` (with `lines.switch` both).
 
     permute: an order of the keys that is found first; None for their own. Units are then so many slots of that order.
     phase: the calls that it serves: `prefill`, `decode` or `both`.
@@ -313,8 +334,8 @@ class Selector:
         return _parse(text)
 
     def units(self) -> tuple[int, ...]:
-        """The key unit of each list: one, or for lines the diagonals' units and the columns' single tokens."""
-        return (self.unit.k, 1) if self.lines else (self.unit.k,)
+        """The key unit of each list: one, or for lines by number the diagonals' units and the columns' tokens."""
+        return (self.unit.k, 1) if self.lines and self.lines.cover is None else (self.unit.k,)
 
     def most_forced(self) -> int:
         """The greatest number of units that sink and local can force in a row."""

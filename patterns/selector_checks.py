@@ -89,8 +89,8 @@ def _check_kinds(s: Selector) -> None:
 def _check_choice(s: Selector) -> None:
     if s.budget is None and s.lines is None:
         raise PatternError("budget: nothing says how much to keep, so give a budget or lines")
-    if s.budget is not None and s.lines is not None:
-        raise PatternError("budget: lines say how much to keep, so leave the budget out")
+    if s.lines is not None and (s.budget is not None) != (s.lines.switch is not None):
+        raise PatternError("budget: lines say how much to keep; only heads that lines.switch takes out have a budget")
 
 
 def _check_learned(s: Selector) -> None:
@@ -159,6 +159,12 @@ def _check_lines(s: Selector) -> None:
     ):
         if found != wanted:
             raise PatternError(f"{name}: lines need '{wanted}', found '{found}'")
+    if s.lines.cover is not None and s.unit.q != s.unit.k:
+        raise PatternError(f"unit.q: diagonals of whole units need unit.k = {s.unit.k}, found {s.unit.q}")
+    if s.lines.cover is not None and s.heads.scope != "head":
+        raise PatternError(f"heads.scope: lines.cover is a head's own, so it must be 'head', found '{s.heads.scope}'")
+    if s.budget is not None and s.budget.rule != "topp":
+        raise PatternError(f"budget.rule: heads that lines.switch takes out have topp, found '{s.budget.rule}'")
     if s.force != type(s.force)():
         raise PatternError("force: lines have forced ones of their own (lines.first and lines.last)")
 

@@ -53,6 +53,7 @@ from sparsify.expr import (
 )
 from sparsify.walk import data_bounds, variables
 
+KEY = Var("k")
 Q0, Q1, K0, K1 = Var("q0"), Var("q1"), Var("k0"), Var("k1")
 MAX_BANDS = 16
 BLOCK = 64  # elements of a load, along the axis of a bound, that share one least and one greatest in a summary
@@ -280,9 +281,7 @@ def solve(expr: Expr, every: bool = False) -> tuple[Expr | None, Expr | None]:
     return unwrap(atom, -side, None) if coefficient == 1 else unwrap(atom, None, side)
 
 
-def unwrap(
-    atom: Expr, low: Expr | None, high: Expr | None, variable: Expr = Var("k")
-) -> tuple[Expr | None, Expr | None]:
+def unwrap(atom: Expr, low: Expr | None, high: Expr | None, variable: Expr = KEY) -> tuple[Expr | None, Expr | None]:
     """From low <= atom <= high to the interval of k, through `(k + c) // divisor` with a divisor free of q and k."""
     if atom == variable:
         return low, None if high is None else high + 1

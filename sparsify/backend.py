@@ -17,6 +17,7 @@ from sparsify.options import Options
 from sparsify.passes import Capture, PassError, Site, pipeline, run
 from sparsify.passes.attach_spec import info
 from sparsify.passes.code_lines import locate
+from sparsify.patterns.presets import semantics_of
 from sparsify.root import Root
 from sparsify.verify import verified
 
@@ -34,12 +35,12 @@ def sparsify_backend(
     """The entry point `sparsify` of `torch_dynamo_backends`: rewrites the attention of a graph, compiles the rest.
 
     `options` are those of `sparsify.options.Options`; `mode` is Inductor's. Raises InputError or SpecError for what a
-    user gave wrongly, and RefusedError under `strict`.
+    user gave wrongly, and RefusedError under `strict`, or for a site that is refused a pattern native to its model.
     """
     with errors_as_they_are():
         chosen = Options.read(options)
         capture = captured(gm, example_inputs, chosen)
-        report_refusals(capture.sites, chosen.strict)
+        report_refusals(capture.sites, chosen.strict, chosen.spec)
     rewritten = any(site.open for site in capture.sites)
     compiled = compile_rest(capture.module if rewritten else gm, example_inputs, chosen.inner, mode)
     return verified(compiled, capture) if chosen.verify and rewritten else compiled
@@ -99,16 +100,29 @@ def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> No
         raise SpecError(wrong[0])
 
 
-def report_refusals(sites: list[Site], strict: bool) -> None:
-    """Logs each refusal once; under `strict` raises RefusedError with all of them."""
-    refused = [(site.address or str(site.anchor), site.refusal) for site in sites if site.refusal is not None]
-    if refused and strict:
-        lines = "\n".join(f"  {address}: {refusal}" for address, refusal in refused)
-        raise RefusedError(f"{len(refused)} of {len(sites)} attention sites were refused, and strict is on:\n{lines}")
-    for address, refusal in refused:
+def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
+    """Logs each refusal once; under `strict` raises RefusedError with all of them.
+
+    So it does of those that the spec gives a `native` pattern, whatever `strict` says: with dense attention in place
+    of what it was trained with, a model is another one.
+    """
+    refused = [site for site in sites if site.refusal is not None]
+    raised = [site for site in refused if strict or _is_native(site, spec)]
+    if raised:
+        why = "strict is on" if strict else "their patterns are native to the model, which dense attention is not"
+        lines = "\n".join(f"  {site.address or site.anchor}: {site.refusal}" for site in raised)
+        raise RefusedError(f"{len(raised)} of {len(sites)} attention sites were refused, and {why}:\n{lines}")
+    for site in refused:
+        address, refusal = site.address or str(site.anchor), site.refusal
         if (address, refusal.reason) not in _logged:
             _logged.add((address, refusal.reason))
             log.warning("attention at %s stays as it is: %s", address, refusal)
+
+
+def _is_native(site: Site, spec: Any) -> bool:
+    """Whether the spec gives some head of a site a pattern that models are trained with."""
+    rule = None if spec is None else spec.rule(info(site))
+    return rule is not None and any(semantics_of(group.pattern) == "native" for group in rule.groups)
 
 
 def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], inner: str, mode: str | None) -> Callable[..., Any]:

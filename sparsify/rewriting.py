@@ -42,7 +42,7 @@ def rewrite(
         run_passes(capture, chosen, placed=True)
     if chosen.spec is not None and not capture.failure:
         check_rules(chosen.spec, capture.sites)
-    report_refusals(capture.sites, chosen.strict)
+    report_refusals(capture.sites, chosen.strict, chosen.spec)
     return _with_attributes(capture.module, module, held)
 
 

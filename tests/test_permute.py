@@ -10,10 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import sparsify
+from sparsify import backend
 from sparsify.codegen import Launch
 from sparsify.codegen.oracle import kept_tokens
 from sparsify.errors import InputError, PatternError, RefusedError
 from sparsify.functional_plan import plan
+from sparsify.options import Options
 from sparsify.patterns import Pattern, causal, select, sinks, window
 from sparsify.patterns.presets import pbs_attn
 from sparsify.patterns.selector import Budget, Force, Heads, Lines, Permute, Score, Selector, Unit
@@ -353,6 +355,30 @@ def test_a_site_that_cannot_be_sorted_is_refused(heads, causal_, message):
         return
     with pytest.raises(RefusedError, match=message):
         compiled(attend, heads, q, k)
+
+
+def test_layers_that_take_a_choice_take_its_order():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    model, found = torch.nn.Sequential(Layer(), Layer()), []
+    rule = select({"rule": "topk", "value": 1}, {"q": 8, "k": 8}, permute={"segment": 16}, reuse={"layers": {0: 1}})
+    spec = Spec(sites=[{"match": "*", "heads": rule}])
+
+    def record(gm, inputs):
+        found.append(backend.captured(gm, inputs, Options.read({"target": "null", "spec": spec})))
+        return found[-1].module.forward
+
+    (x,) = draw(10, (1, 2, 70, 8))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend=record, fullgraph=True)(x)
+    assert [site.refusal for site in found[0].sites] == [None, None]
+    assert sum("sparsify.select" in str(node.target) for node in found[0].graph.nodes) == 1
+    keep = kept(select({"rule": "topk", "value": 1}, {"q": 8, "k": 8}, permute={"segment": 16}) & causal(), x, x)
+    middle = dense(x, x, x, keep).float()
+    torch.testing.assert_close(out.double(), dense(middle, middle, middle, keep), atol=1e-5, rtol=1e-5)
 
 
 def compiled(attend, heads, *inputs: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,11 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
-from selection_cases import Inputs
+from selection_cases import Inputs, as_sets
 
-from sparsify.patterns.selector import Budget, Force, Heads, Lines, Score, Selector, Unit
+from sparsify.patterns.selector import PARTS, Budget, Force, Heads, Lines, Permute, Score, Selector, Unit
+from sparsify.selection import choose
+from sparsify.selection.permute import key_order
 
 HEAD = Heads("head")
 LAYER_MAX = Heads("layer", "max", "token")
@@ -44,9 +46,17 @@ SPARGE = Selector(
 )
 LINES = Selector(None, Unit(8, 8), Score("last(8)", norm="softmax"), HEAD, lines=Lines(6, 4, 2, 2))
 SNAP = Selector(Budget("topk", 9), Unit(1, 1), Score("last(8)", norm="softmax", smooth="max(3)"), phase="decode")
+FLEX = Selector(
+    Budget("topp", 0.5, "head"), Unit(8, 8), Score("last(8)", norm="softmax"), HEAD,
+    lines=Lines(first=1, last=1, cover=0.5, switch=0.0),
+)  # fmt: skip
 PEAKS = Selector(Budget("topk", 3), Unit(k=8), Score(pool="max"), HEAD)
 GROUP = Selector(Budget("topk", 12), score=Score(norm="softmax"), heads=Heads("kv_group", "sum", "token"))
 EDGES = Selector(Budget("topk", 4), Unit(k=4), Score(kview="mean"), HEAD, Force(3, 3))
+PBS = Selector(
+    Budget("topp", 0.5), Unit(4, 4), Score("mean", "mean", norm="softmax"), HEAD, Force(1, 0, "tokens"),
+    permute=Permute(16, "last(8)"),
+)  # fmt: skip
 HOOK = Selector(Budget("topk", 3), Unit(8, 8), heads=HEAD, learned="gate")
 
 # field -> [(a selector, the same with this field changed)]; the rows that dynamic-sparsity papers differ in have more.
@@ -59,6 +69,7 @@ ALIVE = {
     ],
     "score.kview": [
         (PEAKS, {"score": Score(kview="mean", pool="max")}),
+        (MOBA, {"score": Score(kview="attn_pool")}),
         (XATTENTION, {"score": Score(kview="strided(2)", norm="softmax")}),
         (XATTENTION, {"score": Score(kview="token", norm="softmax")}),
     ],
@@ -107,6 +118,11 @@ ALIVE = {
     "lines.slashes": [(LINES, {"lines": Lines(6, 3, 2, 2)})],
     "lines.first": [(LINES, {"lines": Lines(6, 4, 0, 2)})],
     "lines.last": [(LINES, {"lines": Lines(6, 4, 2, 0)})],
+    "lines.cover": [(FLEX, {"lines": replace(FLEX.lines, cover=0.9)})],
+    "lines.least": [(FLEX, {"lines": replace(FLEX.lines, least=4)})],
+    "lines.switch": [(FLEX, {"lines": replace(FLEX.lines, switch=1.0)})],
+    "permute.segment": [(PBS, {"permute": Permute(12, "last(8)")})],
+    "permute.qview": [(PBS, {"permute": Permute(16, "last(1)")})],
     "learned": [(HOOK, {"learned": None})],
 }
 TOGETHER = ({"score.kview", "score.combine"}, {"heads.scope", "heads.op"})  # one can't change without the other
@@ -126,13 +142,20 @@ def case_of(selector: Selector) -> Inputs:
 def kept(selector: Selector, given: Inputs) -> list:
     """Tokens, so that units of different sizes compare; each query's own where rows are of different sizes."""
     given = replace(given, scores=given.scores if selector.learned else None)
-    found = []
-    for lists in given.sets(selector):
-        for h in range(given.q.shape[1]):
-            rows = lists[h * len(lists) // given.q.shape[1]]
+    heads, keys, found = given.q.shape[1], given.k.shape[2], []
+    where = {"scale": given.scale, "position": given.position, "valid": given.valid}
+    tokens = torch.arange(keys).expand(given.k.shape[:3])  # of the slots of each key head
+    if selector.permute:
+        tokens = key_order(selector, given.q, given.k, **where)
+        chosen = as_sets(choose(selector, given.q, given.k, order=tokens, **where), selector, keys)
+    else:
+        chosen = given.sets(selector)
+    for b, lists in enumerate(chosen):
+        for h in range(heads):
+            rows, order = lists[h * len(lists) // heads], tokens[b, h * tokens.shape[1] // heads].tolist()
             for i in range(given.q.shape[2]):
                 sets = zip(rows[i // selector.unit.q], selector.units(), strict=True)
-                found.append({u * unit + t for units, unit in sets for u in units for t in range(unit)})
+                found.append({t for units, unit in sets for u in units for t in order[u * unit : (u + 1) * unit]})
     return found
 
 
@@ -159,7 +182,6 @@ def differing(a: object, b: object, prefix: str = "") -> set[str]:
 
 
 def test_the_table_has_every_field():
-    parts = {"unit": Unit, "score": Score, "heads": Heads, "force": Force, "budget": Budget, "lines": Lines}
-    names = {f.name for f in fields(Selector)} - set(parts)
-    names |= {f"{part}.{f.name}" for part, kind in parts.items() for f in fields(kind)}
+    names = {f.name for f in fields(Selector)} - set(PARTS)
+    names |= {f"{part}.{f.name}" for part, kind in PARTS.items() for f in fields(kind)}
     assert set(ALIVE) | NOT_OF_THE_PIPELINE == names

@@ -1,4 +1,4 @@
-"""`sparsify::choose` under torch.compile and make_fx."""
+"""`choose`, and `sparsify::select` around it, under torch.compile and make_fx."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsify.patterns.selector import Budget, Force, Heads, Lines, Score, Selector, Unit
-from sparsify.selection import choose as choose_lists
-from sparsify.selection.op import choose
+from sparsify.selection import choose
+from sparsify.selection.site import Ask, select
+from sparsify.text import parse_pred
 
 BOUND, HEAD = Score(kview="minmax", combine="upper_bound"), Heads("head")
 SELECTORS = {
@@ -32,14 +33,17 @@ SELECTORS = {
 def arguments(selector: Selector, keys: int) -> tuple:
     torch.manual_seed(keys)
     queries = 1 if selector.phase == "decode" else keys
-    position = torch.arange(keys - queries, keys)[None]
     valid = torch.arange(keys)[None] >= torch.tensor([[0], [7]])
     q, k = torch.randn(2, 4, queries, 8, requires_grad=True), torch.randn(2, 2, keys, 8)
-    return q, k, position, valid
+    return q, k, valid
 
 
-def call(q, k, position, valid, text):
-    return choose(q, k, position, valid, None, True, 0.35, text)
+def call(q, k, valid, text):
+    return select(q, k, [valid], None, k.shape[2] - q.shape[2], 0.35, text)
+
+
+def text_of(selector: Selector) -> str:
+    return Ask(selector, usable=parse_pred("_0[b, k]")).text()
 
 
 def test_a_longer_cache_compiles_nothing_with_inductor():
@@ -56,11 +60,11 @@ def check_compiled(name: str, backend: str) -> None:
     selector, counter = SELECTORS[name], CompileCounterWithBackend(backend)
     compiled = torch.compile(call, backend=counter, fullgraph=True)
     for keys in (61, 62, 63, 64, 65, 80):
-        q, k, position, valid = arguments(selector, keys)
-        for x, dim in ((q, 2), (k, 2), (position, 1), (valid, 1)):
+        q, k, valid = arguments(selector, keys)
+        for x, dim in ((q, 2), (k, 2), (valid, 1)):
             if x.shape[dim] == keys:
                 torch._dynamo.mark_dynamic(x, dim)
-        given = (q, k, position, valid, selector.text())
+        given = (q, k, valid, text_of(selector))
         for found, expected in zip(compiled(*given), call(*given), strict=True):
             assert torch.equal(found, expected), (name, keys)
     assert counter.frame_count == 1
@@ -68,18 +72,19 @@ def check_compiled(name: str, backend: str) -> None:
 
 def test_the_op_decomposes_into_plain_operators():
     selector = SELECTORS["pages"]
-    traced = make_fx(lambda *given: call(*given, selector.text()))(*arguments(selector, 61))
+    traced = make_fx(lambda *given: call(*given, text_of(selector)))(*arguments(selector, 61))
     names = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
     assert not any(word in name for name in names for word in ("choose", "nonzero", "unique", "aten.item", "_scalar_"))
     given = arguments(selector, 61)
-    assert all(map(torch.equal, traced(*given), call(*given, selector.text())))
+    assert all(map(torch.equal, traced(*given), call(*given, text_of(selector))))
 
 
 def test_choose_itself_compiles():
     selector = SELECTORS["matrix"]
     compiled = torch.compile(
-        lambda q, k, p: choose_lists(selector, q, k, scale=0.35, position=p), backend="aot_eager", fullgraph=True
+        lambda q, k, p: choose(selector, q, k, scale=0.35, position=p), backend="aot_eager", fullgraph=True
     )
-    q, k, position, _ = arguments(selector, 40)
-    plain = choose_lists(selector, q, k, scale=0.35, position=position)
+    q, k, _ = arguments(selector, 40)
+    position = torch.arange(40)[None]
+    plain = choose(selector, q, k, scale=0.35, position=position)
     assert all(map(torch.equal, compiled(q, k, position)[0], plain[0]))

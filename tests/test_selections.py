@@ -160,6 +160,11 @@ def test_specs_say_selections():
                        "reuse": {"layers": {2: "3-12"}, "source": "dense"}}}  # fmt: skip
     spec = Spec.of({"version": 1, "sites": [{"heads": full}]})
     assert Spec.of(spec.to_dict()) == spec
+    skipping = {"all": ["causal", {"online": {"share": 1000, "by_length": True}}]}
+    spec = Spec.of({"version": 1, "sites": [{"heads": skipping}]})
+    assert Spec.of(spec.to_dict()) == spec and "online(share=1000.0, by_length=True)" in str(
+        spec.rules[0].groups[0].pattern
+    )
     with pytest.raises(SpecError, match=r"budget\.value: expected an integer >= 1"):
         Spec.of({"version": 1, "sites": [{"heads": {"topk": 0}}]})
 
@@ -185,6 +190,16 @@ def test_sites_are_refused_with_a_reason(heads, reason):
     assert found.refused and all(site.refusal.reason.startswith(reason) for site in found.refused)
     with pytest.raises(RefusedError):
         report(heads, strict=True)
+
+
+@torch.no_grad()
+def test_what_is_native_to_a_model_never_falls_back_to_dense():
+    """Without strict, a refusal of an approximation is logged, and one of a native pattern is raised."""
+    native = {"select": {"budget": TOP2, "phase": "decode", "semantics": "native"}}
+    with pytest.raises(RefusedError, match="2 of 2 attention sites were refused, and their patterns are native"):
+        run(native, IDS, strict=False)
+    approx = {"select": {"budget": TOP2, "phase": "decode"}}
+    torch.testing.assert_close(run(approx, IDS, strict=False), llama()(IDS, use_cache=False).logits)
 
 
 def test_a_source_that_is_dense_is_refused():

@@ -50,7 +50,7 @@ def test_selectors_need_no_torch():
 
 WRONG = {
     "budget: nothing says how much to keep, so give a budget or lines": lambda: Selector(),
-    "budget: lines say how much to keep, so leave the budget out": lambda: Selector(
+    "budget: lines say how much to keep; only heads that lines.switch takes out have a budget": lambda: Selector(
         Budget("topk", 1), score=LAST, lines=Lines(1, 1)
     ),
     "budget: expected a Budget, found 3": lambda: Selector(3),
@@ -129,6 +129,20 @@ WRONG = {
         score=LAST, lines=Lines(1, 1), force=Force(sink=1)
     ),
     "lines.first: expected at most lines.verticals = 10, found 30": lambda: Lines(10, 50, first=30),
+    "lines.verticals: expected an integer >= 1, found None": lambda: Lines(),
+    "lines.least: goes with lines.cover, and there is none": lambda: Lines(3, 3, least=2),
+    "lines.cover: gives the number of lines, so leave verticals and slashes out": lambda: Lines(3, 3, cover=0.5),
+    "lines.cover: expected a number above 0 and at most 1, found 2": lambda: Lines(cover=2),
+    "lines.switch: expected a number >= 0 and at most 1, found -1": lambda: Lines(cover=0.5, switch=-1),
+    "unit.q: diagonals of whole units need unit.k = 8, found 4": lambda: Selector(
+        unit=Unit(4, 8), score=LAST, heads=Heads("head"), lines=Lines(cover=0.5)
+    ),
+    "heads.scope: lines.cover is a head's own, so it must be 'head', found 'kv_group'": lambda: Selector(
+        unit=Unit(8, 8), score=LAST, lines=Lines(cover=0.5)
+    ),
+    "budget.rule: heads that lines.switch takes out have topp, found 'topk'": lambda: Selector(
+        Budget("topk", 1), Unit(8, 8), LAST, Heads("head"), lines=Lines(cover=0.5, switch=0.1)
+    ),
     "lines: the hook 'gate' scores units, and lines have none": lambda: Selector(lines=Lines(1, 1), learned="gate"),
     "score.qview: lines are scored by the last queries, so last(n), found 'token'": lambda: Selector(lines=Lines(1, 1)),
     "score.norm: lines need 'softmax', found 'none'": lambda: Selector(score=Score("last(8)"), lines=Lines(1, 1)),

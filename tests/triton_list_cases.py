@@ -120,13 +120,12 @@ def few_heads(make: Callable[[str], Launch], heads: int) -> Launch:
     return replace(launch, q=q, k=k, v=v, program=replace(launch.program, heads=launch.program.heads[:heads]))
 
 
-def weighed() -> Launch:
-    """Heads with different skips, whose keys from 64 on weigh less than 2**-40 of the first ones."""
-    skips = (Skip(1e-3), Skip(0.1, by_length=True))
-    launch = ListCase("alone", 16, heads=(2, 2)).launch("triton")
+def weighed(case: ListCase) -> Launch:
+    """Heads with different skips, whose keys from 64 on weigh less than 2**-40 of the first ones, all in lists."""
+    launch = case.launch("triton")
     launch.q.abs_()
     launch.k[:, :, 64:] = -40 * (1 + launch.k[:, :, 64:].abs())
-    return replace(launch, program=replace(launch.program, keep=(parse_pred("k <= q"),), loads=0, skips=skips))
+    return replace(launch, program=replace(launch.program, skips=(Skip(1e-3), Skip(0.1, by_length=True))))
 
 
 def skipping_errors() -> tuple[float, float]:
@@ -145,6 +144,7 @@ def _smaller(case: ListCase) -> ListCase:
 
 def _named() -> list[Made]:
     shared = ListCase("streaming", 16, lengths=(3, 150))
+    few = replace(shared, rule="with sinks", heads=(2, 1))
     return [
         *(Made(f"list {case.name}", partial(_smaller(case).launch, "triton"), case.dtype) for case in CASES),
         Made("list unread blocks", partial(CASES[1].launch, "triton"), unlisted=True),
@@ -155,7 +155,12 @@ def _named() -> list[Made]:
         Made("list of three heads", partial(ListCase("causal", 16, 1, heads=(6, 2), lengths=(5, 90)).launch, "triton")),
         Made("list strided", partial(strided, shared)),
         Made("list lines", lines),
-        Made("skip", weighed, unread=(64, 200)),
+        Made("skip", partial(weighed, ListCase("streaming", 64, 64, heads=(2, 1), share=1.0)), unread=(64, 200)),
+        Made(
+            "skip in heads of a group",
+            partial(weighed, few),
+            unread=(64, 150),
+        ),
         Made("layout boxes", partial(few_heads, boxes, 1)),
         Made("layout sorted keys", partial(few_heads, sorted_keys, 2)),
     ]

@@ -78,30 +78,35 @@ def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
     return replace(shape, block_m=16) if q_len <= 16 else shape
 
 
+def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
+    """`launch_shape` for a kernel with lists. Their tiles are no wider than a block of a summary (`list_rule`)."""
+    shape = launch_shape(dtype, head_dim, value_dim, q_len, arch)
+    if arch == 90 and dtype != "float32" and max(head_dim, value_dim) > 64:
+        shape = replace(shape, block_m=min(shape.block_m, 64))  # more spill beside the loops of static rules
+    return replace(shape, block_n=min(shape.block_n, BLOCK))
+
+
 def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     """The shape of a launch, and the launch as it runs so: a query tile never has queries of two lists.
 
     Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they share their lists.
     """
-    program, q_len, (head_dim, value_dim) = launch.program, slots(launch)[0], (launch.q.shape[3], launch.v.shape[3])
-    shape = launch_shape(dtype_name(launch.q.dtype), head_dim, value_dim, q_len, arch)
+    program, q_len = launch.program, slots(launch)[0]
+    sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
+    shape = (listed_shape if rounds(program) else launch_shape)(*sizes, q_len, arch)
     if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
         shape = INTERPRETED_SLOTS if arch is None else shape
         shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
     if not rounds(program):
         return launch, shape
-    most, group = shape.block_m, launch.q.shape[1] // launch.k.shape[1]
-    heads, queries = 1, tile_rows(program.keep, most)
+    heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
     if min(queries, q_len) <= 16 and packs(program, group):
-        most = launch_shape(dtype_name(launch.q.dtype), head_dim, value_dim, MANY, arch).block_m
+        most = listed_shape(*sizes, MANY, arch).block_m
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
         queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))
+        launch = replace(launch, program=packed(program)) if heads > 1 else launch
     _check_starts(launch, queries)
-    if heads > 1:
-        launch = replace(launch, program=packed(program))
-    # one list's units are at most so many keys apart in a tile as a summary's block (`list_rule`)
-    block_n = min(shape.block_n, BLOCK)
-    return launch, replace(shape, block_m=padded(queries * heads), block_n=block_n, queries=queries, heads=heads)
+    return launch, replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
 
 
 def _check_starts(launch: Launch, queries: int) -> None:

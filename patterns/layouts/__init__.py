@@ -1,1 +1,1 @@
-"""Layouts: in which order tokens lie: grids in boxes, so that a tile is a box of space; keys sorted in segments (D9)."""
+"""Layouts: how tokens lie: grids in boxes, so that tiles are boxes of space, and keys sorted in segments (D9)."""

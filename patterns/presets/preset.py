@@ -12,6 +12,7 @@ from sparsify.errors import PatternError, nearest
 from sparsify.expr import Pred
 from sparsify.patterns.grid import flag, whole, written
 from sparsify.patterns.pattern import Pattern
+from sparsify.patterns.select import Selection
 from sparsify.sizes import Size
 
 Phase = Literal["prefill", "decode", "both", "train"]
@@ -28,6 +29,7 @@ __all__ = [
     "flag",
     "preset",
     "semantics_of",
+    "share",
     "size",
     "whole",
 ]
@@ -122,7 +124,9 @@ def _plain(value: Any) -> Any:
 
 
 def semantics_of(pattern: Pattern) -> Semantics | None:
-    """`native` if any preset in a pattern is; else `approx` if there is a preset in it; else None."""
+    """`native` if any preset or selection in a pattern is; else `approx` if there is one in it; else None."""
+    if isinstance(pattern, Selection):
+        return getattr(pattern.choice.selector, "semantics", "approx")
     found = {pattern.semantics} if isinstance(pattern, Preset) else {semantics_of(part) for part in pattern.parts()}
     return "native" if "native" in found else "approx" if "approx" in found else None
 
@@ -138,3 +142,12 @@ def choice(value: Any, field: str, allowed: tuple[str, ...]) -> Any:
         hint = nearest(value, allowed) if isinstance(value, str) else f"allowed: {', '.join(allowed)}"
         raise PatternError(f"{field}: unknown value {value!r}; {hint}")
     return value
+
+
+def share(value: Any, field: str, low: float | None = None) -> float:
+    """A number above 0, or from `low`, to 1. Raises PatternError naming the field."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if good and (value > 0 if low is None else value >= low) and value <= 1:
+        return float(value)
+    allowed = "above 0 and at most 1" if low is None else f"from {low:g} to 1"
+    raise PatternError(f"{field}: expected a number {allowed}, found {value!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sparsify import patterns as p
 from sparsify.errors import InputError, nearest
 from sparsify.patterns import Pattern
+from sparsify.patterns.layouts.choose import grids
 
 CAUSAL = p.causal()
 
@@ -42,10 +43,24 @@ PATTERNS = {
     "mixture": _mixture,
 }
 
+# name -> a neighborhood in a grid of tokens: bidirectional, and at the grid's own length.
+GRIDS = {
+    "near_1d": p.neighborhood(8192, 1025),
+    "near_2d": p.neighborhood([64, 64], 13),
+    "near_dilated": p.neighborhood([64, 64], 13, dilation=4),
+    "near_3d": p.neighborhood([8, 24, 40], [4, 12, 12]),
+    "near_blocks": p.neighborhood([8, 24, 40], [4, 12, 12], 4),
+    "swin": p.PATTERNS["swin"]([56, 56], 7),
+}
+PATTERNS |= {name: lambda heads, pattern=pattern: (pattern,) * heads for name, pattern in GRIDS.items()}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a pattern at q, k, v of (1, heads, length, head_dim), with `kv_heads` key heads."""
+    """One measurement: a pattern at q, k, v of (1, heads, length, head_dim), with `kv_heads` key heads.
+
+    own: the pattern of every head itself, where `pattern` is no name of `PATTERNS`.
+    """
 
     pattern: str
     length: int
@@ -53,16 +68,17 @@ class Case:
     dtype: str
     heads: int = 8
     kv_heads: int = 8
+    own: tuple[Pattern, ...] = ()
 
     @property
     def rules(self) -> tuple[Pattern, ...]:
         """The pattern of every head."""
-        return PATTERNS[self.pattern](self.heads)
+        return self.own * self.heads if self.own else PATTERNS[self.pattern](self.heads)
 
     @property
     def causal(self) -> bool:
         """Whether no pair after the query is kept, so that causal SDPA is the dense peer."""
-        return self.pattern != "full"
+        return self.pattern != "full" and not any(map(grids, self.rules))
 
     @property
     def name(self) -> str:
@@ -75,6 +91,11 @@ WINDOWS = tuple(
     for head_dim in (64, 128)
     for dtype in ("float32", "bfloat16")
     for pattern, length in (("window512", 4096), ("window1024", 8192))
+)
+
+# Neighborhoods, one for each kind; of the 3-D ones the second has whole boxes only.
+NEIGHBORHOODS = tuple(
+    Case(name, grids(pattern)[0].tokens, 64, "float32", heads=4, kv_heads=4) for name, pattern in GRIDS.items()
 )
 
 

@@ -38,7 +38,16 @@ def bench(
     lossless: Annotated[
         bool, typer.Option(help="Measure whole models without a spec beside the inductor backend, instead.")
     ] = False,
-    case: Annotated[list[str] | None, typer.Option(help="Models for --lossless (repeat it). Default: all.")] = None,
+    neighborhood: Annotated[
+        bool, typer.Option(help="Measure neighborhoods in grids, and those of video and image models, instead.")
+    ] = False,
+    selection: Annotated[
+        bool, typer.Option(help="Measure selections from the data, and what choosing costs of it, instead.")
+    ] = False,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Cases of --lossless, --neighborhood or --selection (repeat it). Default: all."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
 ) -> None:
     """Measure sparsify beside dense SDPA and compiled FlexAttention, in one process, interleaved.
@@ -50,6 +59,10 @@ def bench(
         return _preparation()
     if lossless:
         return _lossless(case, dtype, repeats, seconds, json)
+    if neighborhood:
+        return _neighborhood(case, repeats, seconds, json)
+    if selection:
+        return _selection(case, dtype, repeats, seconds, json)
     import torch
 
     cases = _cases(pattern, length, head_dim, dtype, heads, kv_heads)
@@ -81,6 +94,42 @@ def _lossless(case: list[str] | None, dtype: list[str] | None, repeats: int, sec
     for result in results:
         if not result.holds:
             console.print(f"{result.case.name}: not what it has to be", style="red", highlight=False)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _neighborhood(case: list[str] | None, repeats: int, seconds: float, json: Path | None) -> None:
+    from sparsify.bench.measure import measure
+    from sparsify.bench.sites import named
+
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for prepare in named(case):
+            inputs = prepare("cpu")
+            tell = partial(_describe, progress, task)
+            results.append(measure(inputs.case, "cpu", repeats, seconds, tell, inputs))
+            _print(results[-1:], "cpu", None)
+    _print(results, "cpu", json)
+    if not all(result.right for result in results):
+        raise typer.Exit(1)
+
+
+def _selection(
+    case: list[str] | None, dtype: list[str] | None, repeats: int, seconds: float, json: Path | None
+) -> None:
+    from sparsify.bench import selection
+
+    _check_dtypes(dtype)
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for one in selection.named(case):
+            for kind in dtype or ("float32",):
+                results.append(selection.measure(one, kind, repeats, seconds, partial(_describe, progress, task)))
+    Console().print(selection.table(results))
+    if json is not None:
+        Console().print(f"written to {selection.write_json(results, json)}", soft_wrap=True, highlight=False)
     if not all(result.right for result in results):
         raise typer.Exit(1)
 

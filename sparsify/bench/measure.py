@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsify.bench.cases import Case
-from sparsify.bench.peers import PEERS, Inputs, Run, errors, gemm_rate
+from sparsify.bench.peers import Inputs, Run, errors, gemm_rate, peers_of
 from sparsify.patterns.count import kept_by_head
 
 GEMM = 2048
@@ -62,7 +62,8 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            **asdict(self.case),
+            **{name: value for name, value in asdict(self.case).items() if name != "own"},
+            "rule": str(self.case.rules[0]),
             "density": self.density,
             "error": self.error,
             "bound": self.bound,
@@ -74,17 +75,19 @@ class Result:
         }
 
 
-def measure(case: Case, device: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Result:
+def measure(
+    case: Case, device: str, repeats: int, seconds: float, tell: Callable[[str], None], inputs: Inputs | None = None
+) -> Result:
     """Prepares every peer, checks sparsify's numbers, then times all of them in turn.
 
-    Stops after `repeats` rounds, or after `seconds` once there are five rounds.
+    Stops after `repeats` rounds, or after `seconds` once there are five rounds. inputs: drawn, if not given.
     """
-    inputs = Inputs.draw(case, device)
+    inputs = inputs or Inputs.draw(case, device)
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     failures: dict[str, str] = {}
     with torch.inference_mode():
-        for name, prepare in PEERS.items():
+        for name, prepare in peers_of(case).items():
             tell(f"{case.name}: preparing {name}")
             try:
                 first[name], runs[name] = _prepared(prepare, inputs, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ from sparsify import codegen
 from sparsify.bench.cases import Case
 from sparsify.codegen.oracle import kept, oracle
 from sparsify.codegen.target import Launch
+from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
+from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.neighborhood import Neighborhood
 from sparsify.program import Program
 from sparsify.sizes import size_values
 from sparsify.walk import evaluate, substitute, variables
@@ -72,6 +76,20 @@ def flex(inputs: Inputs) -> Run:
     return lambda: compiled(inputs.q, inputs.k, inputs.v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
 
 
+def natten(inputs: Inputs) -> Run:
+    """NATTEN's own operator on tensors in its layout; on CPUs it has FlexAttention, not compiled, and no other."""
+    import natten as library
+
+    case, found = inputs.case, grids(inputs.case.rules[0])
+    one = found[0] if len(found) == 1 and found[0].tokens == case.length else None
+    if not isinstance(one, Neighborhood) or set(one.border) != {"shift"}:
+        raise InputError("NATTEN has no such pattern")
+    q, k, v = (t.transpose(1, 2).contiguous().unflatten(1, one.shape) for t in (inputs.q, inputs.k, inputs.v))
+    call = getattr(library, f"na{len(one.shape)}d")
+    rule = {"kernel_size": one.window, "stride": one.stride, "dilation": one.dilation, "is_causal": one.causal}
+    return lambda: call(q, k, v, **rule)
+
+
 @functools.cache
 def _compiled_flex(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
@@ -98,6 +116,12 @@ def mask_mod(heads: Sequence[Pattern], length: int) -> Callable[..., torch.Tenso
 
 # Name -> how to prepare it. Sparsify first: the ratios are against it.
 PEERS: dict[str, Callable[[Inputs], Run]] = {"sparsify": sparsify, "dense": dense, "flex": flex}
+
+
+def peers_of(case: Case) -> dict[str, Callable[[Inputs], Run]]:
+    """The peers of a case: NATTEN, too, for neighborhoods and where it is installed."""
+    near = any(map(grids, case.rules)) and importlib.util.find_spec("natten") is not None
+    return PEERS | {"natten": natten} if near else PEERS
 
 
 def errors(inputs: Inputs, run: Run) -> tuple[float, float]:

@@ -20,20 +20,21 @@ def table(results: Sequence[Result]) -> Table:
     """One line a case: milliseconds, ratios to each peer, and the useful rate as a share of the GEMM rate."""
     found = Table(title="sparsify beside its peers (medians of interleaved repeats)", title_justify="left")
     found.add_column("case", no_wrap=True)
-    for column in ("density", "ms", "vs dense", "vs flex", "of GEMM"):
+    peers = ["dense", "flex"] + ["natten"] * any("natten" in result.timings for result in results)
+    for column in ("density", "ms", *(f"vs {peer}" for peer in peers), "of GEMM"):
         found.add_column(column, justify="right", no_wrap=True)
     for result in results:
-        found.add_row(*_row(result))
+        found.add_row(*_row(result, peers))
     return found
 
 
-def _row(result: Result) -> list[str]:
+def _row(result: Result, peers: Sequence[str]) -> list[str]:
     case = result.case
     name = f"{case.pattern} {case.length} D{case.head_dim} {SHORT.get(case.dtype, case.dtype)}"
     if not result.right:
         return [name, f"{result.density:.3f}", f"WRONG: error {result.error:.1e}", f"> {result.bound:.1e}", "", ""]
     share = result.rate("sparsify") / result.gemm_flops  # type: ignore[operator]
-    ratios = [_ratio(result, peer) for peer in ("dense", "flex")]
+    ratios = [_ratio(result, peer) for peer in peers]
     return [name, f"{result.density:.3f}", f"{result.timings['sparsify'].median * 1e3:.2f}", *ratios, f"{share:.2f}"]
 
 

@@ -26,7 +26,7 @@ def kept_lists(
     if budget.rule == "topk" and dense is None:
         key = order_key(scores, competes, forced)
         return best_list(key, _limit(selector, budget.value, competes, forced), capacity)
-    kept = _chosen(selector, scores, competes, forced, reach) | forced
+    kept = chosen_units(selector, scores, competes, forced, reach) | forced
     if dense is not None:
         kept = kept | (reach & dense.unsqueeze(-1))
     return listed(kept, capacity)
@@ -49,7 +49,7 @@ def _limit(selector: Selector, wanted: Tensor | float, competes: Tensor, forced:
     return torch.minimum(limit, there).long()
 
 
-def _chosen(selector: Selector, scores: Tensor, competes: Tensor, forced: Tensor, reach: Tensor) -> Tensor:
+def chosen_units(selector: Selector, scores: Tensor, competes: Tensor, forced: Tensor, reach: Tensor) -> Tensor:
     """What the rule chooses, as a mask (B, L, R, U)."""
     budget, counted = selector.budget, selector.force.counted
     first = forced if counted or budget.rule in ("topk", "ratio") else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsify.errors import InputError
 from sparsify.patterns.selector import Selector, Unit
 from sparsify.selection.budget import kept_lists
+from sparsify.selection.cover import cover_list
 from sparsify.selection.geometry import Places, dense_rows, edges, forced_units, places, seen, split
 from sparsify.selection.lines import line_lists
 from sparsify.selection.permute import by_key_head, gathered
@@ -64,7 +65,8 @@ def _lists(
 ) -> list[tuple[Tensor, Tensor]]:
     """The lists over the slots of keys that `at` speaks of."""
     if selector.lines:
-        return line_lists(selector, q, k, scale, at)
+        by_number = selector.lines.cover is None
+        return line_lists(selector, q, k, scale, at) if by_number else [cover_list(selector, q, k, scale, at)]
     forced, dense = _forced(selector, q, k, at)
     if scores is None:
         unit_score, competes = unit_scores(selector, q, k, scale, at, forced)

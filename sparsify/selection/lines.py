@@ -16,7 +16,7 @@ def line_lists(selector: Selector, q: Tensor, k: Tensor, scale: float, at: Place
     """Two lists: units that the chosen diagonals touch in each row, and what they leave of the chosen columns."""
     (view, _), weights, visible = normed_scores(selector, q, k, scale, at, at.reach.unsqueeze(1))
     columns = weights.sum(-2, keepdim=True), visible.any(-2, keepdim=True)
-    diagonals = _diagonals(weights, visible, view)
+    diagonals = diagonals_of(weights, visible, view)
     if selector.heads.when == "unit":
         columns, diagonals = ((join_units(selector, s, c, k.shape[1]), c) for s, c in (columns, diagonals))
     lines = selector.lines
@@ -35,7 +35,7 @@ def most_touched(selector: Selector) -> int:
     return (selector.unit.q + selector.unit.k - 2) // selector.unit.k + 1
 
 
-def _diagonals(weights: Tensor, visible: Tensor, view: QueryView) -> tuple[Tensor, Tensor]:
+def diagonals_of(weights: Tensor, visible: Tensor, view: QueryView) -> tuple[Tensor, Tensor]:
     """Sums (B, h, 1, M) of weights (B, h, n, M) over pairs whose key is 0, 1, ... positions before the query."""
     keys = weights.shape[-1]
     key = view.horizon.unsqueeze(-1) - torch.arange(keys, device=weights.device)  # (B, n, offsets)

@@ -39,7 +39,7 @@ def normed_scores(
     heads, lists = selector.heads, selector.lists(q.shape[1], k.shape[1])
     if heads.when == "query":
         q = join(q, lists, heads.op)
-    queries, keys = query_view(selector, q, at), key_view(selector, k, at)
+    queries, keys = query_view(selector, q, at), key_view(selector, k, scale, at)
     scores = _products(queries.vectors, keys) * scale
     visible = seen(queries.horizon, edges(keys.inside, selector.score.causal)).unsqueeze(1)
     if selector.score.domain == "middle":

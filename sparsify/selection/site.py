@@ -103,28 +103,46 @@ def places_of(
     ask: Ask, q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The positions of the queries (B or 1, Nq), and which keys may be used (B or 1, Nk), None for all."""
+    env = _environment(q, k, loads, q_offset)
+    q_len = q.shape[2]
+    position = torch.as_tensor(evaluate(ask.position, env), device=q.device)
+    position = position.expand(*(1,) * (4 - position.dim()), *position.shape).expand(-1, -1, q_len, -1)[:, 0, :, 0]
+    return position, None if ask.usable == TRUE else _valid(ask.usable, env)
+
+
+def _environment(q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int) -> dict[str, Any]:
+    """What the names in a mask stand for, each broadcastable to (B, Hq, Nq, Nk)."""
     q_len, k_len = q.shape[2], k.shape[2]
     env: dict[str, Any] = {f"_{i}": load for i, load in enumerate(loads)} | {"N": k_len, "Nq": q_len}
-    env |= {
+    return env | {
         "b": torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1),
         "h": torch.arange(q.shape[1], device=q.device).view(-1, 1, 1),
         "q": torch.arange(q_len, device=q.device).view(-1, 1) + q_offset,
         "k": torch.arange(k_len, device=q.device),
     }
-    position = torch.as_tensor(evaluate(ask.position, env), device=q.device)
-    position = position.expand(*(1,) * (4 - position.dim()), *position.shape).expand(-1, -1, q_len, -1)[:, 0, :, 0]
-    return position, _valid(ask, env)
 
 
-def _valid(ask: Ask, env: dict[str, Any]) -> torch.Tensor | None:
-    """(B or 1, Nk): the keys that some head may use."""
-    if ask.usable == TRUE:
-        return None
-    found = torch.as_tensor(evaluate(ask.usable, env), device=env["k"].device)
+def _valid(usable: Pred, env: dict[str, Any]) -> torch.Tensor:
+    """(B or 1, Nk): the keys that some query of some head may use."""
+    found = torch.as_tensor(evaluate(usable, env), device=env["k"].device)
     found = found.expand(*(1,) * (4 - found.dim()), *found.shape)
     return found.expand(-1, -1, -1, env["k"].shape[0]).any(2).any(1)
 
 
+LIBRARY.define(
+    "last_key(Tensor q, Tensor k, Tensor[] loads, SymInt q_offset, str keep) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(LIBRARY, "last_key", "CompositeImplicitAutograd")
+def _last_key(q, k, loads, q_offset, keep):  # type: ignore[no-untyped-def]
+    """(B,) int64: the last key that a mask lets the queries of each row of the batch use; -1 where there is none."""
+    env = _environment(q, k, loads, q_offset)
+    return torch.where(_valid(parse_pred(keep), env), env["k"], -1).amax(-1).expand(q.shape[0])
+
+
+last_key = torch.ops.sparsify.last_key.default
 # A flat list: index and count of the first list, then of the second (see `choose`), then the keys' order if they have
 # one of their own (see `key_order`).
 select = torch.ops.sparsify.select.default

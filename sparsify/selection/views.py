@@ -56,7 +56,7 @@ def last_queries(q: Tensor, seat: Tensor, horizon: Tensor, n: int) -> QueryView:
     return QueryView(q.gather(2, rows), horizon, 0)
 
 
-def key_view(selector: Selector, k: Tensor, at: Places) -> KeyView:
+def key_view(selector: Selector, k: Tensor, scale: float, at: Places) -> KeyView:
     """The view of keys k (B, J, M, D) float32. It depends on no query, so whoever holds a cache can keep it."""
     kview, size = selector.score.kview, selector.unit.k
     if selector.score.stride:
@@ -65,6 +65,8 @@ def key_view(selector: Selector, k: Tensor, at: Places) -> KeyView:
         return KeyView(blocks_of(k, inside).flatten(-2), None, inside, size // stride)
     if kview == "mean" and size > 1:
         return KeyView(means(k, at.inside), None, at.inside, 1)
+    if kview == "attn_pool":
+        return KeyView(_attention_pool(k, scale, at.inside), None, at.inside, 1)
     if kview == "minmax":
         blocks, inside = _blocks(k, at.inside.shape[-1]), at.inside[:, None, :, :, None]
         low = torch.where(inside, blocks, torch.inf).amin(-2)
@@ -75,6 +77,14 @@ def key_view(selector: Selector, k: Tensor, at: Places) -> KeyView:
 def means(x: Tensor, inside: Tensor) -> Tensor:
     """(B, H, n, D) to (B, H, blocks, D): the mean over the tokens `inside` (B, blocks, size); 0 of none."""
     return blocks_of(x, inside).sum(-2) / inside.sum(-1).clamp(min=1)[:, None, :, None]
+
+
+def _attention_pool(k: Tensor, scale: float, inside: Tensor) -> Tensor:
+    """(B, J, M, D) to (B, J, U, D): the keys of a unit, weighted by the attention that their mean pays them."""
+    blocks, shown = blocks_of(k, inside), inside.unsqueeze(1)
+    scores = (blocks @ means(k, inside).unsqueeze(-1)).squeeze(-1) * scale
+    weights = torch.where(shown, torch.softmax(torch.where(shown, scores, -torch.inf), -1), 0.0)
+    return (weights.unsqueeze(-1) * blocks).sum(-2)
 
 
 def blocks_of(x: Tensor, inside: Tensor) -> Tensor:

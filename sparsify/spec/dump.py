@@ -8,6 +8,7 @@ from typing import Any
 from sparsify.patterns import PATTERNS, Pattern
 from sparsify.patterns.pattern import Both, Either, Except
 from sparsify.patterns.presets import Preset
+from sparsify.patterns.select import Selection
 from sparsify.sizes import Size
 from sparsify.spec.forms import parameters
 
@@ -56,6 +57,8 @@ def _primitive(pattern: Pattern) -> Any:
 
 
 def _constructor(pattern: Pattern) -> str | None:
+    if isinstance(pattern, Selection):
+        return pattern.constructor
     return next((n for n, build in PATTERNS.items() if build.__module__ == type(pattern).__module__), None)
 
 
