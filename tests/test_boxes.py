@@ -167,7 +167,7 @@ def cases(draw):
     return (pattern if other is None else join(pattern, other)), boxes
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases())
 def test_drawn_grids(case):
     checked(*case)

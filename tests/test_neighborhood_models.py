@@ -14,7 +14,6 @@ from sparsify.errors import InputError, RefusedError
 from sparsify.passes.choose_target import program_of
 from sparsify.patterns.layouts import choose
 
-TARGETS = ["null", "cpp"]
 near = p.neighborhood
 
 
@@ -79,7 +78,7 @@ def spec(heads: object) -> dict:
 
 CASES = {
     "1-D, dilated": (300, {"neighborhood": {"shape": 300, "window": 11, "dilation": 4}}),
-    "2-D": (480, {"neighborhood": {"shape": [20, 24], "window": [5, 7]}}),
+    "2-D": (168, {"neighborhood": {"shape": [12, 14], "window": [3, 5]}}),
     "2-D, stride and dilation, odd": (437, {"neighborhood": {"shape": [19, 23], "window": [4, 7], "stride": [2, 1],
                                                              "dilation": [3, 2]}}),
     "3-D, causal in time": (560, {"neighborhood": {"shape": [4, 10, 14], "window": [2, 5, 5],
@@ -180,11 +179,8 @@ def truth(q, k, v, mask: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_function_form_lays_out_eagerly_and_compiled(
-    target: str, monkeypatch: pytest.MonkeyPatch, laid_out: None
-) -> None:
-    monkeypatch.setenv("SPARSIFY_TARGET", target)
+def test_the_function_form_lays_out_eagerly_and_compiled(monkeypatch: pytest.MonkeyPatch, laid_out: None) -> None:
+    monkeypatch.setenv("SPARSIFY_TARGET", "cpp")
     torch._dynamo.reset()
     q, k, v = drawn(480)
     heads = [near([20, 24], 5), near([20, 24], 7, dilation=2), p.causal(), near([20, 24], 9) & p.causal()]
@@ -200,7 +196,7 @@ def test_chunks_and_decoding_go_by_tokens(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPARSIFY_TARGET", "null")
     pattern = near([20, 24], 5)
     mask = pattern.mask(4, 480, 480)
-    for nq, offset in ((100, 40), (1, 479), (100, None)):
+    for nq, offset in ((9, 40), (1, 479), (9, None)):
         q, k, v = drawn(480, nq)
         first = 480 - nq if offset is None else offset
         found = sparsify.attention(q, k, v, pattern, q_offset=offset)
@@ -211,9 +207,9 @@ def test_chunks_and_decoding_go_by_tokens(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_program_with_a_layout_is_text(laid_out: None) -> None:
     from captures import Recorded
 
-    recorded = Recorded({"spec": spec({"neighborhood": {"shape": [20, 24], "window": 5}})})
+    recorded = Recorded({"spec": spec({"neighborhood": {"shape": [10, 12], "window": 5}})})
     torch._dynamo.reset()
-    torch.compile(Model(), backend=recorded)(torch.zeros(1, 480, 32))
+    torch.compile(Model(), backend=recorded)(torch.zeros(1, 120, 32))
     (site,) = recorded.sites
     program = program_of(site)
     assert program.queries is not None and program.keys is not None
