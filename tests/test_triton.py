@@ -79,13 +79,13 @@ def _spilled(rows):
 def test_builds_for_every_chip_without_spills():
     found = {(entry.name, entry.dtype, entry.head_dim): entry for entry in entries()}
     some = [found["streaming", "bfloat16", 128], found["pages", "bfloat16", 128], found["streaming", "float32", 80]]
-    some += [found["blocks64", "float16", 64], found["neighborhood", "bfloat16", 64]]
+    some += [found["blocks64", "float16", 64], found["neighborhood", "bfloat16", 64], found["skip", "bfloat16", 128]]
     seen: list[tuple[int, int]] = []
     rows = _rows(catalogue=some, progress=lambda done, total: seen.append((done, total)))
-    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 5
+    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 6
     assert not _spilled(rows)
     assert all(row.registers > 0 and row.shared > 0 for row in rows)
-    assert seen == [(done, 20) for done in range(1, 21)]
+    assert seen == [(done, 24) for done in range(1, 25)]
     assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
 
 
