@@ -155,8 +155,10 @@ class _Head:
         for keys, keep in self.tiles(env, rows):
             scores = _capped(self.q[start:stop] @ self.k[keys].T * self.launch.scale, self.program.softcap)
             scores = scores + bias.evaluate(self.program.bias, self.env | rows | {"k": keys[None]})
+            values = self.v[keys]
             if keep is not None:
                 scores = scores.masked_fill(~keep, -torch.inf)
+                values = values.masked_fill(~keep.any(0)[:, None], 0)  # not even a NaN is read of what nobody keeps
             best = scores.amax(-1, keepdim=True)
             if self.far is not None and bool((best < top + self.far).all()):
                 continue
@@ -164,7 +166,7 @@ class _Head:
             shift = new_top.clamp(min=torch.finfo(torch.float64).min)
             weights, decay = torch.exp(scores - shift), torch.exp(top - shift)
             top, norm = new_top, norm * decay + weights.sum(-1, keepdim=True)
-            total = total * decay + weights @ self.v[keys]
+            total = total * decay + weights @ values
         return total / norm.masked_fill(norm == 0, 1)
 
     def tiles(self, env: dict[str, Any], rows: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -194,7 +196,7 @@ class _Head:
             keep = found.expand(len(rows["q"]), len(keys))
         if self.filled is not None:
             filled = self.filled[1][0, 0, keys]
-            keep = filled if keep is None else keep & filled
+            keep = filled.expand(len(rows["q"]), len(keys)) if keep is None else keep & filled
         yield keys, keep
 
 

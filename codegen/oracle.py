@@ -72,5 +72,6 @@ def oracle(launch: Launch) -> torch.Tensor:
         logit = bias.evaluate(program.sink, env).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logit], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : v.shape[2]]
+    v = v.masked_fill(~keep.any(2).unsqueeze(-1), 0)  # not even a NaN is read of what nobody keeps
     out = weights.nan_to_num(nan=0.0) @ v
     return out if program.queries is None else scattered(out, token, filled, q_len)

@@ -12,7 +12,7 @@ from sparsify.passes.nodes import call, same, shape
 from sparsify.passes.recover_masks import is_causal
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 from sparsify.selection.site import last_key
 from sparsify.text import to_text
 from sparsify.walk import loads, substitute, variables

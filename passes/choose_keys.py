@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsify.errors import PatternError
-from sparsify.expr import TRUE, Chosen, Pred, Var, conjunction
+from sparsify.expr import TRUE, Chosen, Pred
 from sparsify.passes.attach_spec import phase
 from sparsify.passes.forms.caches import forgets
 from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
+from sparsify.patterns.causal import is_causal
+from sparsify.patterns.head_choices import check_order, complaint, head_choices, skip_of
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
-from sparsify.program import Skip
+from sparsify.patterns.selector import Selector
 from sparsify.ranges import contains
 
 Made = dict[tuple[int | None, str], Lists]  # what the sites before have chosen, by layer and choice
@@ -44,30 +45,27 @@ class ChooseKeys:
 
 def _choose(site: Site, chooser: Chooser, made: Made) -> None:
     try:
-        found = [choices(program) for program in site.programs]
+        found = [head_choices(program) for program in site.programs]
     except PatternError as error:
         return site.refuse(str(error))
-    if any(len(of_head) > 1 for of_head in found):
-        return site.refuse("a head has two selections, which could choose a key twice", "give each head one selection")
     replaced: dict[Chosen, Pred] = {}
-    skips: dict[Chosen, Skip] = {}
-    for chosen in dict.fromkeys(one for of_head in found for one in of_head):
-        choice = Choice.parse(chosen.text)
-        if isinstance(choice.selector, Online):
-            replaced[chosen], skips[chosen] = TRUE, Skip(choice.selector.value, choice.selector.per_length)
-        elif site.layer is not None and contains(choice.dense_layers, site.layer):
-            replaced[chosen] = TRUE
-        else:
-            replaced[chosen] = _listed(site, choice, chosen, chooser, made)
+    for listed in dict.fromkeys(head.listed for head in found if head.listed is not None):
+        choice = Choice.parse(listed.text)
+        dense = site.layer is not None and contains(choice.dense_layers, site.layer)
+        replaced[listed] = TRUE if dense else _listed(site, choice, listed, chooser, made)
         if not site.open:
             return None
-    if site.segments is not None and len({*found}) > 1:
-        return site.refuse(
-            "the heads share one order of keys, and only some of them have the selection that sorts them",
-            "give all heads of this site that selection",
-        )
+    skips = {
+        online: skip_of(online) for online in dict.fromkeys(head.online for head in found if head.online is not None)
+    }
     if skips:
-        site.skips = tuple(skips.get(of_head[0]) if of_head else None for of_head in found)
+        site.skips = tuple(skips.get(head.online) for head in found)
+        replaced |= dict.fromkeys(skips, TRUE)
+    if site.segments is not None:
+        try:
+            check_order(found)
+        except PatternError as error:
+            return site.refuse(str(error))
     keep = site.segments.keep if site.segments else (lambda program: program)
     site.programs = tuple(with_choices(keep(program), replaced) for program in site.programs)
     return None
@@ -105,9 +103,9 @@ def _check(site: Site, choice: Choice, causal: bool) -> None:
     """Refuses a site that the choice doesn't serve."""
     selector, here = choice.selector, phase(site)
     assert isinstance(selector, Selector)
-    if selector.phase not in ("both", here):
-        hint = f"give the spec's rule `phase: {selector.phase}`"
-        site.refuse(f"the selection serves {selector.phase}, and this is {here}", hint)
+    if reason := complaint(selector, here == "decode", causal):
+        other = selector.phase not in ("both", here)
+        site.refuse(reason, f"give the spec's rule `phase: {selector.phase}`" if other else "")
     if choice.reuse.layers and site.layer is None:
         site.refuse("the spec reuses choices by layer, and which layer this is is not known")
     if not site.heads_known:
@@ -116,12 +114,9 @@ def _check(site: Site, choice: Choice, causal: bool) -> None:
         site.refuse("the absolute positions of the queries are not known, and a selection depends on them")
     if (selector.force.sink or (selector.lines and selector.lines.first)) and forgets(site.k):
         site.refuse("the selection's sinks are absolute positions, and the cache drops its oldest keys")
-    if selector.permute and not causal:
-        site.refuse("the selection sorts keys inside segments, which a causal attention alone can tell apart")
 
 
 def _is_causal(site: Site, chosen: Chosen) -> bool:
     """Whether the heads with this choice see no key after their query."""
     mine = [program for program in site.programs if chosen in choices(program)]
-    seen = site.position >= Var("k")
-    return same(shape(site.q)[2], 1) or all(conjunction([program, seen]) == program for program in mine)
+    return same(shape(site.q)[2], 1) or all(is_causal(program, site.position) for program in mine)

@@ -8,7 +8,7 @@ from sparsify.expr import Var
 from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 
 

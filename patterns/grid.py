@@ -9,6 +9,7 @@ from typing import Any
 from sparsify.errors import PatternError
 from sparsify.expr import Expr, Pred
 from sparsify.patterns.pattern import K, Pattern, Q
+from sparsify.ranges import Ranges, joined
 from sparsify.sizes import LIMIT
 
 DIMENSIONS = 3
@@ -43,15 +44,27 @@ class Grid(Pattern):
         inside = (q >= 0) & (q < self.tokens) & (k >= 0) & (k < self.tokens)
         return inside & self.keep_at(coordinates(q, self.shape), coordinates(k, self.shape))
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        whole, stop = " x ".join(map(str, self.shape)), self.start + self.tokens
-        what = f"{type(self).__name__.lower()}.shape: {whole} is {self.tokens} tokens"
-        if n < stop:
-            return f"{what}{f' from position {self.start}' if self.start else ''}, but there are {n} keys"
-        outside = [f"{a}-{b - 1}" for a, b in ((0, self.start), (stop, n)) if a < b]
-        if alone and outside:
-            return f'{what}, but there are {n} keys; give the others to global_tokens: "{",".join(outside)}"'
-        return ""
+    def too_large(self, n: int) -> str:
+        if self.start + self.tokens <= n:
+            return ""
+        return f"{self._what}{f' from position {self.start}' if self.start else ''}, but there are {n} keys"
+
+    def outside(self, n: int) -> Ranges:
+        return joined((a, b - 1) for a, b in ((0, self.start), (self.start + self.tokens, n)) if a < b)
+
+    def outside_of(self, n: int) -> str:
+        return f"{self._what}, but there are {n} keys"
+
+    @property
+    def _what(self) -> str:
+        whole = " x ".join(map(str, self.shape))
+        return f"{type(self).__name__.lower()}.shape: {whole} is {self.tokens} tokens"
+
+
+def grids(pattern: Pattern) -> tuple[Grid, ...]:
+    """The grids in a pattern, however it is composed."""
+    own = (pattern,) if isinstance(pattern, Grid) else ()
+    return own + tuple([grid for part in pattern.parts() for grid in grids(part)])
 
 
 def coordinates(token: Expr, shape: tuple[int, ...]) -> Coordinates:

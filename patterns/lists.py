@@ -38,11 +38,6 @@ class ListPass:
     listed: Listed
     keep: Pred
 
-    @property
-    def by_row(self) -> int:
-        """How many queries share the list: 0 for all of a launch."""
-        return row_unit(self.listed)
-
 
 @dataclass(frozen=True)
 class Passes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sparsify.errors import PatternError
 from sparsify.expr import Pred, Var, conjunction, disjunction, negate
 from sparsify.foldable import foldable
+from sparsify.ranges import Ranges, joined, text_of
 from sparsify.sizes import Size
 from sparsify.text import parse_pred, to_text
 
@@ -44,12 +45,22 @@ class Pattern:
         """The arguments of the constructor that makes this pattern, as plain as a spec would write them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        """What is wrong with this pattern where there are `n` keys, in one sentence, or "".
+    def fits(self, n: int) -> str:
+        """What is wrong with this pattern where there are `n` keys, in one sentence, or ""."""
+        outside = text_of(self.outside(n))
+        return self.too_large(n) or (outside and f'{self.outside_of(n)}; give the others to global_tokens: "{outside}"')
 
-        `alone`: what this pattern leaves out, no other keeps.
-        """
-        return next(filter(None, (part.fits(n, alone) for part in self.parts())), "")
+    def too_large(self, n: int) -> str:
+        """What is wrong where a part is of more than `n` tokens, or ""."""
+        return next(filter(None, (part.too_large(n) for part in self.parts())), "")
+
+    def outside(self, n: int) -> Ranges:
+        """The tokens, of `n`, that keep nothing as they are in no grid of this pattern."""
+        return joined(pair for part in self.parts() for pair in part.outside(n))
+
+    def outside_of(self, n: int) -> str:
+        """What leaves tokens outside, as the beginning of a sentence."""
+        return next(filter(None, (part.outside_of(n) for part in self.parts())), "")
 
     def __and__(self, other: Pattern) -> Pattern:
         return Both(self, _checked(other, "&"))
@@ -171,8 +182,9 @@ class Either(Pattern):
     def parts(self) -> tuple[Pattern, ...]:
         return self.left, self.right
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        return super().fits(n, alone=False)
+    def outside(self, n: int) -> Ranges:
+        left, right = (part.outside(n) for part in self.parts())
+        return joined((max(a, c), min(b, d)) for a, b in left for c, d in right if max(a, c) <= min(b, d))
 
     def keep(self) -> Pred:
         return disjunction([self.left.keep(), self.right.keep()])
@@ -193,8 +205,8 @@ class Except(Pattern):
     def parts(self) -> tuple[Pattern, ...]:
         return (self.pattern,)
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        return super().fits(n, alone=False)
+    def outside(self, n: int) -> Ranges:
+        return ()
 
     def keep(self) -> Pred:
         return negate(self.pattern.keep())

@@ -1,6 +1,13 @@
 """select: keys chosen from the data by a selector, and what layers and steps share of a choice.
 
-`select` takes every step of the pipeline; `topk`, `topp` and `relmax` name the usual ones.
+`select` takes every step of the pipeline; `topk` and `topp` name the usual ones, `online` leaves it to the kernel.
+
+    Selection       a pattern: one text, that of its Choice
+    Choice          a Selector (the pipeline) or an Online budget, with its Reuse over layers and steps
+    Chosen          the atom that stands for a Choice in a predicate, until a graph or a call has tensors
+    select, Ask     the op that chooses, and what it is asked: it gives index and count of each list
+    Listed          the atom that stands for a list in a program's predicate
+    ListPass        a kernel's loop over one list
 """
 
 from __future__ import annotations
@@ -78,7 +85,7 @@ class Selection(Pattern):
         """Those of `select` or `online` that make it again, defaults left out."""
         selector = self.choice.selector
         if isinstance(selector, Online):
-            return {"share": selector.value} | ({"by_length": True} if selector.per_length else {})
+            return {"share": selector.share} | ({"by_length": True} if selector.by_length else {})
         found = json.loads(self.text)
         return found.pop("select") | found
 
@@ -89,6 +96,12 @@ class Selection(Pattern):
 
     def __str__(self) -> str:
         return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
+
+
+def selections(pattern: Pattern) -> tuple[Selection, ...]:
+    """The selections in a pattern, however it is composed."""
+    own = (pattern,) if isinstance(pattern, Selection) else ()
+    return own + tuple(found for part in pattern.parts() for found in selections(part))
 
 
 def _shown(value: Any) -> str:
@@ -124,7 +137,9 @@ def select(
     given |= {"lines": lines, "permute": permute}
     present = {name: value for name, value in given.items() if value is not None}
     return Selection(
-        _select_text(_frozen(present), learned, phase, semantics, _frozen(reuse or {}), _layers(dense_layers))
+        _select_text(
+            _frozen(present), learned, phase, semantics, _frozen({} if reuse is None else reuse), _layers(dense_layers)
+        )
     )
 
 
@@ -133,6 +148,17 @@ SCORES: dict[str, dict[str, str]] = {
     "minmax_bound": {"qview": "token", "kview": "minmax", "combine": "upper_bound"},
     "token": {},
     "softmax": {"norm": "softmax"},
+    "mean_softmax": {"qview": "mean", "kview": "mean", "norm": "softmax"},
+}
+
+
+# The fields of the shorthands that are called otherwise in `select`.
+SHORT = {
+    "unit.k": "unit",
+    "unit.q": "queries",
+    "heads.scope": "scope",
+    "force.sink": "sinks",
+    "force.local": "local",
 }
 
 
@@ -149,8 +175,9 @@ def topk(
     """The best `keep` units of `unit` keys, for each `queries` queries of a `scope`: head, kv_group or layer.
 
     score: by the `mean` of a unit's keys, by the bound of its least and greatest ones (`minmax_bound`, Quest),
-    by its keys themselves (`token`), or by their share of the attention (`softmax`). The first `sinks` units and the
-    `local` last ones, the query's own included, are kept beside them. Raises PatternError.
+    by its keys themselves (`token`), by their share of the attention (`softmax`), or by that of the means
+    (`mean_softmax`). The first `sinks` units and the `local` last ones, the query's own included, are kept beside them.
+    Raises PatternError.
     """
     return _usual("topk", {"rule": "topk", "value": keep}, unit, score, scope, queries, sinks, local, phase)
 
@@ -181,19 +208,23 @@ def _usual(name: str, budget: dict[str, Any], *rest: Any) -> Pattern:
 def _usual_text(
     name: str, budget: Any, unit: int, score: str, scope: str, queries: int, sinks: int, local: int, phase: str
 ) -> str:
-    known = SCORES | {"mean_softmax": SCORES["mean"] | {"norm": "softmax"}}
-    if not isinstance(score, str) or score not in known:
+    if not isinstance(score, str) or score not in SCORES:
         raise PatternError(f"{name}.score: unknown score {score!r}; {nearest(str(score), SCORES)}")
-    heads = {"scope": scope} | ({} if scope == "head" else {"op": "sum" if score == "softmax" else "max"})
+    heads = {"scope": scope} | ({} if scope == "head" else {"op": "sum" if score.endswith("softmax") else "max"})
     parts = {
         "budget": dict(budget),
         "unit": {"q": queries, "k": unit},
-        "score": known[score],
+        "score": SCORES[score],
         "heads": heads,
         "force": {"sink": sinks, "local": local},
     }
-    made = {field: part(PARTS[field], field, value) for field, value in parts.items()}
-    return Choice(Selector(**made, phase=phase)).text()
+    try:
+        made = {field: part(PARTS[field], field, value) for field, value in parts.items()}
+        return Choice(Selector(**made, phase=phase)).text()
+    except PatternError as error:
+        field, colon, rest = str(error).partition(":")
+        own = {"budget.value": "keep" if name == "topk" else "share"}.get(field, SHORT.get(field, field))
+        raise PatternError(f"{name}.{own}{colon}{rest}") from None
 
 
 def online(share: float, by_length: bool = False) -> Pattern:

@@ -264,16 +264,16 @@ class Lines:
 @dataclass(frozen=True)
 class Online:
     """No list but a budget of the kernel's own (BLASST): a tile of keys whose greatest score is below the running
-    maximum + log(value) is skipped. With per_length the value is divided by N first."""
+    maximum + log(share) is skipped. With by_length the share is divided by N first, and 1 at most."""
 
-    value: float
-    per_length: bool = False
+    share: float
+    by_length: bool = False
 
     def __post_init__(self) -> None:
-        most = None if self.per_length else 1.0
-        object.__setattr__(self, "value", number(self.value, "online.value", 0.0, most, above=True))
-        if not isinstance(self.per_length, bool):
-            raise PatternError(f"online.per_length: expected true or false, found {self.per_length!r}")
+        most = None if self.by_length else 1.0
+        object.__setattr__(self, "share", number(self.share, "online.share", 0.0, most, above=True))
+        if not isinstance(self.by_length, bool):
+            raise PatternError(f"online.by_length: expected true or false, found {self.by_length!r}")
 
 
 @dataclass(frozen=True)

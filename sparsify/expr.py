@@ -244,7 +244,7 @@ class Test(Pred):
 
 @node
 class Chosen(Pred):
-    """What a selector chooses from the data; `text` is the selector's own. Only in patterns: a graph has `Listed`."""
+    """What is chosen from the data; `text` is that of a `Choice` (patterns.select). Programs have `Listed` instead."""
 
     text: str
 

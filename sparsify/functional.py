@@ -12,7 +12,7 @@ from sparsify.errors import InputError
 from sparsify.functional_plan import plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
 
@@ -39,6 +39,11 @@ def attention(
     broadcastable to (B, Hq, Nq, Nk)) and is combined with the pattern. `scale` defaults to 1/sqrt(D). `q_offset` is
     the absolute position of the first query, by default Nk - Nq.
 
+    A pattern that chooses keys from the data (`topk`, `select`, ...) chooses among those that the pattern's causal part
+    and the mask let all queries see: combine it with `causal()`, as what a mask says of single queries is left out
+    after the choice. Its phase must be that of the call (one query is decode); it can't take part in `reuse`, nor be
+    `learned`, as both are between the layers of a model.
+
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
     `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
@@ -50,8 +55,12 @@ def attention(
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
     rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    loads, where = _mask_loads(mask, q_offset)
+    mask = mask.view(1) if mask is not None and not mask.dim() else mask
+    rows_asked = mask is not None or any("chosen(" in rule for rule in rules)
+    loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
     whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
     laid_out = (found, int(k.shape[2])) if found and whole else ((), 0)
     text, asks = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
@@ -61,16 +70,16 @@ def attention(
     return op.attention(q, k, v, loads, offset, factor, text)
 
 
-def _mask_loads(mask: torch.Tensor | None, q_offset: int | None) -> tuple[list[torch.Tensor], tuple]:
-    """The mask as the load `_0`, and behind it the position of the first row where that isn't Nk - Nq; a `Where`."""
-    if mask is None:
-        return [], (0, None, None, "q - N + Nq" if q_offset is None else None)
-    loads = [mask if mask.dim() else mask.view(1)]
+def _loads(mask: torch.Tensor | None, q_offset: int | None, device: torch.device) -> tuple[list[torch.Tensor], tuple]:
+    """The mask, and behind it the position of the first query where that may not be Nk - Nq; and a `Where`."""
+    loads = [] if mask is None else [mask]
+    row = "q - N + Nq" if q_offset is None else f"q - _{len(loads)}[0]"
     if q_offset is not None:
-        loads.append(torch.full((1,), q_offset, dtype=torch.int64, device=mask.device))
-    row = "q - N + Nq" if q_offset is None else "q - _1[0]"
+        loads.append(torch.full((1,), q_offset, dtype=torch.int64, device=device))
+    if mask is None:
+        return loads, (len(loads), None, None, row)
     names = ("b", "h", row, "k")[4 - mask.dim() :]
-    index = ", ".join([name if size != 1 else "0" for name, size in zip(names, mask.shape, strict=True)]) or "0"
+    index = ", ".join([name if size != 1 else "0" for name, size in zip(names, mask.shape, strict=True)])
     return loads, (len(loads), "keep" if mask.dtype == torch.bool else "add", index, row)
 
 

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
-from sparsify.expr import TRUE, Chosen, Pred, Test, Var, conjunction
+from sparsify.expr import TRUE, Chosen, Pred, Test, Var
+from sparsify.patterns.causal import is_causal
+from sparsify.patterns.head_choices import check_order, complaint, head_choices, skip_of
 from sparsify.patterns.layouts.lay_out import lay_out
-from sparsify.patterns.lists import choices, with_choices
+from sparsify.patterns.lists import with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
-from sparsify.program import Program, Skip
+from sparsify.patterns.selector import Selector
+from sparsify.program import Program
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
+
+T = TypeVar("T")
 
 
 class Where(NamedTuple):
     """Where a mask is read. loads: how many there are before the lists. kind: "keep", "add", or None without a mask.
 
-    index: that of the load `_0`, as text. row: a query's number from the first query on; None where no load says it.
+    index: that of the load `_0`, as text. row: a query's number from the first query on, as text.
     """
 
     loads: int
     kind: str | None
     index: str | None
-    row: str | None
+    row: str
 
 
 @torch.compiler.assume_constant_result
@@ -57,30 +62,31 @@ def _plan(
     device: str,
 ) -> tuple[str, tuple[str, ...]]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
+    found = [_pattern_checked(head_choices, keep) for keep in keeps]
     made: dict[Chosen, Pred] = {}
-    skips: dict[Chosen, Skip] = {}
     asks, loads, order = [], where.loads, None
-    for chosen in dict.fromkeys(one for keep in keeps for one in _choices(keep)):
-        selector = _selector(chosen, one_query)
-        if isinstance(selector, Online):
-            made[chosen], skips[chosen] = TRUE, Skip(selector.value, selector.per_length)
-            continue
-        causal = _is_causal(keeps, chosen, one_query)
+    for chosen in dict.fromkeys(head.listed for head in found if head.listed is not None):
+        causal = one_query or all(
+            is_causal(keep) for keep, head in zip(keeps, found, strict=True) if head.listed == chosen
+        )
+        selector = _selector(chosen, one_query, causal)
         asks.append(Ask(selector, Var("q"), usable, causal).text())
-        made[chosen] = lists_of(selector, loads, heads, kv_heads, parse_expr(_row(where)))
+        made[chosen] = lists_of(selector, loads, heads, kv_heads, parse_expr(where.row))
         loads += outputs(selector)
         order = segments_of(selector, loads - 1, heads, kv_heads, Var("q"))
         if order is not None:
-            _check_order(keeps, causal)
+            _pattern_checked(check_order, found)
             made[chosen] = order.chosen(made[chosen])
+    skips = {head.online: skip_of(head.online) for head in found if head.online is not None}
+    made |= dict.fromkeys(skips, TRUE)
     name = codegen.choose(device) if target == "auto" else target
-    of_heads = tuple(next((skips[one] for one in _choices(keep) if one in skips), None) for keep in keeps)
+    of_heads = tuple(skips.get(head.online) for head in found) if skips else ()
     if order is None:
         drawn = [grid(*given) for grid, given in grids[0]]
         laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
     else:
         laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
-    given = {"loads": loads, "target": name, "skips": of_heads if skips else ()}
+    given = {"loads": loads, "target": name, "skips": of_heads}
     return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
 
 
@@ -95,50 +101,22 @@ def _with_mask(keeps: list[Pred], where: Where, one_query: bool) -> tuple[list[P
     return [keep & Test(mask) for keep in keeps], (), usable
 
 
-def _row(where: Where) -> str:
-    if where.row is None:
-        raise InputError(
-            "attention: q_offset: a selection needs the queries to be the last ones of the keys, or a mask"
-        )
-    return where.row
-
-
-def _choices(keep: Pred) -> tuple[Chosen, ...]:
+def _pattern_checked(check: Callable[[Any], T], given: Any) -> T:
+    """What a check of patterns gives, its PatternError as an InputError of this function."""
     try:
-        found = choices(keep)
+        return check(given)
     except PatternError as error:
         raise InputError(f"attention: pattern: {error}") from None
-    if len(found) > 1:
-        raise InputError("attention: pattern: a head has two selections, which could choose a key twice; give it one")
-    return found
 
 
-def _selector(chosen: Chosen, one_query: bool) -> Selector | Online:
+def _selector(chosen: Chosen, one_query: bool, causal: bool) -> Selector:
     """The selector of a choice that can be made for one call by itself."""
     choice = Choice.parse(chosen.text)
+    assert isinstance(choice.selector, Selector)
     if choice.reuse.layers or choice.reuse.by_steps:
         raise InputError("attention: pattern: a choice is shared between the layers and steps of a compiled model only")
-    if isinstance(choice.selector, Online):
-        return choice.selector
-    here = "decode" if one_query else "prefill"
-    if choice.selector.phase not in ("both", here):
-        raise InputError(f"attention: pattern: the selection serves {choice.selector.phase}, and this is {here}")
     if choice.selector.learned is not None:
         raise InputError("attention: pattern: a learned selection needs its module, which a compiled model is given")
+    if reason := complaint(choice.selector, one_query, causal):
+        raise InputError(f"attention: pattern: {reason}")
     return choice.selector
-
-
-def _is_causal(keeps: list[Pred], chosen: Chosen, one_query: bool) -> bool:
-    """Whether the heads with this choice see no key after their query."""
-    mine = [keep for keep in keeps if chosen in choices(keep)]
-    return one_query or all(conjunction([keep, Var("k") <= Var("q")]) == keep for keep in mine)
-
-
-def _check_order(keeps: list[Pred], causal: bool) -> None:
-    """Refuses a selection that sorts the keys of some heads only, or of an attention that isn't causal."""
-    if len({_choices(keep) for keep in keeps}) > 1:
-        found = "the heads share one order of keys, and only some of them have the selection that sorts them"
-        raise InputError(f"attention: pattern: {found}; give all heads that selection")
-    if not causal:
-        found = "the selection sorts keys inside segments, which a causal attention alone can tell apart"
-        raise InputError(f"attention: pattern: {found}; combine it with causal()")

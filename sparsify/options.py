@@ -55,14 +55,31 @@ class Options:
         for name in ("strict", "crossover", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise InputError(f"option '{name}': expected True or False, found {values[name]!r}")
-        if not isinstance(values.get("learned", {}), Mapping):
-            raise InputError(f"option 'learned': expected a mapping of names to modules, found {values['learned']!r}")
-        return cls(**{**values, "spec": read_spec(values.get("spec"))})
+        spec = read_spec(values.get("spec"))
+        _check_learned(values.get("learned", {}), spec)
+        return cls(**{**values, "spec": spec})
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise InputError(f"option '{name}': found {value!r}; {nearest(str(value), allowed)}")
+
+
+def _check_learned(learned: Any, spec: Any) -> None:
+    """Refuses what are no modules, and a spec that asks for one that isn't there."""
+    from torch import nn
+
+    if not isinstance(learned, Mapping):
+        raise InputError(f"option 'learned': expected a mapping of names to modules, found {learned!r}")
+    for name, given in learned.items():
+        by_layer = given.values() if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else ()
+        if not isinstance(given, nn.Module) and not (by_layer and all(isinstance(one, nn.Module) for one in by_layer)):
+            allowed = "a torch module, or a list or a mapping by layer of them"
+            raise InputError(f"option 'learned': {name}: expected {allowed}, found {given!r}")
+    for name in spec.learned() if spec is not None else ():
+        if name not in learned:
+            found = nearest(name, learned) if learned else "none was given"
+            raise InputError(f"option 'learned': the spec asks for the module '{name}'; {found}")
 
 
 def read_spec(value: Any) -> Any:

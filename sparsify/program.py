@@ -60,7 +60,8 @@ class Layout:
 class Skip:
     """A part of a key tile may be left out where all its weights are below `share` of the largest so far (BLASST).
 
-    share: of the weight of the row's running maximum; divided by the number of keys with `by_length`.
+    share: of the weight of the row's running maximum; divided by the number of keys with `by_length`, and never more
+    than 1. What a part is, and how soon a maximum counts, is the target's: they may leave out different pairs.
     """
 
     share: float
@@ -68,7 +69,7 @@ class Skip:
 
     def below(self, k_len: int) -> float:
         """The logarithm (base 2) of the share for so many keys."""
-        return math.log2(self.share / max(1, k_len) if self.by_length else self.share)
+        return math.log2(min(1.0, self.share / max(1, k_len)) if self.by_length else self.share)
 
 
 @dataclass(frozen=True)

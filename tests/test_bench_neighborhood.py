@@ -10,7 +10,7 @@ from sparsify.bench.cases import GRIDS, NEIGHBORHOODS
 from sparsify.bench.peers import PEERS, Inputs, peers_of
 from sparsify.errors import InputError
 from sparsify.patterns import global_tokens, neighborhood
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 
 
 def test_cases_go_by_name() -> None:

@@ -15,8 +15,9 @@ from sparsify.bias import Term
 from sparsify.expr import Load, Var
 from sparsify.patterns import presets
 from sparsify.patterns.count import EMPTY, FULL, PARTIAL, executed, tile_classes
+from sparsify.patterns.grid import grids
+from sparsify.patterns.layouts.best import best_layout
 from sparsify.patterns.layouts.boxes import TILE, Boxes
-from sparsify.patterns.layouts.choose import choose, grids
 from sparsify.patterns.layouts.placed import Placed
 from sparsify.patterns.tiles import analyse
 from sparsify.walk import evaluate
@@ -193,7 +194,7 @@ def test_biases_speak_of_slots():
 
 
 def chosen(pattern, total, heads=4):
-    return choose((pattern.keep(),) * heads, grids(pattern) * heads, total)
+    return best_layout((pattern.keep(),) * heads, grids(pattern) * heads, total)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_a_layout_has_to_save_something():
     assert chosen(E([4, 8], 3), 32) is None, "one tile"
     assert chosen(presets.axial([64, 64], 1), 4096) is None, "rows lie together as they are"
     near = E([64, 64], 13)
-    assert choose((near.keep(), *[p.window(100).keep()] * 7), grids(near), 4096) is None, "the others lose more"
+    assert best_layout((near.keep(), *[p.window(100).keep()] * 7), grids(near), 4096) is None, "the others lose more"
     assert chosen(p.causal(), 64) is None
 
 

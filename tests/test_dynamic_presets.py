@@ -139,7 +139,7 @@ def test_gates_choose_by_their_scores(name):
 
 
 def test_blasst_is_the_kernels_own_budget():
-    assert choice_of(pre.blasst(500)).selector == Online(500.0, per_length=True)
+    assert choice_of(pre.blasst(500)).selector == Online(500.0, by_length=True)
 
 
 def test_layers_that_choose_for_others():

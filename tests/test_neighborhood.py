@@ -263,7 +263,7 @@ def test_one_value_is_for_all_dimensions_and_shows_as_one():
 
 def test_a_grid_says_whether_it_fits():
     video, text = p.neighborhood([2, 3, 4], 2, start=5), p.global_tokens("0-4")
-    assert video.fits(29, alone=False) == "" and video.fits(29) == (
+    assert video.too_large(29) == "" and video.fits(29) == (
         'neighborhood.shape: 2 x 3 x 4 is 24 tokens, but there are 29 keys; give the others to global_tokens: "0-4"'
     )
     assert (video | text).fits(29) == "" and (video | text).fits(31) == ""

@@ -12,7 +12,7 @@ import sparsify
 from sparsify import patterns as p
 from sparsify.errors import InputError, RefusedError
 from sparsify.passes.choose_target import program_of
-from sparsify.patterns.layouts import choose
+from sparsify.patterns.layouts import best
 
 near = p.neighborhood
 
@@ -20,10 +20,10 @@ near = p.neighborhood
 @pytest.fixture
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Layouts where they save nothing, too: grids on which they do are larger than tests can be."""
-    monkeypatch.setattr(choose, "WORTH", 1e9)
-    choose.choose.cache_clear()
+    monkeypatch.setattr(best, "WORTH", 1e9)
+    best.best_layout.cache_clear()
     yield
-    choose.choose.cache_clear()
+    best.best_layout.cache_clear()
 
 
 class Attention(torch.nn.Module):

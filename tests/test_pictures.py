@@ -66,9 +66,9 @@ def test_a_raster_of_a_mask_is_that_mask_averaged(q_len, k_len, seed):
 
 
 def test_a_pattern_that_chooses_by_data_is_drawn_by_its_masks():
-    masks = {p.window(5): np.stack([np.eye(64, dtype=bool), np.ones((64, 64), dtype=bool)])}
+    masks = {p.window(5): np.eye(64, dtype=bool)}
     scene = Scene.of({"a": [p.window(5), p.window(5), p.window(6)]}, 64, causal=False, masks=masks)
-    assert [panel.density for panel in scene.rows[0].panels[:2]] == [1 / 64, 1]
+    assert [panel.density for panel in scene.rows[0].panels[:2]] == [1 / 64, 1 / 64]
     assert (scene.rasters[scene.rows[0].panels[0].raster].share == np.eye(64)).all()
     assert scene.rows[0].panels[2].density == pytest.approx(p.window(6).density(1, 64, 64))
 

@@ -22,6 +22,8 @@ from sparsify.errors import PatternError, SpecError
 from sparsify.patterns import presets as pre
 from sparsify.patterns.count import EMPTY, FULL, tile_classes
 from sparsify.patterns.presets.preset import Phase
+from sparsify.patterns.select import selections
+from sparsify.selection.example import kept_of_made_up
 from sparsify.spec import Spec, schema
 from sparsify.spec.forms import is_plain
 
@@ -353,7 +355,7 @@ def test_every_preset_says_what_to_know(constructor):
     assert all(text and text[-1] != "." for text in (about.source, about.cost, about.omits))
     pattern = example(constructor)
     sizes = about.heads, about.length, about.length
-    kept = pattern.density(*sizes) if about.masks is None else about.masks(pattern, *sizes[1:]).mean()
+    kept = kept_of_made_up(pattern, *sizes[1:]).double().mean() if selections(pattern) else pattern.density(*sizes)
     assert 0 < kept < 1 or (constructor is pre.star_attention)
 
 
@@ -384,18 +386,15 @@ def test_a_preset_can_be_built_inside_a_compiled_function(monkeypatch):
     assert torch.equal(found, attend(q))
 
 
-def test_a_preset_that_chooses_by_data_registers_in_the_same_way(monkeypatch):
-    def masks(pattern, q_len, k_len):
-        return np.zeros((2, q_len, k_len), dtype=bool)
-
-    @pre.preset(source="nobody", phase="decode", semantics="approx", cost="little", masks=masks, heads=2)
+def test_a_preset_of_ones_own_registers_in_the_same_way(monkeypatch):
+    @pre.preset(source="nobody", phase="decode", semantics="approx", cost="little")
     def chosen(keep: int = 4) -> p.Pattern:
         """The best keys."""
-        return p.window(keep)
+        return p.topk(keep)
 
     monkeypatch.setitem(p.PATTERNS, "chosen", chosen)
     spec = Spec(sites=[{"heads": {"chosen": 8}}])
-    assert spec.rules[0].groups[0].pattern == chosen(8) and chosen.about.masks is masks
+    assert spec.rules[0].groups[0].pattern == chosen(8)
     assert spec.to_dict()["sites"][0]["heads"] == {"chosen": 8} and str(chosen(keep=4)) == "chosen()"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sparsify.bias import Bias
 from sparsify.expr import Pred
 from sparsify.patterns.grid import Grid
-from sparsify.patterns.layouts.choose import Chosen, choose, over_slots
+from sparsify.patterns.layouts.best import BestLayout, best_layout, over_slots
 from sparsify.patterns.layouts.placed import Placed
 from sparsify.patterns.lists import choices, lists
 from sparsify.program import Layout
@@ -24,7 +24,7 @@ class LaidOut:
     sink: Bias | None = None
     queries: Layout | None = None
     keys: Layout | None = None
-    chosen: Chosen | None = None
+    chosen: BestLayout | None = None
 
     def fields(self) -> dict[str, Any]:
         """Those that `Program.of` takes by name."""
@@ -41,7 +41,7 @@ def lay_out(
     tokens in their own order, the fields are those over tokens.
     """
     listed = any(lists(keep) or choices(keep) for keep in keeps)
-    chosen = None if listed or not grids else choose(tuple(keeps), tuple(grids), total)
+    chosen = None if listed or not grids else best_layout(tuple(keeps), tuple(grids), total)
     if chosen is None:
         return LaidOut(tuple(keeps), bias, sink)
     placed = Placed(chosen.boxes)

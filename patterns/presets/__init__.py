@@ -4,8 +4,7 @@
     streaming_llm(sinks=8)                      # in a spec: {streaming_llm: {sinks: 8}}, or the bare name
 
 A preset is a constructor under `@preset(...)` whose docstring begins with the rule; it is listed in `PRESETS`, from
-which specs, their schema and errors, and `sparsify show` follow. One that chooses by data (a pattern with a selector)
-gives `masks=`, the masks to draw.
+which specs, their schema and errors, and `sparsify show` follow.
 """
 
 from sparsify.patterns.presets.blocks import long_lora, phi3_small, s2_attention, star_attention

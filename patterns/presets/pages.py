@@ -7,7 +7,6 @@ from typing import Literal
 from sparsify.errors import PatternError
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.drawn import made_up
 from sparsify.patterns.presets.preset import choice, preset, whole
 from sparsify.patterns.select import select
 
@@ -21,7 +20,6 @@ BOUND = {"kview": "minmax", "combine": "upper_bound"}
     cost="budget + page keys for each query, and the bounds of all pages: 2/page of the keys",
     omits="the page table (pages are blocks of positions) and bounds kept from step to step",
     example={"budget": 128},
-    masks=made_up,
 )
 def quest(budget: int = 1024, page: int = 16, scope: Literal["head", "kv_group"] = "head") -> Pattern:
     """The max(3, budget / page) pages whose bound on q·k is greatest, and the last page.
@@ -47,7 +45,6 @@ def quest(budget: int = 1024, page: int = 16, scope: Literal["head", "kv_group"]
     cost="(pages + 2) * page keys for each query, and one mean key for each page",
     omits="the page table (pages are blocks of positions) and means kept from step to step",
     example={"pages": 6},
-    masks=made_up,
 )
 def kinetics(pages: int = 64, page: int = 16) -> Pattern:
     """The pages with the greatest q·(mean key), averaged over a kv_group's heads, and the first and the last page.
@@ -70,7 +67,6 @@ def kinetics(pages: int = 64, page: int = 16) -> Pattern:
     cost="pages * page keys for each query; at planner layers all keys, twice",
     omits="probabilities out of the planner's own kernel (they are computed again) and the page table",
     example={"pages": 10, "local": 3},
-    masks=made_up,
 )
 def delta(
     pages: int = 64, local: int = 8, page: int = 16, planners: tuple[int, ...] = (2, 14, 22), layers: int = 48
@@ -110,7 +106,6 @@ def _planners(planners: object, layers: int) -> list[int]:
     cost="tokens + 2 * block keys for each query, and the gate's compressed keys",
     omits="the gate itself: the module `gate` is given with the model; start_layer",
     example={"tokens": 128, "block": 16},
-    masks=made_up,
 )
 def seer_attention_decode(tokens: int = 4096, block: int = 64, gate: str = "seer_attention") -> Pattern:
     """The tokens / block blocks that a learned gate scores highest for each kv_group, and the first and last block."""
@@ -131,7 +126,6 @@ def seer_attention_decode(tokens: int = 4096, block: int = 64, gate: str = "seer
     omits="positions inside the window of training, offload, and its landmark's weights, which are those of the mean "
     "of the chunk's own attention output (here of its mean key)",
     example={"tokens": 256, "chunk": 32},
-    masks=made_up,
 )
 def long_heads(tokens: int = 4096, chunk: int = 256) -> Pattern:
     """Each head's tokens / chunk best chunks by q·landmark: the first, the last two and those with the best landmarks.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.drawn import made_up
 from sparsify.patterns.presets.preset import preset, share, whole
 from sparsify.patterns.select import select
 
@@ -19,7 +18,6 @@ MEANS = {"qview": "mean", "kview": "mean"}
     cost="the blocks that the slashes touch and verticals keys for each query, and all keys for the last queries",
     omits="the search that gives a head its class and numbers; its ranges begin anywhere, these at multiples of 64",
     example={"verticals": 30, "slashes": 100, "first": 8, "last_slashes": 40},
-    masks=made_up,
 )
 def minference_lines(
     verticals: int = 1000, slashes: int = 6096, queries: int = 64, first: int = 30, last_slashes: int = 100
@@ -47,7 +45,6 @@ def minference_lines(
     cost="blocks * block keys for each query, and the means of blocks",
     omits="the search that gives a head this class",
     example={"blocks": 5, "block": 32},
-    masks=made_up,
 )
 def minference_blocks(blocks: int = 100, block: int = 64) -> Pattern:
     """The `blocks` blocks with the greatest product of mean queries and mean keys, the diagonal one counted."""
@@ -66,7 +63,6 @@ def minference_blocks(blocks: int = 100, block: int = 64) -> Pattern:
     cost="whatever holds gamma of the attention, least keys of columns and diagonals at least",
     omits="nothing; block heads keep the block that takes their sum past gamma, too (the released code leaves it out)",
     example={"gamma": 0.5, "least": 64, "block": 32},
-    masks=made_up,
 )
 def flex_prefill(gamma: float = 0.9, tau: float = 0.1, least: int = 1024, block: int = 128) -> Pattern:
     """Columns and diagonals of blocks, as many as cover gamma of the last queries' attention, or the blocks that do.
@@ -95,7 +91,6 @@ def flex_prefill(gamma: float = 0.9, tau: float = 0.1, least: int = 1024, block:
     cost="the blocks that hold tau of the estimate, and all keys against 1/stride of the queries' products",
     omits="the table of tau by head that its dynamic programme finds",
     example={"tau": 0.6, "stride": 8, "block": 32},
-    masks=made_up,
 )
 def x_attention(tau: float = 0.9, stride: int = 16, block: int = 128) -> Pattern:
     """The fewest blocks that hold tau of the estimated attention, the first and the diagonal one counted first.
@@ -118,7 +113,6 @@ def x_attention(tau: float = 0.9, stride: int = 16, block: int = 128) -> Pattern
     semantics="approx",
     cost="the blocks that reach alpha of the best, and the mean keys of blocks for every query; no sort",
     example={"alpha": 0.4, "block": 32},
-    masks=made_up,
 )
 def flash_prefill(
     alpha: float = 0.12, block: int = 128, sinks: int = 2, local: int = 4, last_rows: int = 2, least: int = 0
@@ -153,7 +147,6 @@ def flash_prefill(
     cost="density of the keys, and the means of blocks",
     omits="the first version's learned boundaries, and its A-shape and line variants (a_shape, minference_lines)",
     example={"density": 0.25},
-    masks=made_up,
 )
 def dhsa(density: float = 0.125, queries: int = 128, block: int = 32) -> Pattern:
     """The share `density` of the blocks by the product of mean queries and mean keys, averaged over all heads.

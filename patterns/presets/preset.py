@@ -54,7 +54,6 @@ class About:
     example: tuple[tuple[str, Any], ...] = ()
     heads: int = 1
     length: int = 1024
-    masks: Callable[[Pattern, int, int], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,14 @@ class Preset(Pattern):
     def parts(self) -> tuple[Pattern, ...]:
         return (self.pattern,)
 
-    def fits(self, n: int, alone: bool = True) -> str:
-        kind, dot, rest = super().fits(n, alone).partition(".")
+    def too_large(self, n: int) -> str:
+        return self._as_mine(super().too_large(n))
+
+    def outside_of(self, n: int) -> str:
+        return self._as_mine(super().outside_of(n))
+
+    def _as_mine(self, sentence: str) -> str:
+        kind, dot, rest = sentence.partition(".")
         return f"{self.name}.{rest}" if dot else kind
 
     def arguments(self) -> dict[str, Any]:
@@ -96,10 +101,9 @@ class Preset(Pattern):
 def preset(
     *, source: str, phase: Phase, semantics: Semantics, cost: str, omits: str = "nothing",
     example: Mapping[str, Any] | None = None, heads: int = 1, length: int = 1024,
-    masks: Callable[[Pattern, int, int], Any] | None = None,
 ) -> Callable[[Callable[..., Pattern]], Callable[..., Preset]]:  # fmt: skip
     """Makes a constructor of patterns a preset: what it returns knows its name and its arguments."""
-    about = About(source, phase, semantics, cost, omits, tuple((example or {}).items()), heads, length, masks)
+    about = About(source, phase, semantics, cost, omits, tuple((example or {}).items()), heads, length)
 
     def decorated(build: Callable[..., Pattern]) -> Callable[..., Preset]:
         name = build.__name__
@@ -108,7 +112,10 @@ def preset(
 
         @functools.wraps(build)
         def constructor(*args: Any, **kwargs: Any) -> Preset:
-            pattern = build(*args, **kwargs)
+            try:
+                pattern = build(*args, **kwargs)
+            except PatternError as error:
+                raise PatternError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
             found = {**dict(zip(names, args, strict=False)), **kwargs}
             given = [(key, _plain(found[key])) for key in names if key in found and found[key] != defaults[key]]
             return Preset(name, tuple(given), pattern, semantics)

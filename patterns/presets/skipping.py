@@ -5,7 +5,6 @@ from __future__ import annotations
 from sparsify.errors import PatternError
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.drawn import made_up
 from sparsify.patterns.presets.preset import preset, share, whole
 from sparsify.patterns.select import online, select
 
@@ -18,7 +17,6 @@ from sparsify.patterns.select import online, select
     omits="the second stage, int8 and fp8 products, the subtraction of the mean key and the table by head; the block "
     "that takes a row's sum past `mass` is kept, too (the released code leaves it out)",
     example={"mass": 0.6, "similarity": 0.05, "queries": 64, "block": 32},
-    masks=made_up,
 )
 def sparge_attention(mass: float = 0.98, similarity: float = 0.6, queries: int = 128, block: int = 64) -> Pattern:
     """The fewest blocks that hold `mass` of softmax(mean q · mean k) in a row, and all that are little like themselves.
@@ -42,7 +40,6 @@ def sparge_attention(mass: float = 0.98, similarity: float = 0.6, queries: int =
     semantics="approx",
     cost="all keys; values and softmax only of tiles that weigh enough",
     omits="the calibration of the scale",
-    masks=made_up,
 )
 def blasst(scale: float = 1000.0) -> Pattern:
     """k <= q, but a tile of keys whose greatest score is below the running maximum + log(scale / N) is skipped."""

@@ -7,7 +7,6 @@ from typing import Any
 from sparsify.errors import PatternError
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.drawn import made_up
 from sparsify.patterns.presets.preset import preset, share, whole
 from sparsify.patterns.select import select
 
@@ -28,7 +27,6 @@ def _skeleton(name: str, reselect: int, layers: int) -> dict[str, Any]:
     cost="tokens keys for each query; at the two selecting layers all keys, twice",
     omits="the correction of the cache, which is off in its experiments",
     example={"tokens": 64},
-    masks=made_up,
 )
 def tidal_decode(tokens: int = 256, reselect: int = 13, layers: int = 32) -> Pattern:
     """The tokens with the greatest q·k, each head for itself.
@@ -49,7 +47,6 @@ def tidal_decode(tokens: int = 256, reselect: int = 13, layers: int = 32) -> Pat
     cost="tokens keys for each query; at the two selecting layers all keys, twice",
     omits="nothing but the optional sinks, which compose: less_is_more() | sinks(4)",
     example={"tokens": 96},
-    masks=made_up,
 )
 def less_is_more(tokens: int = 1024, recent: float = 0.25, reselect: int = 13, layers: int = 32) -> Pattern:
     """The latest recent * tokens keys, and from the rest each head's best in turn until `tokens` are kept by all.
@@ -75,7 +72,6 @@ def less_is_more(tokens: int = 1024, recent: float = 0.25, reselect: int = 13, l
     cost="tokens + sinks + local keys for each query, and all keys once for each chunk of queries",
     omits="keys stored without rotation and turned at their place in the compacted list (length extrapolation)",
     example={"tokens": 64, "sinks": 16, "local": 48, "chunk": 64},
-    masks=made_up,
 )
 def token_select(
     tokens: int = 2048,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sparsify.errors import PatternError
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.drawn import made_up
 from sparsify.patterns.presets.preset import preset, share, whole
 from sparsify.patterns.select import select
 
@@ -17,7 +16,6 @@ from sparsify.patterns.select import select
     cost="keep * chunk keys for each query, and one mean key for each chunk",
     omits="last layers that are kept dense (say so in the spec)",
     example={"keep": 3, "chunk": 64},
-    masks=made_up,
 )
 def moba(keep: int = 12, chunk: int = 4096) -> Pattern:
     """For each query and head the `keep` chunks with the greatest q·(mean key), its own chunk counted."""
@@ -36,7 +34,6 @@ def moba(keep: int = 12, chunk: int = 4096) -> Pattern:
     omits="the compressed and the window branch and their gates, and learned or overlapping compression: blocks of "
     "keys are compressed to their means, as fla does",
     example={"keep": 5, "block": 32},
-    masks=made_up,
 )
 def nsa_selection(keep: int = 16, block: int = 64) -> Pattern:
     """The `keep` blocks with the greatest softmax(q·(mean key)), summed over the kv_group; first and last two counted.
@@ -60,7 +57,6 @@ def nsa_selection(keep: int = 16, block: int = 64) -> Pattern:
     cost="1 - sparsity of the keys, and the means of tiles",
     omits="the coarse branch and its gate, the order of tokens by 4 x 4 x 4 tiles, and tiles of text that are exempt",
     example={"sparsity": 0.75, "tile": 32},
-    masks=made_up,
 )
 def vsa(sparsity: float = 0.9, tile: int = 64) -> Pattern:
     """For each tile of queries and head the share 1 - sparsity of tiles, by the product of mean queries and keys."""
@@ -81,7 +77,6 @@ def vsa(sparsity: float = 0.9, tile: int = 64) -> Pattern:
     cost="the blocks whose gate is open, and the gate on the means of blocks",
     omits="the gate itself: the module `gate` is given with the model",
     example={"threshold": 0.05, "block": 32},
-    masks=made_up,
 )
 def seer_attention(threshold: float = 0.002, block: int = 64, gate: str = "seer_attention") -> Pattern:
     """The blocks that a learned gate scores at `threshold` or more, each head for itself; the last row keeps all."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparsify import patterns as p
 from sparsify.errors import InputError, nearest
 from sparsify.patterns import Pattern
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 
 CAUSAL = p.causal()
 

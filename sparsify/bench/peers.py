@@ -18,7 +18,7 @@ from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
-from sparsify.patterns.layouts.choose import grids
+from sparsify.patterns.grid import grids
 from sparsify.patterns.neighborhood import Neighborhood
 from sparsify.program import Program
 from sparsify.sizes import size_values

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import and_
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError, nearest
 from sparsify.patterns import PRESETS, Pattern
-from sparsify.patterns.grid import Grid
+from sparsify.patterns.causal import is_causal
+from sparsify.patterns.grid import grids
 from sparsify.patterns.presets import Preset
 
 BY_NAME: dict[str, Callable[..., Preset]] = {constructor.__name__: constructor for constructor in PRESETS}
@@ -39,11 +42,11 @@ def read_preset(text: str) -> Preset:
     example, given = dict(BY_NAME[name].about.example), {}  # type: ignore[attr-defined]
     for part in _apart(rest):
         key, equals, value = part.partition("=")
-        if not equals:
+        if not equals or not value.strip():
             raise InputError(
                 f"show: expected NAME=VALUE, such as {name}:{next(iter(parameters(name)))}=8, found '{part}'"
             )
-        given[key.strip()] = read_text(value, f"show: {name}.{key.strip()}")[0] if value.strip() else None
+        given[key.strip()] = read_text(value, f"show: {name}.{key.strip()}")[0]
     if given:
         example = {
             key: value for key, value in example.items() if parameters(name)[key].default is inspect.Parameter.empty
@@ -65,23 +68,24 @@ def _apart(text: str) -> Iterator[str]:
         yield part
 
 
-def grids(pattern: Pattern) -> list[Grid]:
-    """The grids that a pattern is made of."""
-    own = [pattern] if isinstance(pattern, Grid) else []
-    return own + [grid for part in pattern.parts() for grid in grids(part)]
-
-
 def natural_length(pattern: Pattern, otherwise: int) -> int:
     """The length that a pattern's grids have, where it has any."""
     return max((grid.start + grid.tokens for grid in grids(pattern)), default=otherwise)
 
 
-def is_causal(pattern: Pattern) -> bool:
-    """Whether a pattern keeps no key after the query (as far as its canonical form shows)."""
+def masks_of(patterns: Iterable[Pattern], q_len: int, k_len: int, with_causal: bool) -> dict[Pattern, Any]:
+    """What those patterns that choose keys from the data keep of made-up data, each a bool array (q_len, k_len);
+    under the model's own causal mask if there is one."""
     from sparsify.patterns import causal
+    from sparsify.patterns.select import selections
 
-    keep = pattern.keep()
-    return keep & causal().keep() == keep
+    by_data = [pattern for pattern in dict.fromkeys(patterns) if selections(pattern)]
+    if not by_data:
+        return {}
+    from sparsify.selection.example import kept_of_made_up
+
+    model = [causal()] if with_causal else []
+    return {one: kept_of_made_up(functools.reduce(and_, model, one), q_len, k_len).numpy() for one in by_data}
 
 
 def draw_preset(
@@ -95,8 +99,8 @@ def draw_preset(
     n, count = length or natural_length(pattern, about.length), heads or about.heads
     if complaint := pattern.fits(n):
         raise InputError(f"show: {complaint}")
-    causal = is_causal(pattern) if causal is None else causal
-    masks = {} if about.masks is None else {pattern: about.masks(pattern, queries or n, n)}
+    causal = is_causal(pattern.keep()) if causal is None else causal
+    masks = masks_of([pattern], queries or n, n, causal)
     paths = [folder / f"{pattern.name}.{ending}" for ending in endings]
     for path in paths:
         sites = {pattern.name: [pattern] * count}

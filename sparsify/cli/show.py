@@ -86,6 +86,7 @@ def _spec(
 ) -> list[Path]:
     """Draws a spec."""
     from sparsify.cli.output import progress, remark
+    from sparsify.cli.presets import masks_of
     from sparsify.errors import InputError
     from sparsify.pictures import draw
     from sparsify.spec import load_spec, unmatched_rules
@@ -110,11 +111,15 @@ def _spec(
     for message in dict.fromkeys(pattern.fits(length) for kept in drawn.values() for pattern in kept):
         if message:
             remark(f"note: {message} (see --length)")
+    masks = masks_of((pattern for kept in drawn.values() for pattern in kept), queries or length, length, causal)
+    given = {"queries": queries, "causal": causal, "names": found.patterns, "masks": masks, "title": path.name}
+    if masks:
+        remark("note: what selections keep is that of made-up queries and keys")
     paths = [out / f"{path.stem}.{ending}" for ending in endings]
     with progress() as bar:
         for target in paths:
             task = bar.add_task(f"drawing {target.name}", total=None)
-            draw(drawn, length, target, queries=queries, causal=causal, names=found.patterns, title=path.name)
+            draw(drawn, length, target, **given)
             bar.remove_task(task)
     _report(drawn)
     _written(paths)

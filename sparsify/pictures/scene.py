@@ -140,11 +140,11 @@ class _Builder:
     def number(self, head: int, pattern: Pattern) -> int:
         """The number of the raster of what a head keeps."""
         keep = pattern.keep() & self.mask
-        key = (pattern, head) if pattern in self.masks else (keep, head if "h" in variables(keep) else 0)
+        key = (pattern, 0) if pattern in self.masks else (keep, head if "h" in variables(keep) else 0)
         if key not in self.known:
             self.known[key] = len(self.rasters)
             if pattern in self.masks:
-                self.rasters.append(raster_of(self.masks[pattern][head]))
+                self.rasters.append(raster_of(self.masks[pattern]))
             else:
                 self.rasters.append(raster(keep, key[1], self.queries, self.length))
         return self.known[key]

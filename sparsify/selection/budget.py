@@ -102,9 +102,9 @@ def _ratio_per_head(selector: Selector, scores: Tensor, competes: Tensor, forced
 
 
 def _share(count: Tensor, ratio: float) -> Tensor:
-    """ratio * count rounded up, without the rounding of floats: a tenth of 30 is 3."""
+    """ratio * count rounded up, without the rounding of floats: a tenth of 30 is 3. Of any it is at least one."""
     part = Fraction(str(ratio)).limit_denominator(10**6)
-    return (count * part.numerator + part.denominator - 1) // part.denominator
+    return torch.maximum((count * part.numerator + part.denominator - 1) // part.denominator, count.clamp(max=1))
 
 
 def _bounded(wanted: Tensor, budget: Budget) -> Tensor:

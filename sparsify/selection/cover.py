@@ -28,12 +28,12 @@ def cover_list(selector: Selector, q: Tensor, k: Tensor, scale: float, at: Place
         by_means = _divergence(on_units, _predicted(view, k, scale, at)) < lines.switch
     unit = torch.arange(on_units.shape[-1], device=q.device)
     first = (unit >= at.start // size) & (unit < at.start // size + lines.first)
-    own = at.rows.last // size
+    diagonal = split(diagonals, size, 0.0).sum(-1)
     verticals = _best(on_units, _number(columns, size, lines, by_means), first.unsqueeze(1))
-    slashes = _best(
-        split(diagonals, size, 0.0).sum(-1), _number(diagonals, size, lines, by_means), (unit < lines.last)[None, None]
-    )
-    kept = verticals.unsqueeze(-2) | _along(slashes, own.unsqueeze(-1) - unit)
+    slashes = _best(diagonal, _number(diagonals, size, lines, by_means), (unit < lines.last)[None, None])
+    kept = verticals.unsqueeze(-2)
+    for end in (at.rows.first, at.rows.last):  # in two units, where a row's queries don't begin with a unit
+        kept = kept | _along(slashes, end.unsqueeze(-1) // size - unit)
     if by_means is not None:
         kept = kept | (by_means[..., None, None] & _by_means(selector, q, k, scale, at))
     return listed(kept & at.reach.unsqueeze(1), kept.shape[-1])

@@ -1,40 +1,54 @@
-"""What a selection keeps, as a mask: of made-up data for pictures."""
+"""What selections keep of made-up data, as masks for pictures."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.expr import TRUE
+from sparsify.expr import FALSE, TRUE
 from sparsify.patterns.dense_mask import dense_mask
-from sparsify.patterns.lists import choices, with_choices
+from sparsify.patterns.head_choices import head_choices
+from sparsify.patterns.lists import with_choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
+from sparsify.selection.permute import key_order
 
 SIZE = 32  # of a head
 
 
-def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Any:
-    """A bool array (1, q_len, k_len): what one head keeps of random queries and keys that drift along the sequence.
+def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Tensor:
+    """(q_len, k_len) bool: what one head keeps of random queries and keys that drift along the sequence.
 
-    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out.
+    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out. Raises PatternError
+    for what no kernel can do.
     """
     keep = pattern.keep()
-    (chosen,) = choices(keep)
-    mask = dense_mask(with_choices(keep, {chosen: TRUE}), 1, q_len, k_len)
-    selector = Choice.parse(chosen.text).selector
-    if isinstance(selector, Online):
-        return mask.numpy()
+    found = head_choices(keep)
+    mask = dense_mask(with_choices(keep, {one: TRUE for one in found if one is not None}), 1, q_len, k_len)
+    if found.listed is None:
+        return mask[0]
+    selector = Choice.parse(found.listed.text).selector
+    assert isinstance(selector, Selector)
     q, k = _drifting(q_len, 0), _drifting(k_len, 1)
-    position = torch.arange(k_len - q_len, k_len).unsqueeze(0)
-    scores = _by_means(selector, q, k) if selector.learned else None
+    given = {"scale": SIZE**-0.5, "position": torch.arange(k_len - q_len, k_len).unsqueeze(0), "valid": None}
     causal = not bool(mask.triu(k_len - q_len + 1).any())
-    lists = choose(selector, q, k, scale=SIZE**-0.5, position=position, causal=causal, scores=scores)
-    return (mask & mask_of(lists, selector, q_len, k_len)[0]).numpy()
+    scores = _by_means(selector, q, k) if selector.learned else None
+    order = key_order(selector, q, k, **given) if selector.permute else None
+    lists = choose(selector, q, k, **given, causal=causal, scores=scores, order=order)
+    kept = mask_of(lists, selector, q_len, k_len)[0, 0]
+    if selector.permute:
+        kept = torch.zeros_like(kept).scatter(-1, order[0].long().expand_as(kept), kept)
+        segment = torch.arange(k_len) // selector.permute.segment
+        kept = kept | (segment[k_len - q_len :, None] == segment)
+    rest = dense_mask(
+        with_choices(keep, {one: FALSE if one == found.listed else TRUE for one in found if one is not None}),
+        1,
+        q_len,
+        k_len,
+    )
+    return rest[0] | mask[0] & kept
 
 
 def mask_of(lists: list[tuple[Tensor, Tensor]], selector: Selector, q_len: int, k_len: int) -> Tensor:

@@ -62,12 +62,19 @@ def _parse(text: str) -> Held:
 
 def room(selector: Selector) -> int:
     """How many units a kept list has room for. Raises InputError for a selector whose lists have no fixed size."""
+    if selector.lines:
+        raise InputError("a choice that holds for several steps is of units, and lines are of a whole call")
     if selector.permute:
         raise InputError("a choice that holds for several steps is of keys in their own order, and permute sorts them")
     budget, force = selector.budget, selector.force
     most = None if budget is None else budget.value if budget.rule == "topk" else budget.max
-    if most is None or force.last_rows or force.exempt is not None or selector.learned is not None:
+    if most is None:
         raise InputError("a choice that holds for several steps needs a fixed size: a topk budget, or one with a max")
+    for field, given in (("force.last_rows", force.last_rows), ("force.exempt", force.exempt is not None)):
+        if given:
+            raise InputError(f"a choice that holds for several steps has a fixed size, and {field} has none")
+    if selector.learned is not None:
+        raise InputError("a choice that holds for several steps can't be learned: its scores come with each step")
     return int(most) + force.most(selector.unit)
 
 

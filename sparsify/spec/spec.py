@@ -14,6 +14,7 @@ from typing import Any
 from sparsify.addresses import folded, shape_of
 from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
+from sparsify.patterns.select import selections
 from sparsify.spec.document import VERSION, checked
 from sparsify.spec.dump import form_of
 from sparsify.spec.forms import Builder, reserved
@@ -92,6 +93,12 @@ class Spec:
     def rule(self, site: SiteInfo) -> Rule | None:
         """The first rule that matches the site."""
         return next((rule for rule in self.rules if rule.accepts(site)), None)
+
+    def learned(self) -> tuple[str, ...]:
+        """The names of the modules that its selections ask for."""
+        found = (one for rule in self.rules for group in rule.groups for one in selections(group.pattern))
+        names = (getattr(one.choice.selector, "learned", None) for one in found)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as a file holds it, `Spec.of(spec.to_dict()) == spec`; your own classes stay objects."""

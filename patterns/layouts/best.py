@@ -13,7 +13,7 @@ from sparsify.patterns.count import executed
 from sparsify.patterns.grid import Grid
 from sparsify.patterns.layouts.boxes import TILE, Boxes
 from sparsify.patterns.layouts.placed import Placed
-from sparsify.patterns.pattern import K, Pattern, Q
+from sparsify.patterns.pattern import K, Q
 from sparsify.walk import substitute, variables
 
 TRIED = 2  # boxes whose tiles are counted for all heads, those that promise most for the grids alone
@@ -22,7 +22,7 @@ PARTIAL = 0.25  # what a tile's mask costs, as a part of the tile
 
 
 @dataclass(frozen=True)
-class Chosen:
+class BestLayout:
     """A layout, and the share of all pairs of tokens, heads on average, that kernels execute with it and without."""
 
     boxes: Boxes
@@ -40,14 +40,8 @@ class Chosen:
         )
 
 
-def grids(pattern: Pattern) -> tuple[Grid, ...]:
-    """The grids in a pattern, however it is composed."""
-    own = (pattern,) if isinstance(pattern, Grid) else ()
-    return own + tuple([grid for part in pattern.parts() for grid in grids(part)])
-
-
 @functools.lru_cache(maxsize=256)
-def choose(heads: tuple[Pred, ...], found: tuple[Grid, ...], total: int) -> Chosen | None:
+def best_layout(heads: tuple[Pred, ...], found: tuple[Grid, ...], total: int) -> BestLayout | None:
     """The layout for heads with these predicates over tokens, or None where their own order is as good.
 
     found: the grids in the heads' patterns, one for each time it occurs. total: how many queries there are, and keys.
@@ -59,7 +53,7 @@ def choose(heads: tuple[Pred, ...], found: tuple[Grid, ...], total: int) -> Chos
     plain = _pairs(heads, total)
     best = min(tried, key=lambda boxes: _laid(heads, boxes)[0])
     cost, share = _laid(heads, best)
-    return Chosen(best, share, plain[1]) if cost < WORTH * plain[0] else None
+    return BestLayout(best, share, plain[1]) if cost < WORTH * plain[0] else None
 
 
 def _laid(heads: tuple[Pred, ...], boxes: Boxes) -> tuple[float, float]:

@@ -1,0 +1,62 @@
+"""What of a head's predicate is chosen from the data, and where that can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sparsify.errors import PatternError
+from sparsify.expr import And, Chosen, Pred
+from sparsify.patterns.lists import choices
+from sparsify.patterns.select import Choice
+from sparsify.patterns.selector import Online, Selector
+from sparsify.program import Skip
+
+
+class HeadChoices(NamedTuple):
+    """In one head's predicate: the selection that gives it a list of keys, and the `online` budget of its kernel."""
+
+    listed: Chosen | None
+    online: Chosen | None
+
+
+def head_choices(keep: Pred) -> HeadChoices:
+    """Raises PatternError for what no kernel can do: two of a kind, a negated one, `online` in a union."""
+    found = choices(keep)
+    online = [one for one in found if isinstance(Choice.parse(one.text).selector, Online)]
+    listed = [one for one in found if one not in online]
+    if len(listed) > 1:
+        raise PatternError("a head has two selections, which could choose a key twice; give it one")
+    if len(online) > 1:
+        raise PatternError("a head has two budgets `online`; give it one")
+    if online and online[0] not in (keep.parts if isinstance(keep, And) else (keep,)):
+        raise PatternError("online leaves out of all that a head keeps, so combine it by & (all), not in a union")
+    return HeadChoices(listed[0] if listed else None, online[0] if online else None)
+
+
+def skip_of(online: Chosen) -> Skip:
+    """What a kernel may leave out by an `online` budget."""
+    budget = Choice.parse(online.text).selector
+    assert isinstance(budget, Online)
+    return Skip(budget.share, budget.by_length)
+
+
+def complaint(selector: Selector, one_query: bool, causal: bool) -> str:
+    """Why an attention can't have this selection, or "". causal: whether its queries see no key after them."""
+    here = "decode" if one_query else "prefill"
+    if selector.phase not in ("both", here):
+        return f"the selection serves {selector.phase}, and this is {here}"
+    if selector.permute and not causal:
+        return "the selection sorts keys inside segments, which a causal attention alone can tell apart"
+    if selector.lines and not causal:
+        return "the selection's lines are diagonals behind the query, so the attention must be causal"
+    return ""
+
+
+def check_order(found: Sequence[HeadChoices]) -> None:
+    """Raises PatternError where only some heads have the selection that sorts the keys, of which there is one order."""
+    if len({one.listed for one in found}) > 1:
+        raise PatternError(
+            "the heads share one order of keys, and only some of them have the selection that sorts them; give all "
+            "heads of this attention that selection"
+        )
