@@ -101,6 +101,7 @@ def _check_shapes(site: Site) -> None:
         wrong = pattern.fits(int(shape(site.k)[2])) if grids(pattern) else ""
         if wrong:
             site.refuse(wrong, "give the shape of the tokens that this site sees, and the others to global_tokens")
+            site.misfit = True
 
 
 def _check_uses(site: Site, spec: Any, home: str) -> None:

@@ -12,8 +12,7 @@ from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
-from sparsify.patterns.causal import is_causal
-from sparsify.patterns.head_choices import check_order, complaint, head_choices, skip_of
+from sparsify.patterns.head_choices import check_order, complaint, head_choices, sees_no_future, skip_of
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Selector
@@ -50,9 +49,10 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
         return site.refuse(str(error))
     replaced: dict[Chosen, Pred] = {}
     for listed in dict.fromkeys(head.listed for head in found if head.listed is not None):
-        choice = Choice.parse(listed.text)
+        choice, causal = Choice.parse(listed.text), _is_causal(site, listed)
+        _check(site, choice, causal)
         dense = site.layer is not None and contains(choice.dense_layers, site.layer)
-        replaced[listed] = TRUE if dense else _listed(site, choice, listed, chooser, made)
+        replaced[listed] = TRUE if dense else _listed(site, choice, listed, causal, chooser, made)
         if not site.open:
             return None
     skips = {
@@ -71,12 +71,10 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
     return None
 
 
-def _listed(site: Site, choice: Choice, chosen: Chosen, chooser: Chooser, made: Made) -> Pred:
+def _listed(site: Site, choice: Choice, chosen: Chosen, causal: bool, chooser: Chooser, made: Made) -> Pred:
     """The lists of a choice, made here or by the layer whose choice this one takes."""
     selector, reuse = choice.selector, choice.reuse
     assert isinstance(selector, Selector)
-    causal = _is_causal(site, chosen)
-    _check(site, choice, causal)
     source = reuse.source_of(site.layer)
     if not site.open:
         return TRUE
@@ -106,8 +104,8 @@ def _check(site: Site, choice: Choice, causal: bool) -> None:
     if reason := complaint(selector, here == "decode", causal):
         other = selector.phase not in ("both", here)
         site.refuse(reason, f"give the spec's rule `phase: {selector.phase}`" if other else "")
-    if choice.reuse.layers and site.layer is None:
-        site.refuse("the spec reuses choices by layer, and which layer this is is not known")
+    if (choice.reuse.layers or choice.dense_layers) and site.layer is None:
+        site.refuse("the selection tells layers apart, and which layer this is is not known")
     if not site.heads_known:
         site.refuse("a selection is made by heads, and which dimension of the scores is the heads is not known")
     if not site.positions_known:
@@ -119,4 +117,4 @@ def _check(site: Site, choice: Choice, causal: bool) -> None:
 def _is_causal(site: Site, chosen: Chosen) -> bool:
     """Whether the heads with this choice see no key after their query."""
     mine = [program for program in site.programs if chosen in choices(program)]
-    return same(shape(site.q)[2], 1) or all(is_causal(program, site.position) for program in mine)
+    return same(shape(site.q)[2], 1) or all(sees_no_future(program, chosen, site.position) for program in mine)

@@ -46,8 +46,8 @@ class Site:
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
     programs: the final predicate of every query head; where `segments` is an order of the keys, over its slots (keep
     and bias stay over tokens). skips: what a kernel may leave out by its weight, for each query head; () for nothing.
-    dense: why the attention is left to Inductor as it stands, for
-    it is faster there; "" if it isn't. notes: what a reader should know of a site that is rewritten.
+    dense: why the attention is left to Inductor as it stands, for it is faster there; "" if it isn't. notes: what a
+    reader should know of a site. misfit: it is refused as the spec is wrong about its tokens.
     """
 
     anchor: fx.Node
@@ -86,6 +86,7 @@ class Site:
     target: str = ""
     dense: str = ""
     refusal: Refusal | None = None
+    misfit: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property

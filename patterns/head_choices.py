@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsify.errors import PatternError
-from sparsify.expr import And, Chosen, Pred
+from sparsify.expr import And, Chosen, Expr, Or, Pred, conjunction
+from sparsify.patterns.causal import is_causal
 from sparsify.patterns.lists import choices
+from sparsify.patterns.pattern import Q
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Online, Selector
 from sparsify.program import Skip
@@ -39,6 +41,18 @@ def skip_of(online: Chosen) -> Skip:
     budget = Choice.parse(online.text).selector
     assert isinstance(budget, Online)
     return Skip(budget.share, budget.by_length)
+
+
+def sees_no_future(keep: Pred, listed: Chosen, position: Expr = Q) -> bool:
+    """Whether no key after the query, whose position is given, is kept for the sake of this selection."""
+    match keep:
+        case And(parts):
+            others = conjunction(part for part in parts if listed not in choices(part))
+            mine = (part for part in parts if listed in choices(part))
+            return is_causal(others, position) or any(sees_no_future(part, listed, position) for part in mine)
+        case Or(parts):
+            return all(sees_no_future(part, listed, position) for part in parts if listed in choices(part))
+    return False
 
 
 def complaint(selector: Selector, one_query: bool, causal: bool) -> str:

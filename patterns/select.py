@@ -25,7 +25,7 @@ from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.selector import PARTS, Online, Selector
 from sparsify.patterns.selector_checks import part
-from sparsify.ranges import Ranges, read_ranges, text_of
+from sparsify.ranges import Ranges, contains, read_ranges, text_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Choice:
     selector: Selector | Online
     reuse: Reuse = Reuse()
     dense_layers: Ranges = ()
+
+    def __post_init__(self) -> None:
+        for source, _ in self.reuse.layers:
+            if contains(self.dense_layers, source):
+                raise PatternError(
+                    f"reuse.layers: layer {source} is to choose for others, and dense_layers keeps it from choosing"
+                )
 
     def text(self) -> str:
         """Canonical JSON: defaults are left out."""

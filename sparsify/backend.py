@@ -103,13 +103,12 @@ def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> No
 def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
     """Logs each refusal once; under `strict` raises RefusedError with all of them.
 
-    So it does of those that the spec gives a `native` pattern, whatever `strict` says: with dense attention in place
-    of what it was trained with, a model is another one.
+    So it does of those that never stay dense, whatever `strict` says.
     """
     refused = [site for site in sites if site.refusal is not None]
-    raised = [site for site in refused if strict or _is_native(site, spec)]
+    raised = [site for site in refused if strict or never_dense(site, spec)]
     if raised:
-        why = "strict is on" if strict else "their patterns are native to the model, which dense attention is not"
+        why = "strict is on" if strict else " and ".join(dict.fromkeys(never_dense(site, spec) for site in raised))
         lines = "\n".join(f"  {site.address or site.anchor}: {site.refusal}" for site in raised)
         raise RefusedError(f"{len(raised)} of {len(sites)} attention sites were refused, and {why}:\n{lines}")
     for site in refused:
@@ -119,10 +118,14 @@ def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
             log.warning("attention at %s stays as it is: %s", address, refusal)
 
 
-def _is_native(site: Site, spec: Any) -> bool:
-    """Whether the spec gives some head of a site a pattern that models are trained with."""
+def never_dense(site: Site, spec: Any) -> str:
+    """Why dense attention is no way out where a site is refused, or "": the spec is wrong about its tokens, or gives
+    some head a pattern that models are trained with, so that with dense attention the model is another one."""
+    if site.misfit:
+        return "their tokens are not those of the spec's grids"
     rule = None if spec is None else spec.rule(info(site))
-    return rule is not None and any(semantics_of(group.pattern) == "native" for group in rule.groups)
+    native = rule is not None and any(semantics_of(group.pattern) == "native" for group in rule.groups)
+    return "their patterns are native to the model, which dense attention is not" if native else ""
 
 
 def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], inner: str, mode: str | None) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.backend import captured, check_rules, errors_as_they_are, report_refusals
+from sparsify.backend import captured, check_rules, errors_as_they_are, never_dense, report_refusals
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
 from sparsify.passes.attach_spec import phase
@@ -62,6 +62,9 @@ def explain(
         torch.compile(model, backend=record, **alone)(*args, **kwargs)
     if options.spec is not None:
         check_rules(options.spec, [site for capture, _ in captures for site in capture.sites])
+    for site in (site for capture, _ in captures for site in capture.sites if site.refusal is not None):
+        if why := never_dense(site, options.spec):
+            site.notes.append(f"torch.compile raises this refusal: {why}")
     if strict:
         report_refusals([site for capture, _ in captures for site in capture.sites], strict=True)
     return report_of(captures)

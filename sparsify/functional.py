@@ -51,7 +51,8 @@ def attention(
     _check_tensors(q, k, v)
     _check_mask(mask, q, k)
     _check_numbers(scale, q_offset)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
     rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset

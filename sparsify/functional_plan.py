@@ -12,8 +12,7 @@ from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import TRUE, Chosen, Pred, Test, Var
-from sparsify.patterns.causal import is_causal
-from sparsify.patterns.head_choices import check_order, complaint, head_choices, skip_of
+from sparsify.patterns.head_choices import check_order, complaint, head_choices, sees_no_future, skip_of
 from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.select import Choice
@@ -66,9 +65,8 @@ def _plan(
     made: dict[Chosen, Pred] = {}
     asks, loads, order = [], where.loads, None
     for chosen in dict.fromkeys(head.listed for head in found if head.listed is not None):
-        causal = one_query or all(
-            is_causal(keep) for keep, head in zip(keeps, found, strict=True) if head.listed == chosen
-        )
+        mine = (keep for keep, head in zip(keeps, found, strict=True) if head.listed == chosen)
+        causal = one_query or all(sees_no_future(keep, chosen) for keep in mine)
         selector = _selector(chosen, one_query, causal)
         asks.append(Ask(selector, Var("q"), usable, causal).text())
         made[chosen] = lists_of(selector, loads, heads, kv_heads, parse_expr(where.row))

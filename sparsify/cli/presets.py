@@ -46,6 +46,8 @@ def read_preset(text: str) -> Preset:
             raise InputError(
                 f"show: expected NAME=VALUE, such as {name}:{next(iter(parameters(name)))}=8, found '{part}'"
             )
+        if key.strip() in given:
+            raise InputError(f"show: {name}.{key.strip()} is given twice")
         given[key.strip()] = read_text(value, f"show: {name}.{key.strip()}")[0]
     if given:
         example = {

@@ -150,12 +150,15 @@ def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo], modules: Sequence[str
     them may have its sites in another graph, and is passed over; so is one for a phase that no site is in.
     """
     sites = list(sites)
+    here = {site.phase for site in sites}
     first = [next((rule.number for rule in spec.rules if rule.accepts(site)), None) for site in sites]
     messages = []
     for rule in spec.rules:
-        absent = rule.phase is not None and all(site.phase != rule.phase for site in sites)
+        absent = rule.phase is not None and rule.phase not in here
         if rule.number in first or (absent and sites) or any(fnmatchcase(path, rule.match) for path in modules):
             continue
+        if any(rule.accepts(site) and all(spec.rules[n].phase for n in _before(spec, rule, site)) for site in sites):
+            continue  # it is used in the other phase
         taken = sorted({n for site, n in zip(sites, first, strict=True) if rule.accepts(site) and n is not None})
         if taken:
             earlier = ", ".join(f"sites[{n}]" for n in taken)
@@ -164,6 +167,11 @@ def unmatched_rules(spec: Spec, sites: Iterable[SiteInfo], modules: Sequence[str
             what = f"the rule matches no site; {_listed(sites, rule.match)}"
         messages.append(str(rule.source.error(("sites", rule.number), what)))
     return messages
+
+
+def _before(spec: Spec, rule: Rule, site: SiteInfo) -> list[int]:
+    """The earlier rules that take a site from a rule."""
+    return [one.number for one in spec.rules if one.number < rule.number and one.accepts(site)]
 
 
 def _listed(sites: Sequence[SiteInfo], match: str) -> str:
