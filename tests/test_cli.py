@@ -12,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import golden
-import numpy as np
 import pytest
 
 import sparsify.cli.presets
 from sparsify import cli
 from sparsify.errors import Refusal
-from sparsify.patterns import PRESETS, Pattern, dense
+from sparsify.patterns import PRESETS, Pattern, topk
 from sparsify.patterns.presets import preset
 from sparsify.spec import schema
 
@@ -80,23 +79,22 @@ def test_show_tells_and_draws_every_preset(constructor, run, tmp_path):
 
 
 def test_show_draws_what_data_would_choose(run, tmp_path, monkeypatch):
-    """A preset with a selector gives the masks of made-up data."""
-    shapes = []
+    """Selections are drawn of made-up data: in presets, also of one's own, and in specs, for any heads."""
 
-    def masks(pattern, q_len, k_len):
-        shapes.append((pattern.arguments(), q_len, k_len))
-        return np.arange(k_len) % 3 == np.zeros((2, q_len, 1))
-
-    @preset(source="nobody", phase="decode", semantics="approx", cost="little", masks=masks, heads=2, length=60)
+    @preset(source="nobody", phase="decode", semantics="approx", cost="little", length=60)
     def chosen(keep: int = 4) -> Pattern:
         """The best keys."""
-        return dense()
+        return topk(keep, unit=1, queries=1, local=0)
 
     monkeypatch.setitem(sparsify.patterns.PATTERNS, "chosen", chosen)
     monkeypatch.setitem(sys.modules["sparsify.cli.presets"].BY_NAME, "chosen", chosen)
-    code, _, err = run("show chosen:keep=5 --queries 30")
-    assert (code, err) == (0, "") and shapes == [({"keep": 5}, 30, 60)]
-    assert "33.3 %" in (tmp_path / "chosen.html").read_text() and (tmp_path / "chosen.png").exists()
+    code, _, err = run("show chosen:keep=15 --queries 30 --heads 3")
+    assert (code, err) == (0, "")
+    assert "25.0 %" in (tmp_path / "chosen.html").read_text() and (tmp_path / "chosen.png").exists()
+    heads = {"0": {"chosen": 6}, "1": {"any": [{"topk": 2}, {"sinks": 3}]}, "rest": "pbs_attn"}
+    (tmp_path / "s.json").write_text(json.dumps({"version": 1, "sites": [{"match": "*", "heads": heads}]}))
+    code, out, err = run("show s.json --length 60 --queries 6 --no-png")
+    assert code == 0 and "note: what selections keep is that of made-up queries and keys" in err and "3 patterns" in out
 
 
 def test_show_without_matplotlib_says_what_to_install(run, monkeypatch, tmp_path):

@@ -183,7 +183,7 @@ BAD = [
     (lambda: pre.token_select(smooth=4), "token_select.smooth: expected an odd width, found 4"),
     (lambda: pre.flex_prefill(1.5), "flex_prefill.gamma: expected a number above 0 and at most 1, found 1.5"),
     (lambda: pre.flex_prefill(tau=-1), "flex_prefill.tau: expected a number from 0 to 1, found -1"),
-    (lambda: pre.x_attention(stride=48), "unit.q: expected a multiple of the stride 48, found 128"),
+    (lambda: pre.x_attention(stride=48), "x_attention: unit.q: expected a multiple of the stride 48, found 128"),
     (lambda: pre.flash_prefill(0), "flash_prefill.alpha: expected a number above 0 and at most 1, found 0"),
     (
         lambda: pre.sparge_attention(similarity=2),

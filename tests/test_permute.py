@@ -289,7 +289,6 @@ def test_what_attention_cannot_sort_is_told_clearly():
         ([few() & causal(), causal()], mixed),
         ([few() & causal(), everything_sorted(16) & causal()], mixed),
         (few(), "attention: pattern: the selection sorts keys inside segments, which a causal attention alone can"),
-        (pbs_attn() | sinks(2), "attention: pattern: the selection sorts keys inside segments"),
     ):
         with pytest.raises(InputError) as caught:
             sparsify.attention(q, k, k, pattern)
