@@ -150,10 +150,12 @@ static inline float sum_of(const Rows& rows, int r) {
     return sum;
 }
 
-// The natural logarithm of a row's sum of weights, as they are without a reference.
+// The natural logarithm of a row's sum of weights, as they are without a reference. Where all scores are near the lowest
+// number there is, the sum is all rounding error, and too small to count.
 static inline float lse_of(const Rows& rows, int r) {
-    double sum = sum_of(rows, r);
-    return sum == 0 ? -__builtin_inff() : (float)((rows.reference[r] + __builtin_log2(sum)) * 0.6931471805599453);
+    double sum = sum_of(rows, r), top = rows.reference[r];
+    if (sum == 0) return -__builtin_inff();
+    return (float)((top < -1e30 ? top : top + __builtin_log2(sum)) * 0.6931471805599453);
 }
 
 static void store_row(Element* to, I stride, const Rows& rows, int r) {
