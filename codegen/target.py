@@ -82,6 +82,6 @@ class Target(Protocol):
     def run(self, launch: Launch) -> torch.Tensor:
         """Runs the program; returns the output (B, Hq, Nq, Dv), and writes `launch.lse` if there is one.
 
-        The latter is the natural logarithm of the sum of exp(score) over the row's kept keys and its sink, the scores as
-        the program makes them. A row that keeps nothing gives 0; where it has no sink either its lse is -inf.
+        The latter is the natural logarithm of the sum of exp(score) over the row's kept keys and its sink, the scores
+        as the program makes them. A row that keeps nothing gives 0; where it has no sink either its lse is -inf.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsify.errors import PatternError
-from sparsify.expr import TRUE, Chosen, Pred, Var, conjunction
+from sparsify.expr import FALSE, TRUE, Chosen, Pred, Var, conjunction
 from sparsify.passes.attach_spec import phase
 from sparsify.passes.forms.caches import forgets
 from sparsify.passes.nodes import same, shape
@@ -13,8 +13,8 @@ from sparsify.passes.runner import Capture
 from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
 from sparsify.patterns.lists import choices, with_choices
-from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.select import Choice, compensated, dropped
+from sparsify.patterns.selector import Compensation, Online, Selector
 from sparsify.program import Skip
 from sparsify.ranges import contains
 
@@ -28,8 +28,8 @@ class ChooseKeys:
     Before: site.programs say `chosen(...)`, with the text of a selector.
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
-            everything, and what the kernel skips by itself is in site.skips. Where a selector sorts the keys,
-            site.segments says how, and the programs are over its slots.
+            everything. What the kernel skips by itself is in site.skips, and what is dropped and joins as one key in
+            site.dropped. Where a selector sorts the keys, site.segments says how, and the programs are over its slots.
 
     learned: the modules that score units, by name.
     """
@@ -45,6 +45,7 @@ class ChooseKeys:
 def _choose(site: Site, chooser: Chooser, made: Made) -> None:
     try:
         found = [choices(program) for program in site.programs]
+        compensates = [compensated(program) for program in site.programs]
     except PatternError as error:
         return site.refuse(str(error))
     if any(len(of_head) > 1 for of_head in found):
@@ -53,7 +54,10 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
     skips: dict[Chosen, Skip] = {}
     for chosen in dict.fromkeys(one for of_head in found for one in of_head):
         choice = Choice.parse(chosen.text)
-        if isinstance(choice.selector, Online):
+        if isinstance(choice.selector, Compensation):
+            replaced[chosen] = TRUE
+            _check_compensation(site)
+        elif isinstance(choice.selector, Online):
             replaced[chosen], skips[chosen] = TRUE, Skip(choice.selector.value, choice.selector.per_length)
         elif site.layer is not None and contains(choice.dense_layers, site.layer):
             replaced[chosen] = TRUE
@@ -70,7 +74,30 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
         site.skips = tuple(skips.get(of_head[0]) if of_head else None for of_head in found)
     keep = site.segments.keep if site.segments else (lambda program: program)
     site.programs = tuple(with_choices(keep(program), replaced) for program in site.programs)
+    site.dropped = _dropped(site, compensates)
     return None
+
+
+def _check_compensation(site: Site) -> None:
+    """Refuses a site where one key can't stand for those that are dropped."""
+    if phase(site) != "decode":
+        site.refuse("compensation serves decode, and this is prefill", "give the spec's rule `phase: decode`")
+    if site.softcap is not None:
+        site.refuse("the model caps its scores, and the score of a mean of keys stands for theirs without a cap only")
+    if site.bias:
+        site.refuse("the model adds biases to its scores, and a mean of keys has no position to have one")
+    if not site.heads_known:
+        site.refuse("compensation is made by heads, and which dimension of the scores is the heads is not known")
+
+
+def _dropped(site: Site, compensates: list[bool]) -> tuple[Pred, ...]:
+    """What the heads that compensate drop of what the model's mask keeps; keys after a causal head's query are none."""
+    seen, found = site.position >= Var("k"), []
+    for program, compensate in zip(site.programs, compensates, strict=True):
+        causal = conjunction([program, seen]) == program
+        allowed = conjunction([site.keep, seen]) if causal else site.keep
+        found.append(dropped(allowed, program) if compensate else FALSE)
+    return tuple(found) if set(found) != {FALSE} else ()
 
 
 def _listed(site: Site, choice: Choice, chosen: Chosen, chooser: Chooser, made: Made) -> Pred:

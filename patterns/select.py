@@ -1,6 +1,7 @@
 """select: keys chosen from the data by a selector, and what layers and steps share of a choice.
 
-`select` takes every step of the pipeline; `topk`, `topp` and `relmax` name the usual ones.
+`select` takes every step of the pipeline; `topk` and `topp` name the usual ones. `online` and `compensation` choose no
+keys: they say what a kernel makes of those that the rest of a pattern keeps or drops.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sparsify.errors import PatternError, nearest
-from sparsify.expr import Chosen, Pred
+from sparsify.expr import And, Chosen, Pred, conjunction, negate
 from sparsify.foldable import foldable
+from sparsify.patterns.lists import choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import PARTS, Online, Selector
+from sparsify.patterns.selector import PARTS, Compensation, Online, Selector
 from sparsify.patterns.selector_checks import part
 from sparsify.ranges import Ranges, read_ranges, text_of
 
@@ -25,12 +27,12 @@ from sparsify.ranges import Ranges, read_ranges, text_of
 class Choice:
     """All that a selection says of itself: what `Chosen` holds as text.
 
-    selector: the pipeline that chooses keys, or the kernel's own budget (`Online`), which keeps every pair that it
-    meets but for those of no weight. reuse: which layers and steps share what was chosen. dense_layers: those that
-    keep everything.
+    selector: the pipeline that chooses keys; or the kernel's own budget (`Online`), which keeps every pair that it
+    meets but for those of no weight; or a key for what is dropped (`Compensation`), which keeps every pair. reuse:
+    which layers and steps share what was chosen. dense_layers: those that keep everything.
     """
 
-    selector: Selector | Online
+    selector: Selector | Online | Compensation
     reuse: Reuse = Reuse()
     dense_layers: Ranges = ()
 
@@ -38,6 +40,8 @@ class Choice:
         """Canonical JSON: defaults are left out."""
         if isinstance(self.selector, Online):
             found: dict[str, Any] = {"online": {f.name: getattr(self.selector, f.name) for f in fields(Online)}}
+        elif isinstance(self.selector, Compensation):
+            found = {"compensation": {}}
         else:
             found = {"select": json.loads(self.selector.text())}
         if self.reuse != Reuse():
@@ -55,6 +59,8 @@ class Choice:
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Choice:
     found = json.loads(text)
+    if "compensation" in found:
+        return Choice(Compensation())
     online = found.get("online")
     selector = Online(**online) if online else Selector.parse(json.dumps(found["select"]))
     reuse = Reuse.from_data(found.get("reuse", {}))
@@ -75,8 +81,10 @@ class Selection(Pattern):
         return Chosen(self.text)
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `select` or `online` that make it again, defaults left out."""
+        """Those of its constructor that make it again, defaults left out."""
         selector = self.choice.selector
+        if isinstance(selector, Compensation):
+            return {}
         if isinstance(selector, Online):
             return {"share": selector.value} | ({"by_length": True} if selector.per_length else {})
         found = json.loads(self.text)
@@ -84,8 +92,8 @@ class Selection(Pattern):
 
     @property
     def constructor(self) -> str:
-        """The name of the one of `select` and `online` that makes it."""
-        return "online" if isinstance(self.choice.selector, Online) else "select"
+        """The name of the one of `select`, `online` and `compensation` that makes it."""
+        return {Online: "online", Compensation: "compensation"}.get(type(self.choice.selector), "select")
 
     def __str__(self) -> str:
         return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
@@ -203,6 +211,37 @@ def online(share: float, by_length: bool = False) -> Pattern:
     before. Combine it by `&`: `causal() & online(0.001)`. Raises PatternError.
     """
     return Selection(_online_text(share, by_length))
+
+
+def compensation() -> Pattern:
+    """A key more for each head, in place of all that it drops: their mean, with the mean of their values, as often as
+    they are many (RazorAttention).
+
+    What the model's own mask drops is no part of it. For decoding, and static patterns: combine it by `&` with all of
+    one, `(sinks(4) | window(1024)) & causal() & compensation()`.
+    """
+    return Selection(COMPENSATION)
+
+
+COMPENSATION = Choice(Compensation()).text()
+
+
+def compensated(keep: Pred) -> bool:
+    """Whether a head has a key for what it drops. Raises PatternError where it can't be told what that is."""
+    found, chosen = choices(keep), Chosen(COMPENSATION)
+    if chosen not in found:
+        return False
+    if len(found) > 1:
+        raise PatternError("compensation is for what positions drop, and the head has a selection, too; give it one")
+    if chosen != keep and not (isinstance(keep, And) and chosen in keep.parts):
+        raise PatternError("compensation is for all that a head drops: combine it by & with the whole of the pattern")
+    return True
+
+
+def dropped(allowed: Pred, keep: Pred) -> Pred:
+    """What `allowed` keeps and `keep`, which is part of it, drops. Conditions of both are asked once."""
+    there, parts = ((one.parts if isinstance(one, And) else (one,)) for one in (allowed, keep))
+    return conjunction([allowed, negate(conjunction(part for part in parts if part not in there))])
 
 
 def _frozen(value: Any) -> Any:

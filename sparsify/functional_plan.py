@@ -10,12 +10,13 @@ import torch
 from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
-from sparsify.expr import TRUE, Chosen, Pred, Test, Var, conjunction
+from sparsify.expr import FALSE, TRUE, Chosen, Pred, Test, Var, conjunction
 from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import choices, with_choices
-from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.select import Choice, compensated, dropped
+from sparsify.patterns.selector import Compensation, Online, Selector
 from sparsify.program import Program, Skip
+from sparsify.selection.compensate import Dropped
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
 
@@ -35,8 +36,9 @@ class Where(NamedTuple):
 @torch.compiler.assume_constant_result
 def plan(
     rules: tuple[str, ...], where: tuple, grids: tuple, heads: int, kv_heads: int, one_query: bool, device: str
-) -> tuple[str, tuple[str, ...]]:
-    """The canonical program of the rules of all heads and of a mask, and the text of each selection to be made.
+) -> tuple[str, tuple[str, ...], str]:
+    """The canonical program of the rules of all heads and of a mask, the text of each selection to be made, and that of
+    what is dropped and joins as one key, "" for nothing.
 
     `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
     tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made
@@ -55,13 +57,17 @@ def _plan(
     one_query: bool,
     target: str,
     device: str,
-) -> tuple[str, tuple[str, ...]]:
+) -> tuple[str, tuple[str, ...], str]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     made: dict[Chosen, Pred] = {}
     skips: dict[Chosen, Skip] = {}
     asks, loads, order = [], where.loads, None
     for chosen in dict.fromkeys(one for keep in keeps for one in _choices(keep)):
         selector = _selector(chosen, one_query)
+        if isinstance(selector, Compensation):
+            _check_compensation(where, one_query)
+            made[chosen] = TRUE
+            continue
         if isinstance(selector, Online):
             made[chosen], skips[chosen] = TRUE, Skip(selector.value, selector.per_length)
             continue
@@ -81,7 +87,26 @@ def _plan(
     else:
         laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
     given = {"loads": loads, "target": name, "skips": of_heads if skips else ()}
-    return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
+    program = Program.of(laid_out.keeps, **laid_out.fields(), **given)
+    return program.text(), tuple(asks), _dropped(keeps, made, where)
+
+
+def _dropped(keeps: list[Pred], made: dict[Chosen, Pred], where: Where) -> str:
+    """What the heads that compensate drop of what the mask keeps; keys after a causal head's query are none."""
+    mask = Test(parse_load(f"_0[{where.index}]")) if where.kind == "keep" else TRUE
+    found, seen = [], Var("k") <= Var("q")
+    for keep in keeps:
+        allowed = conjunction([mask, seen]) if conjunction([keep, seen]) == keep else mask
+        found.append(dropped(allowed, with_choices(keep, made)) if compensated(keep) else FALSE)
+    return Dropped.of(found).text() if set(found) != {FALSE} else ""
+
+
+def _check_compensation(where: Where, one_query: bool) -> None:
+    if not one_query:
+        raise InputError("attention: pattern: compensation serves decode, one query, and this is prefill")
+    if where.kind == "add":
+        found = "a mask that is added has none for a mean of keys; give a mask of bool"
+        raise InputError(f"attention: pattern: compensation needs scores without biases, and {found}")
 
 
 def _with_mask(keeps: list[Pred], where: Where, one_query: bool) -> tuple[list[Pred], tuple[Term, ...], Pred]:
@@ -106,6 +131,7 @@ def _row(where: Where) -> str:
 def _choices(keep: Pred) -> tuple[Chosen, ...]:
     try:
         found = choices(keep)
+        compensated(keep)
     except PatternError as error:
         raise InputError(f"attention: pattern: {error}") from None
     if len(found) > 1:
@@ -113,12 +139,12 @@ def _choices(keep: Pred) -> tuple[Chosen, ...]:
     return found
 
 
-def _selector(chosen: Chosen, one_query: bool) -> Selector | Online:
+def _selector(chosen: Chosen, one_query: bool) -> Selector | Online | Compensation:
     """The selector of a choice that can be made for one call by itself."""
     choice = Choice.parse(chosen.text)
     if choice.reuse.layers or choice.reuse.by_steps:
         raise InputError("attention: pattern: a choice is shared between the layers and steps of a compiled model only")
-    if isinstance(choice.selector, Online):
+    if isinstance(choice.selector, Online | Compensation):
         return choice.selector
     here = "decode" if one_query else "prefill"
     if choice.selector.phase not in ("both", here):

@@ -126,7 +126,9 @@ def errors(case: Case | Made, device: str = "cpu") -> tuple[float, float, float]
 
 def _lse_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert torch.equal(found == -torch.inf, expected == -torch.inf)
-    return _gap((found / expected.abs().clamp(min=1)).nan_to_num(), (expected / expected.abs().clamp(min=1)).nan_to_num())
+    return _gap(
+        (found / expected.abs().clamp(min=1)).nan_to_num(), (expected / expected.abs().clamp(min=1)).nan_to_num()
+    )
 
 
 def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:

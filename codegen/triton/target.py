@@ -103,9 +103,7 @@ def kernel(launch: Launch) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(
-    program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool
-) -> Any:
+def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool) -> Any:
     name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped, lse)
     module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped, lse))
     return getattr(module, name)

@@ -27,7 +27,9 @@ def _masks(pattern: Pattern, q_len: int, k_len: int) -> np.ndarray:
 
     heads, size = pbs_attn.about.heads, 16  # type: ignore[attr-defined]
     g = torch.Generator().manual_seed(0)
-    text, asks = plan((pattern.rule,) * heads, (0, None, None, "q - N + Nq"), ((), 0), heads, heads, q_len == 1, "cpu")
+    text, asks, _ = plan(
+        (pattern.rule,) * heads, (0, None, None, "q - N + Nq"), ((), 0), heads, heads, q_len == 1, "cpu"
+    )
     q, k = (torch.randn(1, heads, n, size, generator=g) for n in (q_len, k_len))
     loads = [load for ask in asks for load in lists(q, k, [], None, k_len - q_len, size**-0.5, ask)]
     launch = Launch(Program.parse(text), q, k, k, tuple(loads), k_len - q_len, size**-0.5)

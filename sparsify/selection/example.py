@@ -12,7 +12,7 @@ from sparsify.patterns.dense_mask import dense_mask
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
 
 SIZE = 32  # of a head
@@ -21,13 +21,14 @@ SIZE = 32  # of a head
 def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Any:
     """A bool array (1, q_len, k_len): what one head keeps of random queries and keys that drift along the sequence.
 
-    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out.
+    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out, and a
+    key for all that is dropped is not drawn.
     """
     keep = pattern.keep()
-    (chosen,) = choices(keep)
-    mask = dense_mask(with_choices(keep, {chosen: TRUE}), 1, q_len, k_len)
-    selector = Choice.parse(chosen.text).selector
-    if isinstance(selector, Online):
+    found = choices(keep)
+    mask = dense_mask(with_choices(keep, dict.fromkeys(found, TRUE)), 1, q_len, k_len)
+    selector = Choice.parse(found[0].text).selector if found else None
+    if not isinstance(selector, Selector):
         return mask.numpy()
     q, k = _drifting(q_len, 0), _drifting(k_len, 1)
     position = torch.arange(k_len - q_len, k_len).unsqueeze(0)
