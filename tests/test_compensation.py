@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_selection_generate import generated, llama
+import transformers
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -73,9 +73,6 @@ def test_it_is_the_formula(name, padded, target, monkeypatch):
     kept = torch.cat([rule.mask(6, 1, 60)[h, :, :] for h, rule in enumerate(RULES[name])]).expand(3, -1, -1)
     mask = usable[:, None, None] if padded else None
     out, lse = expected(q, k, v, kept, usable, 0.25)
-    if padded:  # what no mask keeps is not read
-        k[~usable[:, None].expand(-1, 2, -1)] = torch.nan
-        v[~usable[:, None].expand(-1, 2, -1)] = torch.nan
     rules = [rule & compensation() for rule in RULES[name]]
     found = sparsify.attention(q, k, v, rules, mask=mask, return_lse=True)
     torch.testing.assert_close(found[0].double(), out, atol=2e-6, rtol=2e-5)
@@ -87,6 +84,15 @@ def test_heads_without_it_are_as_they_were():
     mixed = sparsify.attention(q, k, v, [RAZOR & compensation(), RAZOR] * 3)
     plain = sparsify.attention(q, k, v, RAZOR)
     assert torch.equal(mixed[:, 1::2], plain[:, 1::2]) and not torch.isclose(mixed[:, ::2], plain[:, ::2]).any(-1).all()
+
+
+def test_padding_is_in_no_mean():
+    q, k, v = inputs(200)
+    usable = (torch.arange(200) >= 64).expand(3, -1)
+    k[:, :, :64], v[:, :, :64] = torch.nan, torch.nan
+    kept = window(5).mask(6, 1, 200)[None, :, 0].expand(3, -1, -1)
+    found = sparsify.attention(q, k, v, window(5) & compensation(), mask=usable[:, None, None])
+    torch.testing.assert_close(found.double(), expected(q, k, v, kept, usable, 0.25)[0], atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -135,7 +141,10 @@ def test_it_compiles_to_one_graph_for_all_lengths():
 
 
 BAD = [
-    (lambda q, k: sparsify.attention(k, k, k, RAZOR & compensation()), "compensation serves decode, one query, and this"),
+    (
+        lambda q, k: sparsify.attention(k, k, k, RAZOR & compensation()),
+        "compensation serves decode, one query, and this",
+    ),
     (
         lambda q, k: sparsify.attention(q, k, k, RAZOR & compensation(), mask=torch.zeros(1, 60)),
         "compensation needs scores without biases, and a mask that is added has none for a mean of keys; give a mask of",
@@ -175,20 +184,48 @@ def attend(module, q, k, v, attention_mask, scaling=None, **rest):
     return expected(q, k, v, kept, usable, scaling)[0].to(q.dtype).transpose(1, 2).contiguous(), None
 
 
+def llama(attention: str = "sdpa") -> nn.Module:
+    """Weights large enough that heads tell keys apart."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 64}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.3)).eval()
+    made.generation_config.disable_compile = True
+    made.set_attn_implementation(attention)
+    return made
+
+
+def generated(made: nn.Module, cache: str | None, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens, and the logits of each step."""
+    ids = torch.randint(1, 64, (2, 21), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, : 6 * padded] = 0
+    options = {} if cache is None else {"cache_implementation": cache}
+    steps = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    found = made.generate(
+        ids, attention_mask=mask, **steps, **options, return_dict_in_generate=True, output_logits=True
+    )
+    return found.sequences, torch.stack(found.logits)
+
+
 @pytest.mark.parametrize(("cache", "padded"), [(None, True), ("static", False)])
 @torch.no_grad()
-def test_tokens_are_those_of_the_rule(cache, padded):
+def test_a_model_decodes_by_the_rule(cache, padded):
     ALL_ATTENTION_FUNCTIONS.register("razor", attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register("razor", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    wanted = generated(llama("razor"), cache, padded)
+    (wanted, logits), dense_logits = generated(llama("razor"), cache, padded), generated(llama(), cache, padded)[1]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     made = llama()
     heads = {"0-2": {"razor_head": {"sinks": 2, "recent": 5}}, "3": "dense"}
     options = {"spec": {"version": 1, "sites": [{"phase": "decode", "heads": heads}]}, "strict": True}
-    made.forward = torch.compile(made.forward, backend="sparsify", options=options | {"target": "null", "inner": "eager"})
-    assert torch.equal(generated(made, cache, padded), wanted)
-    assert not torch.equal(generated(llama(), cache, padded), wanted), "dense attention says the same"
+    made.forward = torch.compile(
+        made.forward, backend="sparsify", options=options | {"target": "null", "inner": "eager"}
+    )
+    tokens, found = generated(made, cache, padded)
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(dense_logits, logits, atol=1e-2, rtol=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -207,7 +244,7 @@ class Attention(nn.Module):
         return torch.softmax(scores, -1) @ v
 
 
-COMPENSATED = {"version": 1, "sites": [{"heads": {"razor_head": {"sinks": 2, "recent": 9}}}]}
+COMPENSATED = {"version": 1, "sites": [{"kind": "cross", "heads": {"razor_head": {"sinks": 2, "recent": 9}}}]}
 REFUSED = [
     (Attention(cap=True), 1, "the model caps its scores, and the score of a mean of keys stands for theirs without a"),
     (Attention(bias=True), 1, "the model adds biases to its scores, and a mean of keys has no position to have one"),
