@@ -8,6 +8,7 @@ import torch
 from sparsify.codegen import Launch, target
 from sparsify.codegen.target import empty_lse, empty_output
 from sparsify.program import Program
+from sparsify.sizes import size_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of q, k and v
 LIBRARY = torch.library.Library("sparsify", "DEF")
@@ -41,6 +42,24 @@ def _fake_lse(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-unty
 attention = torch.ops.sparsify.attention.default
 # The output, and the natural logarithm of each row's sum of exp(score), float32 (B, Hq, Nq) (see `Target.run`).
 attention_lse = torch.ops.sparsify.attention_lse.default
+
+
+LIBRARY.define("sizes(Tensor like, SymInt n, str[] names) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(LIBRARY, "sizes", "CompositeExplicitAutograd")
+def _sizes(like, n, names):  # type: ignore[no-untyped-def]
+    """int64 (names,): the values of size variables for n keys: an op, as symbolic integers have no such arithmetic."""
+    values = size_values(frozenset(names), n)
+    return torch.tensor([values[name] for name in names], dtype=torch.int64, device=like.device)
+
+
+@torch.library.register_fake("sparsify::sizes", lib=LIBRARY)
+def _fake_sizes(like, n, names):  # type: ignore[no-untyped-def]
+    return like.new_empty(len(names), dtype=torch.int64)
+
+
+sizes = torch.ops.sparsify.sizes.default
 
 
 LIBRARY.define("either(Tensor plain, Tensor whole) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

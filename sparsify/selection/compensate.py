@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsify.expr import Pred
-from sparsify.op import attention_lse
+from sparsify.op import attention_lse, sizes
 from sparsify.selection.site import environment
-from sparsify.sizes import size_values
 from sparsify.text import parse_pred, to_text
 from sparsify.walk import evaluate, variables
 
@@ -28,7 +27,6 @@ LIBRARY.define(
     "str dropped) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.define("sizes(Tensor like, SymInt n, str[] names) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,5 @@ def dropped_keys(dropped: Dropped, q: Tensor, k: Tensor, loads: Sequence[Tensor]
     return torch.cat([found[rule].expand(batch, -1, -1, -1) for rule in dropped.heads[:: heads // kv_heads]], 1)
 
 
-@torch.library.impl(LIBRARY, "sizes", "CompositeExplicitAutograd")
-def _sizes(like, n, names):  # type: ignore[no-untyped-def]
-    """int64 (names,): the values of size variables for n keys: an op, as symbolic integers have no such arithmetic."""
-    values = size_values(frozenset(names), n)
-    return torch.tensor([values[name] for name in names], dtype=torch.int64, device=like.device)
-
-
-@torch.library.register_fake("sparsify::sizes", lib=LIBRARY)
-def _fake_sizes(like, n, names):  # type: ignore[no-untyped-def]
-    return like.new_empty(len(names), dtype=torch.int64)
-
-
-sizes = torch.ops.sparsify.sizes.default
 # The output, and the lse of the kept keys and that one together.
 attention_compensated = torch.ops.sparsify.attention_compensated.default
