@@ -65,7 +65,10 @@ class NullTarget:
         batch, heads = launch.q.shape[:2]
         for b in range(batch):
             for h in range(heads):
-                out[b, h] = _Head(launch, b, h).run().to(out.dtype)
+                rows, lse = _Head(launch, b, h).run()
+                out[b, h] = rows.to(out.dtype)
+                if launch.lse is not None:
+                    launch.lse[b, h] = lse
         return out
 
 
@@ -132,20 +135,24 @@ class _Head:
         token, filled = tokens(layout, name, len(tensor), here)
         return gathered(tensor[None, None], token, filled)[0, 0], (token, filled)
 
-    def run(self) -> torch.Tensor:
-        """The output (Nq, Dv) in float64."""
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output (Nq, Dv) and lse (Nq,) in float64."""
         import torch
 
         height, offset = tile_rows(self.program.keep, self.rows), self.launch.q_offset
         starts = range(0, len(self.q), height)
         parts = [self.query_tile(start, min(start + height, len(self.q)), offset) for start in starts]
-        out = torch.cat(parts) if parts else self.q.new_zeros(0, self.v.shape[1])
+        parts = parts or [(self.q.new_zeros(0, self.v.shape[1]), self.q.new_zeros(0))]
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
         if self.placed is None:
-            return out
-        return scattered(out[None, None], *self.placed, self.launch.q.shape[2])[0, 0]
+            return out, lse
+        token, filled = self.placed
+        rows = torch.full((self.launch.q.shape[2],), -torch.inf, dtype=torch.float64)
+        rows[token[0, 0, filled[0, 0]]] = lse[filled[0, 0]]
+        return scattered(out[None, None], token, filled, len(rows))[0, 0], rows
 
-    def query_tile(self, start: int, stop: int, offset: int) -> torch.Tensor:
-        """Online softmax over the key tiles of one query tile, in float64."""
+    def query_tile(self, start: int, stop: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Online softmax over the key tiles of one query tile, in float64: the output and the lse of its rows."""
         import torch
 
         env = self.env | {"q0": start + offset, "q1": stop - 1 + offset}
@@ -167,7 +174,7 @@ class _Head:
             weights, decay = torch.exp(scores - shift), torch.exp(top - shift)
             top, norm = new_top, norm * decay + weights.sum(-1, keepdim=True)
             total = total * decay + weights @ values
-        return total / norm.masked_fill(norm == 0, 1)
+        return total / norm.masked_fill(norm == 0, 1), (top + norm.log())[:, 0]
 
     def tiles(self, env: dict[str, Any], rows: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The key tiles of one query tile: the slots of each, and what is kept of it (None: everything)."""

@@ -52,6 +52,11 @@ def environment(launch: Launch) -> dict[str, Any]:
 
 def oracle(launch: Launch) -> torch.Tensor:
     """The output (B, Hq, Nq, Dv) in float64; a row that keeps nothing gives 0. Skips leave nothing out here."""
+    return oracle_lse(launch)[0]
+
+
+def oracle_lse(launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the lse (B, Hq, Nq) in float64 (see `Target.run`)."""
     import torch
 
     program, group, q_len = launch.program, launch.q.shape[1] // launch.k.shape[1], launch.q.shape[2]
@@ -73,5 +78,9 @@ def oracle(launch: Launch) -> torch.Tensor:
         scores = torch.cat([scores, logit], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : v.shape[2]]
     v = v.masked_fill(~keep.any(2).unsqueeze(-1), 0)  # not even a NaN is read of what nobody keeps
-    out = weights.nan_to_num(nan=0.0) @ v
-    return out if program.queries is None else scattered(out, token, filled, q_len)
+    out, lse = weights.nan_to_num(nan=0.0) @ v, torch.logsumexp(scores, dim=-1)
+    if program.queries is None:
+        return out, lse
+    where = token.masked_fill(~filled, q_len).expand(*lse.shape)  # what empty slots have goes behind the last token
+    rows = lse.new_full((*lse.shape[:2], q_len + 1), -torch.inf).scatter(-1, where, lse)[..., :q_len]
+    return scattered(out, token, filled, q_len), rows

@@ -12,7 +12,7 @@ from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
-from sparsify.patterns.head_choices import check_order, complaint, head_choices, sees_no_future, skip_of
+from sparsify.patterns.head_choices import check_order, complaint, dropped, head_choices, sees_no_future, skip_of
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Selector
@@ -28,8 +28,8 @@ class ChooseKeys:
     Before: site.programs say `chosen(...)`, with the text of a selector.
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
-            everything, and what the kernel skips by itself is in site.skips. Where a selector sorts the keys,
-            site.segments says how, and the programs are over its slots.
+            everything. What the kernel skips by itself is in site.skips, and what is dropped and joins as one key in
+            site.dropped. Where a selector sorts the keys, site.segments says how, and the programs are over its slots.
 
     learned: the modules that score units, by name.
     """
@@ -66,9 +66,27 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
             check_order(found)
         except PatternError as error:
             return site.refuse(str(error))
+    compensates = [head.compensation for head in found]
+    if set(compensates) != {None}:
+        _check_compensation(site)
+        rules = zip(site.programs, compensates, strict=True)
+        site.dropped = tuple(dropped(site.keep, keep, mark, site.position) for keep, mark in rules)
+        replaced |= {mark: TRUE for mark in compensates if mark is not None}
     keep = site.segments.keep if site.segments else (lambda program: program)
     site.programs = tuple(with_choices(keep(program), replaced) for program in site.programs)
     return None
+
+
+def _check_compensation(site: Site) -> None:
+    """Refuses a site where one key can't stand for those that are dropped."""
+    if phase(site) != "decode":
+        site.refuse("compensation serves decode, and this is prefill", "give the spec's rule `phase: decode`")
+    if site.softcap is not None:
+        site.refuse("the model caps its scores, and the score of a mean of keys stands for theirs without a cap only")
+    if site.bias:
+        site.refuse("the model adds biases to its scores, and a mean of keys has no position to have one")
+    if not site.heads_known:
+        site.refuse("compensation is made by heads, and which dimension of the scores is the heads is not known")
 
 
 def _listed(site: Site, choice: Choice, chosen: Chosen, causal: bool, chooser: Chooser, made: Made) -> Pred:

@@ -46,6 +46,7 @@ class Site:
     bias, sink_bias: what the program adds to scores and what it takes for the sink, over the names of `keep`.
     programs: the final predicate of every query head; where `segments` is an order of the keys, over its slots (keep
     and bias stay over tokens). skips: what a kernel may leave out by its weight, for each query head; () for nothing.
+    dropped: which keys join as one, for each query head, over the names of `keep`; () for none of any head.
     dense: why the attention is left to Inductor as it stands, for it is faster there; "" if it isn't. notes: what a
     reader should know of a site. misfit: it is refused as the spec is wrong about its tokens.
     """
@@ -83,6 +84,7 @@ class Site:
     segments: Segments | None = None
     laid_out: LaidOut | None = None
     skips: tuple[Skip | None, ...] = ()
+    dropped: tuple[Pred, ...] = ()
     target: str = ""
     dense: str = ""
     refusal: Refusal | None = None

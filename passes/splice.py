@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from sparsify.passes.forms.axes import EXPANDS, PERMUTES, REGROUPS
 from sparsify.passes.nodes import ATEN, CASTS, COPIES, call, dtype, op, same, same_sizes, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
+from sparsify.selection.compensate import Dropped, attention_compensated
 
 VIEWS = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "alias", "mT", "detach")
 
@@ -55,8 +57,12 @@ def rewritten(site: Site, values: fx.Node) -> fx.Node:
     """New nodes that compute a site's output by the op, with values (B, Hkv, Nk, Dv) in the place of v."""
     before, made_of = site.output, _computed_in(site)
     q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, values))
-    numbers = site.q_offset, float(site.scale), program_of(site).text()
-    new = call(before, attention, q, k, v, list(site.loads), *numbers)
+    given = (q, k, v, list(site.loads), site.q_offset, float(site.scale), program_of(site).text())
+    if site.dropped:
+        found = call(before, attention_compensated, *given, Dropped.of(site.dropped).text())
+        new = call(before, operator.getitem, found, 0)
+    else:
+        new = call(before, attention, *given)
     if made_of != dtype(before):
         new = call(before, ATEN.to.dtype, new, dtype(before))
     return new if site.restore is None else site.restore(new)

@@ -21,7 +21,7 @@ from sparsify.patterns.neighborhood import neighborhood
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.presets import PRESETS
 from sparsify.patterns.same_block import same_block
-from sparsify.patterns.select import online, select, topk, topp
+from sparsify.patterns.select import compensation, online, select, topk, topp
 from sparsify.patterns.sinks import sinks
 from sparsify.patterns.window import window
 
@@ -38,7 +38,7 @@ _CONSTRUCTORS = (
     neighborhood,
     expr,
 )
-SELECTIONS = (select, topk, topp, online)  # those that choose from the data
+SELECTIONS = (select, topk, topp, online, compensation)  # those that need the data
 # Every constructor that a spec can name, under that name: the primitives and the presets.
 PATTERNS = {constructor.__name__: constructor for constructor in (*_CONSTRUCTORS, *SELECTIONS, *PRESETS)}
 

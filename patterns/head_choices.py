@@ -6,34 +6,59 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsify.errors import PatternError
-from sparsify.expr import And, Chosen, Expr, Or, Pred, conjunction
+from sparsify.expr import FALSE, TRUE, And, Chosen, Expr, Or, Pred, conjunction, negate
 from sparsify.patterns.causal import is_causal
-from sparsify.patterns.lists import choices
-from sparsify.patterns.pattern import Q
+from sparsify.patterns.lists import choices, with_choices
+from sparsify.patterns.pattern import K, Q
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Compensation, Online, Selector
 from sparsify.program import Skip
 
 
 class HeadChoices(NamedTuple):
-    """In one head's predicate: the selection that gives it a list of keys, and the `online` budget of its kernel."""
+    """In one head's predicate: the selection that gives it a list of keys, the `online` budget of its kernel, and the
+    `compensation` for what it drops."""
 
     listed: Chosen | None
     online: Chosen | None
+    compensation: Chosen | None
 
 
 def head_choices(keep: Pred) -> HeadChoices:
-    """Raises PatternError for what no kernel can do: two of a kind, a negated one, `online` in a union."""
+    """Raises PatternError for what no kernel can do: two of a kind, a negated one, and for those that are of the whole
+    head in a union."""
     found = choices(keep)
-    online = [one for one in found if isinstance(Choice.parse(one.text).selector, Online)]
-    listed = [one for one in found if one not in online]
+    listed, online, compensation = (
+        [one for one in found if isinstance(Choice.parse(one.text).selector, kind)]
+        for kind in (Selector, Online, Compensation)
+    )
+    whole = keep.parts if isinstance(keep, And) else (keep,)
     if len(listed) > 1:
         raise PatternError("a head has two selections, which could choose a key twice; give it one")
     if len(online) > 1:
         raise PatternError("a head has two budgets `online`; give it one")
-    if online and online[0] not in (keep.parts if isinstance(keep, And) else (keep,)):
+    if online and online[0] not in whole:
         raise PatternError("online leaves out of all that a head keeps, so combine it by & (all), not in a union")
-    return HeadChoices(listed[0] if listed else None, online[0] if online else None)
+    if compensation and len(found) > 1:
+        raise PatternError("compensation is for what positions drop, and the head has a selection, too; give it one")
+    if compensation and compensation[0] not in whole:
+        raise PatternError("compensation is for all that a head drops: combine it by & with the whole of the pattern")
+    return HeadChoices(*(next(iter(one), None) for one in (listed, online, compensation)))
+
+
+def dropped(allowed: Pred, keep: Pred, compensation: Chosen | None, position: Expr = Q) -> Pred:
+    """The keys for which a head compensates, if it does: those that the model keeps (`allowed`) and `keep` drops.
+
+    Keys after the query, whose position is given, are none of them where the head is causal. Conditions of both are
+    asked once.
+    """
+    if compensation is None:
+        return FALSE
+    keep = with_choices(keep, {compensation: TRUE})
+    if is_causal(keep, position):
+        allowed = conjunction([allowed, position >= K])
+    there, parts = ((one.parts if isinstance(one, And) else (one,)) for one in (allowed, keep))
+    return conjunction([allowed, negate(conjunction(part for part in parts if part not in there))])
 
 
 def skip_of(online: Chosen) -> Skip:

@@ -1,9 +1,10 @@
 """select: keys chosen from the data by a selector, and what layers and steps share of a choice.
 
-`select` takes every step of the pipeline; `topk` and `topp` name the usual ones, `online` leaves it to the kernel.
+`select` takes every step of the pipeline; `topk` and `topp` name the usual ones, `online` and `compensation`
+choose no keys: they say what is made of those that the rest of a pattern keeps or drops.
 
     Selection       a pattern: one text, that of its Choice
-    Choice          a Selector (the pipeline) or an Online budget, with its Reuse over layers and steps
+    Choice          a Selector (the pipeline) with its Reuse over layers and steps; or Online, or Compensation
     Chosen          the atom that stands for a Choice in a predicate, until a graph or a call has tensors
     select, Ask     the op that chooses, and what it is asked: it gives index and count of each list
     Listed          the atom that stands for a list in a program's predicate
@@ -23,7 +24,7 @@ from sparsify.expr import Chosen, Pred
 from sparsify.foldable import foldable
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import PARTS, Online, Selector
+from sparsify.patterns.selector import PARTS, Compensation, Online, Selector
 from sparsify.patterns.selector_checks import part
 from sparsify.ranges import Ranges, contains, read_ranges, text_of
 
@@ -32,12 +33,12 @@ from sparsify.ranges import Ranges, contains, read_ranges, text_of
 class Choice:
     """All that a selection says of itself: what `Chosen` holds as text.
 
-    selector: the pipeline that chooses keys, or the kernel's own budget (`Online`), which keeps every pair that it
-    meets but for those of no weight. reuse: which layers and steps share what was chosen. dense_layers: those that
-    keep everything.
+    selector: the pipeline that chooses keys; or the kernel's own budget (`Online`), which keeps every pair that it
+    meets but for those of no weight; or a key for what is dropped (`Compensation`), which keeps every pair. reuse:
+    which layers and steps share what was chosen. dense_layers: those that keep everything.
     """
 
-    selector: Selector | Online
+    selector: Selector | Online | Compensation
     reuse: Reuse = Reuse()
     dense_layers: Ranges = ()
 
@@ -52,6 +53,8 @@ class Choice:
         """Canonical JSON: defaults are left out."""
         if isinstance(self.selector, Online):
             found: dict[str, Any] = {"online": {f.name: getattr(self.selector, f.name) for f in fields(Online)}}
+        elif isinstance(self.selector, Compensation):
+            found = {"compensation": {}}
         else:
             found = {"select": json.loads(self.selector.text())}
         if self.reuse != Reuse():
@@ -69,6 +72,8 @@ class Choice:
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Choice:
     found = json.loads(text)
+    if "compensation" in found:
+        return Choice(Compensation())
     online = found.get("online")
     selector = Online(**online) if online else Selector.parse(json.dumps(found["select"]))
     reuse = Reuse.from_data(found.get("reuse", {}))
@@ -89,8 +94,10 @@ class Selection(Pattern):
         return Chosen(self.text)
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `select` or `online` that make it again, defaults left out."""
+        """Those of its constructor that make it again, defaults left out."""
         selector = self.choice.selector
+        if isinstance(selector, Compensation):
+            return {}
         if isinstance(selector, Online):
             return {"share": selector.share} | ({"by_length": True} if selector.by_length else {})
         found = json.loads(self.text)
@@ -98,8 +105,8 @@ class Selection(Pattern):
 
     @property
     def constructor(self) -> str:
-        """The name of the one of `select` and `online` that makes it."""
-        return "online" if isinstance(self.choice.selector, Online) else "select"
+        """The name of the one of `select`, `online` and `compensation` that makes it."""
+        return {Online: "online", Compensation: "compensation"}.get(type(self.choice.selector), "select")
 
     def __str__(self) -> str:
         return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
@@ -241,6 +248,19 @@ def online(share: float, by_length: bool = False) -> Pattern:
     before. Combine it by `&`: `causal() & online(0.001)`. Raises PatternError.
     """
     return Selection(_online_text(share, by_length))
+
+
+def compensation() -> Pattern:
+    """A key more for each head, in place of all that it drops: their mean, with the mean of their values, as often as
+    they are many (RazorAttention).
+
+    What the model's own mask drops is no part of it. For decoding, and static patterns: combine it by `&` with all of
+    one, `(sinks(4) | window(1024)) & causal() & compensation()`.
+    """
+    return Selection(COMPENSATION)
+
+
+COMPENSATION = Choice(Compensation()).text()
 
 
 def _frozen(value: Any) -> Any:

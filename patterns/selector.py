@@ -277,6 +277,12 @@ class Online:
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """No choice: all that a head drops joins what it keeps as one key (RazorAttention): the mean of the dropped keys,
+    with the mean of their values, as often as they are many."""
+
+
+@dataclass(frozen=True)
 class Permute:
     """Keys and values in an order of their own before they are made units, one order for each key head (PBS-Attn).
 

@@ -13,6 +13,7 @@ from sparsify.functional_plan import plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
+from sparsify.selection.compensate import attention_compensated
 from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
 
@@ -30,7 +31,8 @@ def attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     q_offset: int | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pairs that a pattern keeps: softmax(scale * q·kᵀ, over kept keys) · v.
 
     q is (B, Hq, Nq, D), k and v are (B, Hkv, Nk, D), Hq a multiple of Hkv; float32, bfloat16 or float16; any strides.
@@ -44,7 +46,9 @@ def attention(
     after the choice. Its phase must be that of the call (one query is decode); it can't take part in `reuse`, nor be
     `learned`, as both are between the layers of a model.
 
-    Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. Runs eagerly, under
+    Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. With `return_lse` a pair: that, and float32
+    (B, Hq, Nq), the natural logarithm of the sum of exp(score) over a query's kept keys, -inf where there are none; by
+    it attention over two sets of keys is merged. Runs eagerly, under
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
     `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
     """
@@ -57,18 +61,25 @@ def attention(
     rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     if q.shape[2] == 0 or k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+        out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+        return (out, lse) if return_lse else out
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     mask = mask.view(1) if mask is not None and not mask.dim() else mask
     rows_asked = mask is not None or any("chosen(" in rule for rule in rules)
     loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
     whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
     laid_out = (found, int(k.shape[2])) if found and whole else ((), 0)
-    text, asks = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    text, asks, dropped = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
     usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
     for ask in asks:
         loads += select(q, k, usable, None, offset, factor, ask)
-    return op.attention(q, k, v, loads, offset, factor, text)
+    if dropped:
+        out, lse = attention_compensated(q, k, v, loads, offset, factor, text, dropped)
+    elif return_lse:
+        out, lse = op.attention_lse(q, k, v, loads, offset, factor, text)
+    else:
+        return op.attention(q, k, v, loads, offset, factor, text)
+    return (out, lse) if return_lse else out
 
 
 def _loads(mask: torch.Tensor | None, q_offset: int | None, device: torch.device) -> tuple[list[torch.Tensor], tuple]:

@@ -12,12 +12,21 @@ from sparsify import codegen, env
 from sparsify.bias import Term, parse_load
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import TRUE, Chosen, Pred, Test, Var
-from sparsify.patterns.head_choices import check_order, complaint, head_choices, sees_no_future, skip_of
+from sparsify.patterns.head_choices import (
+    HeadChoices,
+    check_order,
+    complaint,
+    dropped,
+    head_choices,
+    sees_no_future,
+    skip_of,
+)
 from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Selector
 from sparsify.program import Program
+from sparsify.selection.compensate import Dropped
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
 
@@ -39,8 +48,9 @@ class Where(NamedTuple):
 @torch.compiler.assume_constant_result
 def plan(
     rules: tuple[str, ...], where: tuple, grids: tuple, heads: int, kv_heads: int, one_query: bool, device: str
-) -> tuple[str, tuple[str, ...]]:
-    """The canonical program of the rules of all heads and of a mask, and the text of each selection to be made.
+) -> tuple[str, tuple[str, ...], str]:
+    """The canonical program of the rules of all heads and of a mask, the text of each selection to be made, and that of
+    what is dropped and joins as one key, "" for nothing.
 
     `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
     tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made
@@ -59,7 +69,7 @@ def _plan(
     one_query: bool,
     target: str,
     device: str,
-) -> tuple[str, tuple[str, ...]]:
+) -> tuple[str, tuple[str, ...], str]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     found = [_pattern_checked(head_choices, keep) for keep in keeps]
     made: dict[Chosen, Pred] = {}
@@ -76,7 +86,8 @@ def _plan(
             _pattern_checked(check_order, found)
             made[chosen] = order.chosen(made[chosen])
     skips = {head.online: skip_of(head.online) for head in found if head.online is not None}
-    made |= dict.fromkeys(skips, TRUE)
+    made |= dict.fromkeys(skips, TRUE) | {head.compensation: TRUE for head in found if head.compensation is not None}
+    away = _dropped(keeps, found, where, one_query)
     name = codegen.choose(device) if target == "auto" else target
     of_heads = tuple(skips.get(head.online) for head in found) if skips else ()
     if order is None:
@@ -85,7 +96,21 @@ def _plan(
     else:
         laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
     given = {"loads": loads, "target": name, "skips": of_heads}
-    return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks)
+    return Program.of(laid_out.keeps, **laid_out.fields(), **given).text(), tuple(asks), away
+
+
+def _dropped(keeps: list[Pred], found: list[HeadChoices], where: Where, one_query: bool) -> str:
+    """What the heads that compensate drop of what the mask keeps."""
+    if all(head.compensation is None for head in found):
+        return ""
+    if not one_query:
+        raise InputError("attention: pattern: compensation serves decode, one query, and this is prefill")
+    if where.kind == "add":
+        wrong = "a mask that is added has none for a mean of keys; give a mask of bool"
+        raise InputError(f"attention: pattern: compensation needs scores without biases, and {wrong}")
+    mask = Test(parse_load(f"_0[{where.index}]")) if where.kind == "keep" else TRUE
+    pairs = zip(keeps, found, strict=True)
+    return Dropped.of([dropped(mask, keep, head.compensation) for keep, head in pairs]).text()
 
 
 def _with_mask(keeps: list[Pred], where: Where, one_query: bool) -> tuple[list[Pred], tuple[Term, ...], Pred]:

@@ -1,19 +1,20 @@
-"""The custom op `sparsify::attention`: tensors, numbers and one canonical string, and nothing else (design D6)."""
+"""The custom ops `sparsify::attention` and `sparsify::attention_lse`: tensors, numbers and one canonical string, and
+nothing else (design D6)."""
 
 from __future__ import annotations
 
 import torch
 
 from sparsify.codegen import Launch, target
-from sparsify.codegen.target import empty_output
+from sparsify.codegen.target import empty_lse, empty_output
 from sparsify.program import Program
+from sparsify.sizes import size_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of q, k and v
 LIBRARY = torch.library.Library("sparsify", "DEF")
-LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt q_offset, float scale, str program) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt q_offset, float scale, str program)"
+LIBRARY.define(f"attention{ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"attention_lse{ARGUMENTS} -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
@@ -27,7 +28,38 @@ def _fake(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-
     return empty_output(q, v)
 
 
+@torch.library.impl(LIBRARY, "attention_lse", "CompositeExplicitAutograd")
+def _attention_lse(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+    parsed, lse = Program.parse(program), empty_lse(q)
+    return target(parsed.target).run(Launch(parsed, q, k, v, tuple(loads), q_offset, scale, lse)), lse
+
+
+@torch.library.register_fake("sparsify::attention_lse", lib=LIBRARY)
+def _fake_lse(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+    return empty_output(q, v), empty_lse(q)
+
+
 attention = torch.ops.sparsify.attention.default
+# The output, and the natural logarithm of each row's sum of exp(score), float32 (B, Hq, Nq) (see `Target.run`).
+attention_lse = torch.ops.sparsify.attention_lse.default
+
+
+LIBRARY.define("sizes(Tensor like, SymInt n, str[] names) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(LIBRARY, "sizes", "CompositeExplicitAutograd")
+def _sizes(like, n, names):  # type: ignore[no-untyped-def]
+    """int64 (names,): the values of size variables for n keys: an op, as symbolic integers have no such arithmetic."""
+    values = size_values(frozenset(names), n)
+    return torch.tensor([values[name] for name in names], dtype=torch.int64, device=like.device)
+
+
+@torch.library.register_fake("sparsify::sizes", lib=LIBRARY)
+def _fake_sizes(like, n, names):  # type: ignore[no-untyped-def]
+    return like.new_empty(len(names), dtype=torch.int64)
+
+
+sizes = torch.ops.sparsify.sizes.default
 
 
 LIBRARY.define("either(Tensor plain, Tensor whole) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

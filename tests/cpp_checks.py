@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsify import bias
 from sparsify.codegen import Launch, target
 from sparsify.codegen.cpp import launch as launching
-from sparsify.codegen.oracle import environment, kept, oracle
+from sparsify.codegen.oracle import environment, kept, oracle_lse
 from sparsify.codegen.slots import gathered, scattered, tokens
 from sparsify.runtime import toolchain as tools
 
@@ -97,8 +97,11 @@ def _attended(call, q, k, v):
 
 
 def check(call):
-    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0."""
-    found, truth = CPP.run(call), oracle(call)
+    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0; so with an lse."""
+    lse = torch.full(call.q.shape[:3], torch.nan)
+    found, (truth, expected) = CPP.run(replace(call, lse=lse)), oracle_lse(call)
+    assert torch.equal(found, CPP.run(call))
+    check_lse(lse, expected, call)
     assert found.shape == truth.shape and found.dtype == call.q.dtype
     assert found.stride() == call.empty_output().stride()
     if not truth.numel():
@@ -111,6 +114,18 @@ def check(call):
         where = tokens(call.program.queries, "q", call.q.shape[2], environment(call))
         nothing = scattered(~nothing[..., None] * 1.0, *where, call.q.shape[2])[..., 0] == 0
     assert (found[nothing] == 0).all()
+
+
+# Kernels multiply in float32, whatever they read, and take exp2 as exactly as their dtype's weights need.
+LSE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+def check_lse(found, expected, call):
+    """An lse is right to what its dtype's kernels owe; biases near a dtype's lowest value may be as if infinite."""
+    low = expected < -1e30
+    assert (found[low] < -1e30).all() and torch.equal(found == -torch.inf, expected == -torch.inf)
+    error = LSE_ERROR[call.q.dtype]
+    torch.testing.assert_close(found[~low].double(), expected[~low], atol=error, rtol=error)
 
 
 def kept_pairs(call):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from list_cases import CASES, ListCase, boxes, skipping, sorted_keys
 
-from sparsify.codegen import target
-from sparsify.codegen.oracle import environment, kept, oracle
+from sparsify.codegen import Launch, target
+from sparsify.codegen.oracle import environment, kept, oracle, oracle_lse
 from sparsify.expr import FALSE, TRUE
 from sparsify.patterns.lists import lists, passes, row_unit, tile_rows
 from sparsify.program import Program
@@ -19,16 +21,23 @@ LIST = "listed(_0[b, h//2, (q - N + Nq)//64, 0], _1[b, h//2, (q - N + Nq)//64], 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_interpreter_agrees_with_the_oracle(case: ListCase) -> None:
-    launch = case.launch("null")
-    out = target("null").run(launch)
+    launch = with_lse(case.launch("null"))
+    out, (expected, lse) = target("null").run(launch), oracle_lse(launch)
     tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}[case.dtype]
-    torch.testing.assert_close(out.double(), oracle(launch), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(launch.lse.double(), lse, atol=1e-6, rtol=1e-6)
+
+
+def with_lse(launch: Launch) -> Launch:
+    return replace(launch, lse=torch.full(launch.q.shape[:3], torch.nan))
 
 
 @pytest.mark.parametrize("make", [boxes, sorted_keys])
 def test_layouts_agree_with_the_oracle(make) -> None:
-    launch = make("null")
-    torch.testing.assert_close(target("null").run(launch).double(), oracle(launch), atol=1e-6, rtol=1e-6)
+    launch = with_lse(make("null"))
+    out, (expected, lse) = target("null").run(launch), oracle_lse(launch)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(launch.lse.double(), lse, atol=1e-6, rtol=1e-6)
 
 
 def test_a_layout_changes_nothing_but_where_rows_lie() -> None:

@@ -119,7 +119,7 @@ def kept(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor 
     heads, kv_heads, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
     where = (0, None, None, "q - N + Nq") if mask is None else (1, "keep", "b, 0, 0, k", "q - N + Nq")
     loads = [] if mask is None else [mask]
-    text, asks = plan((pattern.rule,) * heads, where, ((), 0), heads, kv_heads, q.shape[2] == 1, "cpu")
+    text, asks, _ = plan((pattern.rule,) * heads, where, ((), 0), heads, kv_heads, q.shape[2] == 1, "cpu")
     offset = k.shape[2] - q.shape[2]
     for ask in asks:
         loads += make_lists(q, k, loads[:1], None, offset, scale, ask)

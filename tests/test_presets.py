@@ -121,7 +121,11 @@ CASES = [
     (pre.duo_streaming("train"), duo_train, 600),
     (pre.duo_streaming("chunked", sinks=5, recent=7, chunk=16), duo_chunked(5, 7, 16), 70),
     (pre.duo_streaming("chunked"), duo_chunked(64, 256, 32768), 70),
-    (pre.razor_head(recent="max(8, N/5)"), lambda h, q, k, n: k <= q and (k < 4 or q - k < max(8, n // 5)), 60),
+    (
+        pre.razor_head(recent="max(8, N/5)", compensation=False),
+        lambda h, q, k, n: k <= q and (k < 4 or q - k < max(8, n // 5)),
+        60,
+    ),
     (pre.a_shape(3, 10), streaming(3, 10), 60),
     (pre.based_window(), lambda h, q, k, n: 0 <= q - k < 129, 200),
     (pre.s2_attention(8, 1, 4, 3, 8), dkernel(8, 1, 4, 3, 8), 100),
@@ -277,7 +281,7 @@ def test_identities():
         pre.duo_streaming("chunked"),
         pre.moa_head(60, 0.0),
         pre.s2_attention(vert_stride=1, block=4, local_blocks=1),
-        pre.razor_head(0, 60),
+        pre.razor_head(0, 60, False),
     ):
         assert same(everything, causal), everything
     assert same(pre.longformer(7, 1, [], causal=True), p.window(8))
@@ -407,6 +411,7 @@ BAD = [
     (lambda: pre.duo_streaming(mask=3), "duo_streaming.mask: unknown value 3; allowed: deploy, train, chunked"),
     (lambda: pre.s2_attention(num_dense_heads=9), "s2_attention.num_dense_heads: expected at most the 8 key heads"),
     (lambda: pre.s2_attention(homo_head=1), "s2_attention.homo_head: expected true or false, found 1"),
+    (lambda: pre.razor_head(compensation=1), "razor_head.compensation: expected true or false, found 1"),
     (lambda: pre.long_lora(1), "long_lora.heads: expected an integer >= 2, found 1"),
     (lambda: pre.star_attention(8, 9), "star_attention.anchor: expected at most the block of 8, found 9"),
     (

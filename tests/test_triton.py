@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ if importlib.util.find_spec("triton") is None:  # not imported here: the process
     pytest.skip("triton is not installed (pip install 'sparsify[triton]')", allow_module_level=True)
 
 from list_cases import ListCase, boxes, sorted_keys
-from triton_cases import CASES, FLOOR, Case, errors
+from strategies import SINKS
+from triton_cases import CASES, FLOOR, LSE_ERROR, Case, errors
 from triton_list_cases import Made, added, skipping_errors
 
 from sparsify import patterns as p
@@ -51,8 +53,8 @@ def interpreted():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
 def test_at_most_twice_the_error_of_pytorch(interpreted: dict[Case | Made, Future], case: Case | Made):
-    ours, theirs = interpreted[case].result()
-    assert ours <= 2 * theirs + FLOOR[case.dtype]
+    ours, theirs, lse = interpreted[case].result()
+    assert ours <= 2 * theirs + FLOOR[case.dtype] and lse <= LSE_ERROR
 
 
 def test_skips_leave_out_what_the_null_target_does(interpreted: dict[str, Future]):
@@ -65,6 +67,15 @@ def test_the_cases_name_every_pattern():
     static = [name for name, made in p.PATTERNS.items() if made not in (*p.PRESETS, *p.SELECTIONS)]
     missing = [name for name in static if not any(f"{name}(" in text for text in used)]
     assert not missing
+
+
+def test_without_keys_an_lse_is_that_of_the_sinks():
+    q, keys, logits = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 0, 16), torch.randn(3)
+    for sink, expected in ((None, torch.tensor(-torch.inf)), (SINKS["by head"], logits.view(1, 3, 1))):
+        program = Program.of([p.causal().keep()] * 3, loads=1, sink=sink, target="triton")
+        launch = Launch(program, q, keys, keys, (logits,), 0, 1.0, torch.full((2, 3, 5), torch.nan))
+        assert (TritonTarget().run(launch) == 0).all()
+        assert torch.equal(launch.lse, expected.expand(2, 3, 5))
 
 
 def _rows(**options):
@@ -107,6 +118,16 @@ def test_sources_are_python_and_fill_every_hole(name):
     source = TritonTarget().source(programs()[name], torch.bfloat16, 64, 64)
     compile(source, name, "exec")
     assert "{{" not in source and "{%" not in source
+
+
+@pytest.mark.parametrize("name", ["causal", "float_tensor", "neighborhood", "pages", "sink", "skip"])
+def test_an_lse_costs_nothing_where_nobody_asks(name):
+    """But for the lines that write it, the kernel is the same."""
+    plain, lse = (printer.kernel_source(programs()[name], "bfloat16", 64, 64, lse=lse) for lse in (False, True))
+    names = [printer.kernel_name(programs()[name], "bfloat16", 64, 64, lse=lse) for lse in (False, True)]
+    left = [line for line in lse.replace(names[1], names[0]).replace("OUT, LSE, ", "OUT, ").splitlines()
+            if not re.search(r"\blse(\b|_)|\bLSE\b", line)]  # fmt: skip
+    assert left == plain.splitlines()
 
 
 def test_a_full_tile_runs_without_masks_and_a_closed_form_without_tests():

@@ -12,9 +12,9 @@ from triton_list_cases import MADE, Made
 
 from sparsify import bias as biases
 from sparsify import patterns as p
-from sparsify.codegen.oracle import environment, kept, oracle
+from sparsify.codegen.oracle import environment, kept, oracle_lse
 from sparsify.codegen.slots import gathered, scattered, tokens
-from sparsify.codegen.target import Launch
+from sparsify.codegen.target import Launch, empty_lse
 from sparsify.codegen.triton import TritonTarget
 from sparsify.program import Program
 from sparsify.text import parse_pred
@@ -111,15 +111,24 @@ def _load(g: torch.Generator, kind: str, shape: tuple[int, ...]) -> torch.Tensor
     return values.to(getattr(torch, kind)) + (shape[-1] // 2 if len(shape) == 1 else 0)
 
 
-def errors(case: Case | Made, device: str = "cpu") -> tuple[float, float]:
-    """The largest error against the float64 oracle: the kernel's, and PyTorch's own in the same dtype."""
+def errors(case: Case | Made, device: str = "cpu") -> tuple[float, float, float]:
+    """The largest error against the float64 oracle: the kernel's, PyTorch's own in the same dtype, and that of the lse,
+    a part of its size where that is above 1."""
     launch = case.launch(device)
-    expected, theirs = oracle(launch), _torch(launch)
+    (expected, lse), theirs = oracle_lse(launch), _torch(launch)
     case.poison(launch)
+    launch = replace(launch, lse=empty_lse(launch.q).fill_(torch.nan))
     found = TritonTarget().run(launch)
     assert found.shape == expected.shape and found.dtype == launch.q.dtype
     assert found.stride() == launch.empty_output().stride()
-    return _gap(found, expected), _gap(theirs, expected)
+    return _gap(found, expected), _gap(theirs, expected), _lse_gap(launch.lse.double(), lse)
+
+
+def _lse_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.equal(found == -torch.inf, expected == -torch.inf)
+    return _gap(
+        (found / expected.abs().clamp(min=1)).nan_to_num(), (expected / expected.abs().clamp(min=1)).nan_to_num()
+    )
 
 
 def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -265,3 +274,4 @@ def _halves() -> list[Case]:
 CASES: list[Case | Made] = [*_static(), *_mixed(), *_data(), *_halves(), *MADE]
 # A kernel may be twice as far from the oracle as PyTorch is, plus what one rounding of an output near 1 costs.
 FLOOR = {"float32": 1e-6, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+LSE_ERROR = 1e-5  # sums are made in float32 whatever the dtype, and compared where 1 or less with 1

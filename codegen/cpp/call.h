@@ -14,6 +14,7 @@ typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 struct Call {
     const void *q, *k, *v;
     void* out;
+    float* lse; // of each row (batch, head, query): the logarithm of its sum of weights; null where nobody asks
     const I* sizes;
     const Source* loads;
     const Summary* summaries;

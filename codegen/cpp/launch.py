@@ -29,7 +29,7 @@ class Source(ctypes.Structure):
     _fields_ = (("data", POINTER), ("type", I64), ("size", I64 * 4), ("stride", I64 * 4))
 
 
-_POINTERS = ("q", "k", "v", "out", "sizes", "loads", "summaries", "rules", "below", "parallel")
+_POINTERS = ("q", "k", "v", "out", "lse", "sizes", "loads", "summaries", "rules", "below", "parallel")
 _NUMBERS = ("threads", "b", "heads", "kv_heads", "q_len", "k_len", "q_slots", "k_slots", "offset")
 
 
@@ -81,10 +81,12 @@ class Kernel:
 
         q, k, v, out = launch.q, launch.k, launch.v, launch.empty_output()
         if self.program.queries is not None:
-            out.zero_()  # there may be tokens that no slot holds
+            launch.clear(out)  # there may be tokens that no slot holds
         loads = [_source(load) for load in launch.loads]  # keeps what was widened alive, too
         sources = (Source * len(loads))(*(source for source, _ in loads))
         call = Call(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
+        if launch.lse is not None:
+            call.lse = launch.lse.data_ptr()
         call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
         call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
         call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, self.softcap

@@ -144,9 +144,22 @@ static void pack_values(int32_t* to, const Element* const* rows, I column) {
     }
 }
 
-static void store_row(Element* to, I stride, const Rows& rows, int r) {
+static inline float sum_of(const Rows& rows, int r) {
     float sum = 0;
     for (int i = 0; i < W; i++) sum += rows.sum[r][i];
+    return sum;
+}
+
+// The natural logarithm of a row's sum of weights, as they are without a reference. Where all scores are near the lowest
+// number there is, the sum is all rounding error, and too small to count.
+static inline float lse_of(const Rows& rows, int r) {
+    double sum = sum_of(rows, r), top = rows.reference[r];
+    if (sum == 0) return -__builtin_inff();
+    return (float)((top < -1e30 ? top : top + __builtin_log2(sum)) * 0.6931471805599453);
+}
+
+static void store_row(Element* to, I stride, const Rows& rows, int r) {
+    float sum = sum_of(rows, r);
     float inverse = sum == 0 ? 0.0f : 1.0f / sum;
     for (int panel = 0; panel < DVV; panel += NR) {
         int width = (DVV - panel < NR ? DVV - panel : NR) * W;

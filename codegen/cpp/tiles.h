@@ -344,7 +344,9 @@ static void query_tile(const Call& c, Worker& w, Queries t) {
     for (I r = 0; r < t.rows(); r++) {
         I token = token_of(c, t, r);
         if (token < 0) continue;
-        Element* to = (Element*)c.out + t.batch * c.os[0] + (t.head + r / t.count) * c.os[1] + token * c.os[2];
+        I h = t.head + r / t.count;
+        Element* to = (Element*)c.out + t.batch * c.os[0] + h * c.os[1] + token * c.os[2];
         store_row(to, c.os[3], w.rows[r / MR], r % MR);
+        if (c.lse) c.lse[(t.batch * c.heads + h) * c.q_len + token] = lse_of(w.rows[r / MR], r % MR);
     }
 }

@@ -32,6 +32,7 @@ def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) 
     values: dict[str, Any] = dict(tensors)
     for letter, tensor, axes in zip("qkvo", tensors.values(), ("bhmd", "bhnd", "bhnd", "bhmd"), strict=True):
         values |= _strides(letter, tensor, axes)
+    values |= {} if launch.lse is None else {"LSE": launch.lse}
     values |= load_arguments(launch) | summary_arguments(launch)
     values |= {f"size_{i}": size for i, size in enumerate(program.size_values(launch.k.shape[2]))}
     values |= {

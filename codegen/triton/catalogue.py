@@ -68,19 +68,20 @@ DECODED = ("pages", "tokens")
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel: a program in a dtype at a head size, for `q_len` queries."""
+    """A kernel: a program in a dtype at a head size, for `q_len` queries; with `lse` it writes that, too."""
 
     name: str
     program: Program
     dtype: str
     head_dim: int
     q_len: int = LENGTH
+    lse: bool = False
 
     def launch(self) -> Launch:
         """A call of it on tensors without memory, laid out as a model lays them out."""
         import torch
 
-        from sparsify.codegen.target import Launch
+        from sparsify.codegen.target import Launch, empty_lse
 
         dtype, group = getattr(torch, self.dtype), HEADS // KV_HEADS
         meta: dict[str, Any] = {"device": "meta"}
@@ -94,7 +95,8 @@ class Entry:
             torch.empty([sizes[axis] for axis in axes], dtype=getattr(torch, kind or self.dtype), **meta)
             for kind, axes in LOADS.get(self.name, ())
         )
-        return Launch(self.program, q, k, v, loads, LENGTH - self.q_len, self.head_dim**-0.5)
+        lse = empty_lse(q) if self.lse else None
+        return Launch(self.program, q, k, v, loads, LENGTH - self.q_len, self.head_dim**-0.5, lse)
 
 
 def _program(keeps: Pred | tuple[Pred, ...], **fields: Any) -> Program:
@@ -179,3 +181,5 @@ def entries() -> Iterator[Entry]:
         yield Entry("streaming", found["streaming"], dtype, 256)
         yield Entry("streaming", found["streaming"], dtype, 80)
         yield Entry("decode", found["streaming"], dtype, 128, q_len=1)
+        yield Entry("decode_lse", found["streaming"], dtype, 128, q_len=1, lse=True)
+        yield Entry("softcap_lse", found["softcap"], dtype, 128, lse=True)

@@ -28,22 +28,35 @@ HUGE = 1e30  # a factor beyond it is there to drop pairs
 
 
 def kernel_source(
-    program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr] = frozenset()
+    program: Program,
+    dtype: str,
+    head_dim: int,
+    value_dim: int,
+    wrapped: frozenset[Expr] = frozenset(),
+    lse: bool = False,
 ) -> str:
-    """The kernel's module as text; `dtype` is float32, bfloat16 or float16, `wrapped` as in `TritonPrinter`."""
-    name = kernel_name(program, dtype, head_dim, value_dim, wrapped)
-    return fill(_skeleton(), holes(program, name, dtype, head_dim, value_dim, wrapped))
+    """The kernel's module as text; `dtype` is float32, bfloat16 or float16, `wrapped` as in `TritonPrinter`.
+
+    lse: whether the kernel writes that, too.
+    """
+    name = kernel_name(program, dtype, head_dim, value_dim, wrapped, lse)
+    return fill(_skeleton(), holes(program, name, dtype, head_dim, value_dim, wrapped) | {"lse": lse})
 
 
 @functools.lru_cache(maxsize=1024)
 def kernel_name(
-    program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr] = frozenset()
+    program: Program,
+    dtype: str,
+    head_dim: int,
+    value_dim: int,
+    wrapped: frozenset[Expr] = frozenset(),
+    lse: bool = False,
 ) -> str:
     """The kernel's name: what it computes in, its head sizes, and a hash of all that its source follows from."""
     parts = [_skeleton(), repr(sorted(OPS.items())), program.text(), dtype, str(head_dim), str(value_dim)]
     digest = hashlib.sha256("\n".join([*parts, *sorted(map(to_text, wrapped))]).encode()).hexdigest()[:12]
     sizes = f"d{head_dim}" if head_dim == value_dim else f"d{head_dim}v{value_dim}"
-    return f"attention_{len(program.keep)}rules_triton_{DTYPES[dtype]}_{sizes}_{digest}"
+    return f"attention_{'lse_' * lse}{len(program.keep)}rules_triton_{DTYPES[dtype]}_{sizes}_{digest}"
 
 
 def fill(skeleton: str, values: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sparsify import bias
+from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import DTYPES, Launch, dtype_name
 from sparsify.codegen.triton import printer
 from sparsify.codegen.triton.arguments import arguments
@@ -60,18 +62,27 @@ class TritonTarget:
     def run(self, launch: Launch) -> torch.Tensor:
         out = launch.empty_output()
         if launch.k.shape[2] == 0 or 0 in out.shape:
-            return out.zero_()
+            return self._without_keys(launch, out)
         self._check(launch)
         if launch.scale <= 0:  # the kernel takes the largest score before it scales
             launch = replace(launch, q=-launch.q if launch.scale < 0 else launch.q * 0, scale=-launch.scale or 1.0)
         if launch.program.queries is not None:
-            out.zero_()  # the kernel writes only what some slot holds
+            launch.clear(out)  # the kernel writes only what some slot holds
         launch, shape = tiled(launch, None if interpreting() else architecture(launch.q.device.index))
         values = arguments(launch, out, shape, interpreting())
         grid = (values["q_tiles"] * values["all_heads"],)
         with _on_device(launch.q):
             kernel(launch)[grid](**values, num_warps=shape.num_warps, num_stages=shape.num_stages)
         return out
+
+    def _without_keys(self, launch: Launch, out: torch.Tensor) -> torch.Tensor:
+        """The output where there are no keys, and the lse: that of the sinks."""
+        sink = launch.program.sink
+        if sink is not None and launch.lse is not None:
+            shape = (*launch.lse.shape, 1)
+            launch.lse.copy_(bias.evaluate(sink, environment(launch)).expand(shape)[..., 0])
+            return out.zero_()
+        return launch.clear(out)
 
     def _check(self, launch: Launch) -> None:
         refusal = self.unavailable()
@@ -88,13 +99,13 @@ class TritonTarget:
 def kernel(launch: Launch) -> Any:
     """The jitted kernel of a launch, from the cache or newly written."""
     sizes = launch.q.shape[3], launch.v.shape[3]
-    return _kernel(launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch))
+    return _kernel(launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch), launch.lse is not None)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr]) -> Any:
-    name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped)
-    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped))
+def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool) -> Any:
+    name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped, lse)
+    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped, lse))
     return getattr(module, name)
 
 

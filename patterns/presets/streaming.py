@@ -8,7 +8,8 @@ from sparsify.patterns.block_window import block_window
 from sparsify.patterns.causal import causal
 from sparsify.patterns.expression import expr
 from sparsify.patterns.pattern import Pattern
-from sparsify.patterns.presets.preset import Sized, choice, preset, size, whole
+from sparsify.patterns.presets.preset import Sized, choice, flag, preset, size, whole
+from sparsify.patterns.select import compensation as mean_key
 from sparsify.patterns.sinks import sinks as first
 from sparsify.patterns.window import window
 
@@ -62,14 +63,20 @@ def duo_streaming(
     source="Tang et al., arXiv 2407.15891; ports in msModelSlim and MindSpore golden-stick (4, 256)",
     phase="decode",
     semantics="approx",
-    cost="sinks + recent keys for each query: a fifth of N, and 4000 at least",
-    omits="the compensation key (the mean of the dropped keys, weighted by their number) and which heads these are",
+    cost="sinks + recent keys for each query: a fifth of N, and 4000 at least; compensation reads all keys and values",
+    omits="which heads these are and dropping keys from memory (the system takes the means once, after the prefill; "
+    "here each step does, of all keys that its window has left behind)",
     example={"sinks": 4, "recent": "max(64, N/5)"},
 )
-def razor_head(sinks: Sized = 4, recent: Sized = "max(4000, N/5)") -> Pattern:
-    """k <= q and (k < sinks or q - k < recent): a head that is no retrieval head."""
+def razor_head(sinks: Sized = 4, recent: Sized = "max(4000, N/5)", compensation: bool = True) -> Pattern:
+    """k <= q and (k < sinks or q - k < recent): a head that is no retrieval head.
+
+    With `compensation` the dropped keys join as one: their mean, with the mean of their values, weighted by their
+    number.
+    """
     near = window(size(recent, "razor_head.recent"))
-    return (first(size(sinks, "razor_head.sinks", low=0)) | near) & causal()
+    kept = (first(size(sinks, "razor_head.sinks", low=0)) | near) & causal()
+    return kept & mean_key() if flag(compensation, "razor_head.compensation") else kept
 
 
 @preset(

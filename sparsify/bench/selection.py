@@ -151,7 +151,7 @@ def measure(case: SelectionCase, dtype: str, repeats: int, seconds: float, tell:
         for heads, length in ((case.heads, case.queries), (case.kv_heads, case.keys), (case.kv_heads, case.keys))
     )
     rules, where = (case.pattern.rule,) * case.heads, (0, None, None, "q - N + Nq")
-    text, (ask,) = plan(rules, where, ((), 0), case.heads, case.kv_heads, case.queries == 1, "cpu")
+    text, (ask,), _ = plan(rules, where, ((), 0), case.heads, case.kv_heads, case.queries == 1, "cpu")
     offset, scale = case.keys - case.queries, case.head_dim**-0.5
     tell(f"{case.name}: compiling the selection")
     choose = torch.compile(lambda q, k: select(q, k, [], None, offset, scale, ask), dynamic=False)

@@ -21,8 +21,8 @@ SIZE = 32  # of a head
 def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Tensor:
     """(q_len, k_len) bool: what one head keeps of random queries and keys that drift along the sequence.
 
-    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out. Raises PatternError
-    for what no kernel can do.
+    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out, and a key for all
+    that is dropped is not drawn. Raises PatternError for what no kernel can do.
     """
     keep = pattern.keep()
     found = head_choices(keep)

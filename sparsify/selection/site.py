@@ -103,14 +103,14 @@ def places_of(
     ask: Ask, q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The positions of the queries (B or 1, Nq), and which keys may be used (B or 1, Nk), None for all."""
-    env = _environment(q, k, loads, q_offset)
+    env = environment(q, k, loads, q_offset)
     q_len = q.shape[2]
     position = torch.as_tensor(evaluate(ask.position, env), device=q.device)
     position = position.expand(*(1,) * (4 - position.dim()), *position.shape).expand(-1, -1, q_len, -1)[:, 0, :, 0]
     return position, None if ask.usable == TRUE else _valid(ask.usable, env)
 
 
-def _environment(q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int) -> dict[str, Any]:
+def environment(q: torch.Tensor, k: torch.Tensor, loads: Sequence[torch.Tensor], q_offset: int) -> dict[str, Any]:
     """What the names in a mask stand for, each broadcastable to (B, Hq, Nq, Nk)."""
     q_len, k_len = q.shape[2], k.shape[2]
     env: dict[str, Any] = {f"_{i}": load for i, load in enumerate(loads)} | {"N": k_len, "Nq": q_len}
@@ -138,7 +138,7 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "last_key", "CompositeImplicitAutograd")
 def _last_key(q, k, loads, q_offset, keep):  # type: ignore[no-untyped-def]
     """(B,) int64: the last key that a mask lets the queries of each row of the batch use; -1 where there is none."""
-    env = _environment(q, k, loads, q_offset)
+    env = environment(q, k, loads, q_offset)
     return torch.where(_valid(parse_pred(keep), env), env["k"], -1).amax(-1).expand(q.shape[0])
 
 
