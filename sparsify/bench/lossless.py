@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import resource
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +15,7 @@ import torch
 from rich.table import Table
 
 from sparsify.bench.measure import Timing, interleaved, timing
+from sparsify.bench.memory import peak_bytes
 from sparsify.bench.models import Example, ModelCase
 from sparsify.bench.report import SHORT, json_path, machine, write
 from sparsify.explanation import explain
@@ -118,28 +115,6 @@ def _error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None) 
         found, truth = found[rows], truth[rows]
     error = (found.double() - truth.double()).abs().max() / truth.double().abs().max()
     return float(error) if error.isfinite() else float("inf")
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """What one call adds to the process's resident memory at its highest, looked at every half a millisecond."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
-    seen, done = [_resident()], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.0005):
-            seen.append(_resident())
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return max(seen) - seen[0]
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def table(results: Sequence[Lossless]) -> Table:
