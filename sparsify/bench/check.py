@@ -61,7 +61,7 @@ def compared(
     v: torch.Tensor,
     keep: torch.Tensor,
     scale: float,
-    outs: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, float], float]:
     """(error of each output, bound), for q (1, H, rows, D), k and v (1, H, N, D) and keep, bool (H, rows, N)."""
     scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~keep, -torch.inf)

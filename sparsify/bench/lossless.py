@@ -41,7 +41,7 @@ class Lossless:
     @property
     def right(self) -> bool:
         """Whether the outputs are those of the model, as near as Inductor's are; a wrong case gets no speed."""
-        return self.error["sparsify"] <= max(2 * self.error["inductor"], ROUNDING[self.dtype])
+        return is_lossless(self.error, self.dtype)
 
     @property
     def ratio(self) -> float | None:
@@ -70,6 +70,11 @@ class Lossless:
         }
 
 
+def is_lossless(error: Mapping[str, float], dtype: str) -> bool:
+    """Whether sparsify's error is that of rounding: at most twice Inductor's, or what is usual in the dtype."""
+    return error["sparsify"] <= max(2 * error["inductor"], ROUNDING[dtype])
+
+
 def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Lossless:
     """Compiles the model with both backends, checks the outputs, and times both in turn."""
     tell(f"{case.name}: making the model")
@@ -88,7 +93,7 @@ def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Cal
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
         peak = {name: peak_bytes(run) for name, run in runs.items()}
-    error = {name: _error(found, truth, example.rows) for name, found in outputs.items()}
+    error = {name: relative_error(found, truth, example.rows) for name, found in outputs.items()}
     timings = {name: timing(samples[name], first[name]) for name in BACKENDS}
     return Lossless(case, dtype, timings, error, peak, len(report.sites), len(report.rewritten))
 
@@ -110,7 +115,8 @@ def _compiled(example: Example, backend: str) -> Callable[[], torch.Tensor]:
     return lambda: run(**example.inputs)[0]
 
 
-def _error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None) -> float:
+def relative_error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None = None) -> float:
+    """The largest difference over the truth's largest value, in the rows that mean something; infinite for a NaN."""
     if rows is not None:
         found, truth = found[rows], truth[rows]
     error = (found.double() - truth.double()).abs().max() / truth.double().abs().max()
