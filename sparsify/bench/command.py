@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-
 MODE = "What to measure (one of these; without any, single cases)"
 
 

@@ -18,8 +18,8 @@ from sparsify.bench.memory import peak_bytes
 from sparsify.bench.peers import SAME, Inputs, Run, gemm_rate, peers_of
 from sparsify.patterns.count import kept_by_head
 
-GEMM = {"cpu": 2048}  # the side of the product whose rate stands for the machine's
-GEMM_ELSEWHERE = 8192
+GEMM = {"cpu": 2048, "cuda": 8192}  # the side, at most, of the matrix product whose rate stands for the machine's
+GEMM_SECONDS = 0.5  # that it may take: where a dtype has no fast product, a smaller one tells as much
 PEER_SLACK = 4  # a peer whose error is more than so many bounds has other numbers, and no ratio is told to it
 
 
@@ -136,7 +136,7 @@ def measure(
             if name in ready.runs and found.error[name] > PEER_SLACK * found.bound + 1e-6:
                 ready.drop(name, f"its numbers are wrong by {found.error[name]:.1e}")
         tell(f"{case.name}: timing")
-        size = GEMM.get(device, GEMM_ELSEWHERE)
+        size = gemm_side(inputs.q.dtype, device)
         samples = interleaved(ready.runs | {"gemm": gemm_rate(inputs.q.dtype, device, size)}, device, repeats, seconds)
         tell(f"{case.name}: looking at memory")
         memory = {name: ready.memory(name) for name in ready.runs}
@@ -179,6 +179,22 @@ def _prepared(prepare: Callable[[Inputs], Run], inputs: Inputs, device: str) -> 
     run()
     _wait(device)
     return time.perf_counter() - start, run
+
+
+def gemm_side(dtype: torch.dtype, device: str) -> int:
+    """The side of the matrix product to time: the greatest power of two that is neither too large nor too slow."""
+    side = 256
+    while side < GEMM[device]:
+        run = gemm_rate(dtype, device, side)
+        run()
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if 8 * (time.perf_counter() - start) > GEMM_SECONDS:
+            break
+        side *= 2
+    return side
 
 
 def kept_share(inputs: Inputs) -> float:

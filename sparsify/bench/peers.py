@@ -195,7 +195,7 @@ def peers_of(case: Case) -> dict[str, Callable[[Inputs], Run]]:
     return {name: prepare for name, prepare in PEERS.items() if there.get(name, True)}
 
 
-def gemm_rate(dtype: torch.dtype, device: str, size: int = 2048) -> Run:
+def gemm_rate(dtype: torch.dtype, device: str, size: int) -> Run:
     """A square matrix product of this dtype: what the machine can do at its best."""
     a = torch.randn(size, size).to(device, dtype)
     return lambda: a @ a

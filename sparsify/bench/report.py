@@ -64,9 +64,9 @@ def cost_table(results: Sequence[Result]) -> Table:
     return _filled(found, results, row)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, first: str = "case") -> Table:
     found = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found.add_column("case", no_wrap=True)
+    found.add_column(first, no_wrap=True)
     for column in columns:
         found.add_column(column, justify="right", no_wrap=True)
     return found
@@ -102,7 +102,7 @@ def ratio_text(result: Result, peer: str) -> str:
 
 def summary_table(summaries: Sequence[Summary]) -> Table:
     """One line a dtype: geometric means over the static cases."""
-    found = _table("geometric means over the static cases", "cases", "GEMM", "ideal", *RATIOS)
+    found = _table("geometric means over the static cases", "cases", "GEMM", "ideal", *RATIOS, first="dtype")
     for one in summaries:
         means = [one.of_gemm, one.of_ideal, *(one.ratios.get(peer) for peer in RATIOS)]
         shown = ["-" if mean is None else short(mean) + "x" * (number > 1) for number, mean in enumerate(means)]
@@ -120,8 +120,11 @@ def remarks(results: Sequence[Result], summaries: Sequence[Summary]) -> Iterator
             yield f"{result.case.name}: {peer} failed: {why}"
     for one in summaries:
         name = SHORT.get(one.dtype, one.dtype)
-        for peer, (ratio, case) in one.worst.items():
-            yield f"{name}: the least against {peer} is {short(ratio)}x, at {case}"
+        for peer in ("dense", "flex"):
+            if peer in one.worst:
+                yield f"{name}: the least against {peer} is {short(one.worst[peer][0])}x, at {one.worst[peer][1]}"
+        if (one.of_gemm or 0) > 1:
+            yield f"{name}: torch has no fast matrix product in {one.dtype} here, so the shares of GEMM say nothing"
         if "flex" in one.worst:
             yield f"{name}: {one.below_floor} of {one.flex_cases} cases are below {Summary.FLOOR}x of flex"
 
@@ -145,7 +148,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def _isa() -> str:
     try:
-        return machine_isa().name
+        found = machine_isa()
+        return found.name + (" with bf16 dot products" if found.bf16_dot else "")
     except SparsifyError as error:
         return str(error)
 
