@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class Case:
     kv_heads: int = 8
     own: tuple[Pattern, ...] = ()
 
-    @property
+    @functools.cached_property
     def rules(self) -> tuple[Pattern, ...]:
         """The pattern of every head."""
         return self.own * self.heads if self.own else PATTERNS[self.pattern](self.heads)
@@ -83,10 +84,10 @@ class Case:
         """Whether no pair after the query is kept, so that causal SDPA is the dense peer."""
         return self.pattern != "full" and not any(map(grids, self.rules))
 
-    @property
+    @functools.cached_property
     def dynamic(self) -> bool:
         """Whether the data choose what is kept."""
-        return any(choices(rule.keep()) for rule in self.rules)
+        return any(choices(rule.keep()) for rule in dict.fromkeys(self.rules))
 
     @property
     def name(self) -> str:
@@ -133,7 +134,7 @@ def grid(
         Case(name, n, d, dtype, heads, kv_heads) for dtype in dtypes for d in head_dims for n in sizes for name in names
     )
     for case in found:
-        wrong = next(filter(None, (rule.fits(case.length) for rule in case.rules)), "")
+        wrong = next(filter(None, (rule.fits(case.length) for rule in dict.fromkeys(case.rules))), "")
         if wrong:
             raise InputError(f"bench: {case.pattern} at length {case.length}: {wrong}")
     return found

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from sparsify.bench.tables import new_table, short
 from sparsify.errors import InputError
 
 TOLERATED = 1.05
@@ -110,7 +110,8 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Row]]:
     if not isinstance(machine, dict) or not isinstance(rows, list):
         raise InputError(f"bench: --compare: {path} holds no results of `sparsify bench --json`: no machine or results")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not all(map(_is_timing, row.get("seconds", {"": None}).values())):
+        seconds = row.get("seconds") if isinstance(row, dict) else None
+        if not isinstance(seconds, dict) or not all(map(_is_timing, seconds.values())):
             raise InputError(f"bench: --compare: {path}: results[{number}] has no seconds with median, low and high")
     return machine, {_name(row): row for row in rows}
 
@@ -135,13 +136,12 @@ def _name(row: Row) -> str:
 
 def table(found: Comparison) -> Table:
     """One line for each run that changed beyond its spread, the slowest first."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "ms before", "ms after", "time", "case"):
-        shown.add_column(column, justify="left" if column in ("", "case") else "right", no_wrap=column != "case")
+    shown = new_table("", "ms before", "ms after", "time", "case", first="change")
+    shown.columns[-1].justify, shown.columns[-1].no_wrap = "left", False
     for change in found.changes:
         if change.slower or change.faster:
             style = "red" if change.fails else "green" if change.faster else ""
-            times = (f"{side[1] * 1e3:.3g}" for side in (change.before, change.after))
+            times = (short(side[1] * 1e3) for side in (change.before, change.after))
             word = "slower" if change.slower else "faster"
             shown.add_row(word, *times, f"{change.ratio:.2f}x", change.case, style=style)
     return shown

@@ -18,7 +18,8 @@ from sparsify.bench.cold import cold_kernels
 from sparsify.bench.lossless import is_lossless, relative_error
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
-from sparsify.bench.report import SHORT, json_path, machine, short, write
+from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.cli.models import Call, Wanted, called, check_size, decoding, from_config
 from sparsify.errors import InputError
 from sparsify.explanation import explain
@@ -179,10 +180,9 @@ def _compiled(made: Any, args: tuple[Any, ...], given: dict[str, Any], how: dict
 def table(phases: Sequence[Phase]) -> Table:
     """One line a run: seconds of a prefill or tokens a second of decoding, the ratio to Inductor, the first call,
     memory, and sites rewritten."""
-    found = Table(title="end to end (medians of interleaved repeats)", title_justify="left")
-    columns = ("", "run", "prefill s", "tokens/s", "ratio", "first s", "MB", "sites")
-    for column in columns:
-        found.add_column(column, justify="left" if column in ("", "run") else "right", no_wrap=True)
+    columns = ("run", "prefill s", "tokens/s", "ratio", "first s", "MB", "sites")
+    found = new_table("end to end (medians of interleaved repeats)", *columns, first="")
+    found.columns[1].justify = "left"
     for phase in phases:
         for number, run in enumerate(phase.memory):
             where = f"{phase.phase} {phase.length or ''} {SHORT[phase.dtype]}" if number == 0 else ""

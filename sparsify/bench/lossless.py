@@ -17,7 +17,8 @@ from rich.table import Table
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
 from sparsify.bench.models import Example, ModelCase
-from sparsify.bench.report import SHORT, json_path, machine, write
+from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.tables import SHORT
 from sparsify.explanation import explain
 
 BACKENDS = ("sparsify", "inductor")

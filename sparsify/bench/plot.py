@@ -61,8 +61,8 @@ class Plot:
 
 
 def _powers(values: Sequence[float]) -> tuple[float, float]:
-    low, high = (f(math.log2(v) + e) for f, v, e in ((math.floor, min(values), 1e-9), (math.ceil, max(values), -1e-9)))
-    return 2.0**low, 2.0 ** max(high, low + 1)
+    low, high = math.floor(math.log2(min(values)) + 1e-9), math.ceil(math.log2(max(values)) - 1e-9)
+    return 2.0 ** min(low, high - 1), 2.0**high
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -12,35 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from sparsify import __version__
 from sparsify.bench.cases import Case
 from sparsify.bench.measure import Result
 from sparsify.bench.summary import Summary
+from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import SparsifyError
 from sparsify.runtime import machine_isa
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table; NATTEN joins where it ran
 MEMORY = ("sparsify", "dense", "mask", "flex")
 LIBRARIES = ("numpy", "transformers", "diffusers", "triton", "natten")
-SPEED_NOTE = "dense is SDPA with all pairs, or all causal ones; full SDPA with all; mask SDPA with the mask"
+SPEED_NOTE = (
+    "±: half of the middle half of the times. GFLOP/s: 4 D kept pairs / time. dense: SDPA, causal where the case is;"
+    " full: SDPA with all pairs; mask: SDPA with the mask."
+)
 
 
 def speed_table(results: Sequence[Result]) -> Table:
-    """One line a case: kept pairs, milliseconds, useful rate, its share of GEMM's and of the ideal, ratios to peers."""
+    """One line a case: kept pairs, milliseconds and spread, useful rate, its shares of GEMM's and the ideal, ratios."""
     peers = [*RATIOS, *(["natten"] if any("natten" in result.timings for result in results) else [])]
-    found = _table("speed (medians of interleaved repeats)", "kept", "ms", "GFLOP/s", "GEMM", "ideal", *peers)
-    found.caption = f"GFLOP/s: 4 D kept pairs / time. {SPEED_NOTE}."
+    found = new_table(
+        "speed (medians of interleaved repeats)", "kept", "ms", "±", "GFLOP/s", "GEMM", "ideal", *peers, gap=1
+    )
+    found.caption = SPEED_NOTE
 
     def row(result: Result) -> list[str]:
+        kept = f"{short(100 * result.density)}%"
         if not result.right:
-            return [f"{result.density:.1%}", "WRONG"]
-        seconds = result.timings["sparsify"].median
+            return [kept, "WRONG"]
+        found = result.timings["sparsify"]
+        spread = f"{(found.high - found.low) / 2 / found.median:.0%}"
         shares = [f"{result.of_gemm:.2f}", "-" if result.of_ideal is None else f"{result.of_ideal:.2f}"]
-        rates = [f"{result.density:.1%}", short(seconds * 1e3), short((result.rate or 0) / 1e9)]
+        rates = [kept, short(found.median * 1e3), spread, short((result.rate or 0) / 1e9)]
         return [*rates, *shares, *(ratio_text(result, peer) for peer in peers)]
 
     return _filled(found, results, row)
@@ -48,8 +54,8 @@ def speed_table(results: Sequence[Result]) -> Table:
 
 def cost_table(results: Sequence[Result]) -> Table:
     """One line a case: seconds to the first result, and megabytes at the highest, of sparsify and its peers."""
-    found = _table(
-        "time to the first result, and memory at the highest beyond the inputs",
+    found = new_table(
+        "first result in s, peak memory beyond the inputs in MB",
         "first s", "flex", *("MB" if name == "sparsify" else name for name in MEMORY),
     )  # fmt: skip
 
@@ -62,14 +68,6 @@ def cost_table(results: Sequence[Result]) -> Table:
         ]
 
     return _filled(found, results, row)
-
-
-def _table(title: str, *columns: str, first: str = "case") -> Table:
-    found = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found.add_column(first, no_wrap=True)
-    for column in columns:
-        found.add_column(column, justify="right", no_wrap=True)
-    return found
 
 
 def _filled(table: Table, results: Sequence[Result], row: Callable[[Result], list[str]]) -> Table:
@@ -87,11 +85,6 @@ def shape_text(case: Case) -> str:
     return f"{SHORT.get(case.dtype, case.dtype)} D{case.head_dim} H{case.heads}/{case.kv_heads}"
 
 
-def short(value: float) -> str:
-    """Three digits that count: 0.123, 1.23, 12.3, 123, 1234."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
 def ratio_text(result: Result, peer: str) -> str:
     """`1.23x`; `failed` for a peer that did, and `-` for one that isn't measured."""
     ratio = result.ratio(peer)
@@ -102,7 +95,7 @@ def ratio_text(result: Result, peer: str) -> str:
 
 def summary_table(summaries: Sequence[Summary]) -> Table:
     """One line a dtype: geometric means over the static cases."""
-    found = _table("geometric means over the static cases", "cases", "GEMM", "ideal", *RATIOS, first="dtype")
+    found = new_table("geometric means over the static cases", "cases", "GEMM", "ideal", *RATIOS, first="dtype")
     for one in summaries:
         means = [one.of_gemm, one.of_ideal, *(one.ratios.get(peer) for peer in RATIOS)]
         shown = ["-" if mean is None else short(mean) + "x" * (number > 1) for number, mean in enumerate(means)]

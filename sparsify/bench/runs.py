@@ -101,10 +101,9 @@ def _tell(results: Sequence[Result], place: str, json: Path | None) -> None:
     from sparsify.bench.summary import summaries
 
     found, console = summaries(results), Console(highlight=False)
-    console.print(report.speed_table(results))
-    console.print(report.cost_table(results))
+    console.print(report.speed_table(results), "", report.cost_table(results), "", sep="\n")
     if len(results) > 1 and found:
-        console.print(report.summary_table(found))
+        console.print(report.summary_table(found), "", sep="\n")
     for text in report.remarks(results, found):
         console.print(text, markup=False)
     about = report.machine(place)

@@ -16,7 +16,8 @@ from sparsify import patterns as p
 from sparsify.bench.check import compared
 from sparsify.bench.choice import Choice
 from sparsify.bench.measure import Timing, interleaved, timing
-from sparsify.bench.report import SHORT, json_path, machine, write
+from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.tables import SHORT
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError, nearest
