@@ -134,6 +134,9 @@ def model(
 ) -> bool:
     """A whole model, at every length and dtype."""
     _check_dtypes(dtype)
+    for option, given in (("--length", length), ("--dtype", dtype), ("--set", fields)):
+        if given and ":" in name:
+            raise InputError(f"bench: {option} does not go with a callable, which makes its model and inputs itself")
     from sparsify.bench import end_to_end
     from sparsify.bench.cold import cold_caches
     from sparsify.cli.models import Wanted, overrides
