@@ -12,13 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparsify.bench import peers, report
+from sparsify.bench import peers, report, selection
 from sparsify.bench.cases import GRID, PATTERNS, Case, grid, whole_grid
 from sparsify.bench.check import Check, check
 from sparsify.bench.measure import Memory, Result, Timing, kept_share, timing
 from sparsify.bench.memory import peak_bytes
 from sparsify.bench.peers import SAME, Inputs, peers_of
 from sparsify.bench.progress import Steps, duration
+from sparsify.bench.selection import SelectionCase
 from sparsify.bench.summary import summaries
 from sparsify.errors import InputError
 from sparsify.patterns import causal, topk, window
@@ -268,3 +269,15 @@ def test_progress_counts_and_says_what_is_left() -> None:
         steps.advance()
         assert (steps.count, steps.left) == ("3/3", "about 0 s left")
     assert [duration(s) for s in (0.4, 99, 101, 7500)] == ["0 s", "99 s", "2 min", "2 h 5 min"]
+
+
+def test_a_selection_is_checked_against_what_its_lists_keep(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(runs: dict[str, Any], *_: Any) -> dict[str, list[float]]:
+        return {name: [float(number)] * 5 for number, name in enumerate(runs, 1)}
+
+    monkeypatch.setattr(selection, "interleaved", interleaved)
+    blocks = SelectionCase("blocks", "", topk(2, unit=16, queries=16) & causal(), 96, 96, 4, 2, 16)
+    pages = SelectionCase("pages", "", topk(2, unit=16, score="minmax_bound"), 1, 160, 4, 2, 16)
+    for case, share in ((blocks, 0.8), (pages, 0.4)):
+        found = selection.measure(case, "float32", 5, 0.1, lambda text: None)
+        assert found.right and 0 < found.share < share and found.ratio == 4.0
