@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sparsify.bench.lossless import Lossless, _error, write_json
+from sparsify.bench.lossless import Lossless, relative_error, write_json
 from sparsify.bench.measure import Timing
 from sparsify.bench.models import CASES, named
 from sparsify.errors import InputError
@@ -29,8 +29,8 @@ def test_a_wrong_case_gets_no_speed():
     assert result(0, 1e-6).ratio == 2.0 and result(0, 1e-6).holds
     assert result(0, 1e-2).ratio is None and not result(0, 1e-2).holds
     assert not result(0, 1e-6, ours=2.1).holds
-    assert _error(torch.tensor([1.0, float("nan")]), torch.ones(2), None) == float("inf")
-    assert _error(torch.tensor([1.0, 9.0]), torch.ones(2), torch.tensor([True, False])) == 0.0
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2), None) == float("inf")
+    assert relative_error(torch.tensor([1.0, 9.0]), torch.ones(2), torch.tensor([True, False])) == 0.0
 
 
 def test_a_file_keeps_the_cases_that_were_not_run(tmp_path):

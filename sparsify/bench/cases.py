@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsify import patterns as p
 from sparsify.errors import InputError, nearest
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
+from sparsify.patterns.lists import choices
 
 CAUSAL = p.causal()
 
@@ -32,6 +34,7 @@ def _mixture(heads: int) -> tuple[Pattern, ...]:
 PATTERNS = {
     "full": lambda heads: (p.dense(),) * heads,
     "causal": lambda heads: (CAUSAL,) * heads,
+    "window256": lambda heads: (p.window(256),) * heads,
     "window512": lambda heads: (p.window(512),) * heads,
     "window1024": lambda heads: (p.window(1024),) * heads,
     "streaming": lambda heads: ((p.sinks(4) | p.window(1024)) & CAUSAL,) * heads,
@@ -41,6 +44,7 @@ PATTERNS = {
     "block_diagonal": lambda heads: (p.same_block(512) & CAUSAL,) * heads,
     "dilated8": lambda heads: (p.dilated(8) & CAUSAL,) * heads,
     "mixture": _mixture,
+    "topk": lambda heads: (p.topk(16, unit=64, sinks=1, local=1) & CAUSAL,) * heads,
 }
 
 # name -> a neighborhood in a grid of tokens: bidirectional, and at the grid's own length.
@@ -70,7 +74,7 @@ class Case:
     kv_heads: int = 8
     own: tuple[Pattern, ...] = ()
 
-    @property
+    @functools.cached_property
     def rules(self) -> tuple[Pattern, ...]:
         """The pattern of every head."""
         return self.own * self.heads if self.own else PATTERNS[self.pattern](self.heads)
@@ -79,6 +83,11 @@ class Case:
     def causal(self) -> bool:
         """Whether no pair after the query is kept, so that causal SDPA is the dense peer."""
         return self.pattern != "full" and not any(map(grids, self.rules))
+
+    @functools.cached_property
+    def dynamic(self) -> bool:
+        """Whether the data choose what is kept."""
+        return any(choices(rule.keep()) for rule in dict.fromkeys(self.rules))
 
     @property
     def name(self) -> str:
@@ -99,6 +108,17 @@ NEIGHBORHOODS = tuple(
 )
 
 
+# What `--grid` measures, and on which shapes: (query heads, key heads), without and with groups.
+GRID = (
+    "causal", "window256", "window512", "window1024", "streaming", "s2_stride", "block_diagonal", "dilated8", "mixture",
+    "near_2d", "topk",
+)  # fmt: skip
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (64, 128)
+DTYPES = ("float32", "bfloat16")
+HEADS = 8
+
+
 def grid(
     patterns: Iterable[str],
     lengths: Iterable[int],
@@ -107,17 +127,54 @@ def grid(
     heads: int,
     kv_heads: int,
 ) -> tuple[Case, ...]:
-    """Every combination; raises InputError for an unknown pattern or a head count that doesn't divide."""
+    """Every combination; raises InputError for an unknown pattern, or a length or a head count that doesn't fit."""
+    names, sizes = _known(patterns), tuple(lengths)
+    _check_heads(heads, kv_heads)
+    found = tuple(
+        Case(name, n, d, dtype, heads, kv_heads) for dtype in dtypes for d in head_dims for n in sizes for name in names
+    )
+    for case in found:
+        wrong = next(filter(None, (rule.fits(case.length) for rule in dict.fromkeys(case.rules))), "")
+        if wrong:
+            raise InputError(f"bench: {case.pattern} at length {case.length}: {wrong}")
+    return found
+
+
+def whole_grid(
+    patterns: Sequence[str] | None,
+    lengths: Sequence[int] | None,
+    head_dims: Sequence[int] | None,
+    dtypes: Sequence[str] | None,
+    heads: int | None,
+    kv_heads: int | None,
+) -> tuple[Case, ...]:
+    """The cases of `--grid`, or those of them with the given values; a neighborhood is there at its grid's length only.
+
+    Values that the grid doesn't have are taken, too. Raises InputError as `grid` does, and where no case is left.
+    """
+    names, lengths, query_heads = _known(patterns or GRID), lengths or LENGTHS, heads or HEADS
+    groups = [kv_heads] if kv_heads else [query_heads, *([query_heads // 4] if query_heads % 4 == 0 else [])]
+    found: list[Case] = []
+    for dtype in dtypes or DTYPES:
+        for head_dim in head_dims or HEAD_DIMS:
+            for group in groups:
+                for n in lengths:
+                    here = [name for name in names if name not in GRIDS or grids(GRIDS[name])[0].tokens == n]
+                    found += grid(here, [n], [head_dim], [dtype], query_heads, group)
+    if not found:
+        own = ", ".join(f"{name} has {grids(GRIDS[name])[0].tokens} tokens" for name in names)
+        raise InputError(f"bench: --length: no case of the grid is left: {own}")
+    return tuple(found)
+
+
+def _known(patterns: Iterable[str]) -> tuple[str, ...]:
     names = tuple(patterns)
     for name in names:
         if name not in PATTERNS:
             raise InputError(f"bench: unknown pattern '{name}'; {nearest(name, PATTERNS)}")
+    return names
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"bench: {heads} query heads are not a multiple of {kv_heads} key heads")
-    return tuple(
-        Case(name, n, d, dtype, heads, kv_heads)
-        for dtype in dtypes
-        for d in head_dims
-        for n in lengths
-        for name in names
-    )

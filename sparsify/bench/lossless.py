@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import resource
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +15,10 @@ import torch
 from rich.table import Table
 
 from sparsify.bench.measure import Timing, interleaved, timing
+from sparsify.bench.memory import peak_bytes
 from sparsify.bench.models import Example, ModelCase
-from sparsify.bench.report import SHORT, json_path, machine, write
+from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.tables import SHORT
 from sparsify.explanation import explain
 
 BACKENDS = ("sparsify", "inductor")
@@ -44,7 +42,7 @@ class Lossless:
     @property
     def right(self) -> bool:
         """Whether the outputs are those of the model, as near as Inductor's are; a wrong case gets no speed."""
-        return self.error["sparsify"] <= max(2 * self.error["inductor"], ROUNDING[self.dtype])
+        return is_lossless(self.error, self.dtype)
 
     @property
     def ratio(self) -> float | None:
@@ -73,6 +71,11 @@ class Lossless:
         }
 
 
+def is_lossless(error: Mapping[str, float], dtype: str) -> bool:
+    """Whether sparsify's error is that of rounding: at most twice Inductor's, or what is usual in the dtype."""
+    return error["sparsify"] <= max(2 * error["inductor"], ROUNDING[dtype])
+
+
 def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Lossless:
     """Compiles the model with both backends, checks the outputs, and times both in turn."""
     tell(f"{case.name}: making the model")
@@ -91,7 +94,7 @@ def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Cal
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
         peak = {name: peak_bytes(run) for name, run in runs.items()}
-    error = {name: _error(found, truth, example.rows) for name, found in outputs.items()}
+    error = {name: relative_error(found, truth, example.rows) for name, found in outputs.items()}
     timings = {name: timing(samples[name], first[name]) for name in BACKENDS}
     return Lossless(case, dtype, timings, error, peak, len(report.sites), len(report.rewritten))
 
@@ -113,33 +116,12 @@ def _compiled(example: Example, backend: str) -> Callable[[], torch.Tensor]:
     return lambda: run(**example.inputs)[0]
 
 
-def _error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None) -> float:
+def relative_error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None = None) -> float:
+    """The largest difference over the truth's largest value, in the rows that mean something; infinite for a NaN."""
     if rows is not None:
         found, truth = found[rows], truth[rows]
     error = (found.double() - truth.double()).abs().max() / truth.double().abs().max()
     return float(error) if error.isfinite() else float("inf")
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """What one call adds to the process's resident memory at its highest, looked at every half a millisecond."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
-    seen, done = [_resident()], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.0005):
-            seen.append(_resident())
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return max(seen) - seen[0]
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def table(results: Sequence[Lossless]) -> Table:

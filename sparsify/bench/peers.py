@@ -9,22 +9,24 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from sparsify import codegen
 from sparsify.bench.cases import Case
-from sparsify.codegen.oracle import kept, oracle
-from sparsify.codegen.target import Launch
+from sparsify.bench.choice import Choice, static_part
 from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.neighborhood import Neighborhood
-from sparsify.program import Program
 from sparsify.sizes import size_values
-from sparsify.walk import evaluate, substitute, variables
+from sparsify.walk import evaluate, variables
 
 Run = Callable[[], torch.Tensor]
+Mask = Callable[..., torch.Tensor]  # of (b, h, q, k), as tensors that broadcast
+
+MASKED = 8192  # the longest for which an N x N mask is made
+EAGER = 2**27  # pairs of a block mask that is built the usual way, which takes some 20 bytes for each
 
 
 @dataclass(frozen=True)
@@ -46,34 +48,95 @@ class Inputs:
 
         return cls(case, one(case.heads), one(case.kv_heads), one(case.kv_heads))
 
-    def launch(self) -> Launch:
-        """The call as a program, which the oracle understands."""
-        program = Program.of([rule.keep() for rule in self.case.rules], target=codegen.choose(self.q.device.type))
-        return Launch(program, self.q, self.k, self.v, (), 0, self.case.head_dim**-0.5)
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """What chooses, where the data choose."""
+        return Choice.of(self.case.rules, self.q, self.k)
+
+    @functools.cached_property
+    def chosen(self) -> torch.Tensor:
+        """What was chosen: bool (lists, rows, units)."""
+        return self.choice.table(self.choice.choose(self.q, self.k), self.case.length)
+
+    @functools.cached_property
+    def keeps(self) -> Mask:
+        """Which pairs are kept, chosen ones included; the same for every peer."""
+        static = mask_mod(self.case.rules, self.case.length)
+        if not self.case.dynamic:
+            return static
+        table, unit = self.chosen, self.choice.unit
+        group = self.case.heads // table.shape[0]
+
+        def keeps(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return static(b, h, q, k) & table[h // group, q // unit.q, k // unit.k]
+
+        return keeps
+
+    @property
+    def per_head(self) -> bool:
+        """Whether heads keep different pairs."""
+        rules = {rule.keep() for rule in self.case.rules}
+        return self.case.dynamic or len(rules) > 1 or any("h" in variables(rule) for rule in rules)
+
+    def kept(self, heads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What some heads keep for some queries: bool (heads, rows, N)."""
+        device = self.q.device
+        head, q = heads.to(device)[:, None, None], rows.to(device)[:, None]
+        keys = torch.arange(self.case.length, device=device)
+        found = self.keeps(torch.zeros((), dtype=torch.long, device=device), head, q, keys)
+        return found.expand(heads.numel(), rows.numel(), self.case.length)
 
 
 def sparsify(inputs: Inputs) -> Run:
-    """This library, called eagerly."""
-    rules = inputs.case.rules
-    return lambda: attention(inputs.q, inputs.k, inputs.v, rules)
+    """This library, called eagerly; where the data choose, choosing is compiled, and part of the call."""
+    rules, (q, k, v) = inputs.case.rules, (inputs.q, inputs.k, inputs.v)
+    if not inputs.case.dynamic:
+        return lambda: attention(q, k, v, rules)
+    choice = inputs.choice
+    return lambda: choice.attend(q, k, v, choice.choose(q, k))
 
 
 def dense(inputs: Inputs) -> Run:
     """PyTorch's own fused kernel with every pair, or every causal pair."""
-    gqa, causal = inputs.case.heads != inputs.case.kv_heads, inputs.case.causal
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, is_causal=causal, enable_gqa=gqa)
+    return _sdpa(inputs, is_causal=inputs.case.causal)
+
+
+def full(inputs: Inputs) -> Run:
+    """PyTorch's own fused kernel with every pair."""
+    return _sdpa(inputs)
+
+
+def masked(inputs: Inputs) -> Run:
+    """PyTorch's own kernel with the same mask as a bool tensor (built outside the timing)."""
+    heads = torch.arange(inputs.case.heads if inputs.per_head else 1)
+    rows = torch.arange(inputs.case.length).split(1024)
+    mask = torch.cat([inputs.kept(heads, some) for some in rows], dim=1)[None]
+    return _sdpa(inputs, attn_mask=mask)
+
+
+def _sdpa(inputs: Inputs, **how: object) -> Run:
+    gqa = inputs.case.heads != inputs.case.kv_heads
+    call = functools.partial(F.scaled_dot_product_attention, enable_gqa=gqa, **how)
+    return lambda: call(inputs.q, inputs.k, inputs.v)
 
 
 def flex(inputs: Inputs) -> Run:
-    """FlexAttention compiled by Inductor, with the block mask of the same pattern (built outside the timing)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """FlexAttention compiled by Inductor, with the block mask of the same pattern (built outside the timing).
 
-    case, n = inputs.case, inputs.case.length
-    per_head = len({rule.keep() for rule in case.rules}) > 1 or any("h" in variables(r.keep()) for r in case.rules)
-    heads = case.heads if per_head else None
-    mask = create_block_mask(mask_mod(case.rules, n), None, heads, n, n, device=inputs.q.device)
+    Blocks that the data chose give the mask the size of its blocks, so that none is looked at in vain.
+    """
+    case, mask = inputs.case, block_mask(inputs)
     compiled = _compiled_flex(flex_attention)
     return lambda: compiled(inputs.q, inputs.k, inputs.v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
+
+
+def block_mask(inputs: Inputs) -> BlockMask:
+    """FlexAttention's mask of a case. One that would take too much memory is built by compiled code."""
+    case, n = inputs.case, inputs.case.length
+    heads = case.heads if inputs.per_head else None
+    unit = {"BLOCK_SIZE": (inputs.choice.unit.q, inputs.choice.unit.k)} if case.dynamic else {}
+    large = (heads or 1) * n * n > EAGER
+    return create_block_mask(inputs.keeps, None, heads, n, n, device=inputs.q.device, _compile=large, **unit)
 
 
 def natten(inputs: Inputs) -> Run:
@@ -96,11 +159,11 @@ def _compiled_flex(function: Callable[..., torch.Tensor]) -> Callable[..., torch
     return torch.compile(function, dynamic=False)
 
 
-def mask_mod(heads: Sequence[Pattern], length: int) -> Callable[..., torch.Tensor]:
-    """The patterns of the heads, at this length, as FlexAttention's mask function of (b, h, q, k)."""
+def mask_mod(heads: Sequence[Pattern], length: int) -> Mask:
+    """The patterns of the heads, but for what data choose, at this length, as FlexAttention's mask function."""
     rules: dict[Pred, list[int]] = {}
     for head, pattern in enumerate(heads):
-        rules.setdefault(pattern.keep(), []).append(head)
+        rules.setdefault(static_part(pattern.keep()), []).append(head)
     sizes = size_values(frozenset().union(*map(variables, rules)), length)
 
     def keeps(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -115,36 +178,24 @@ def mask_mod(heads: Sequence[Pattern], length: int) -> Callable[..., torch.Tenso
 
 
 # Name -> how to prepare it. Sparsify first: the ratios are against it.
-PEERS: dict[str, Callable[[Inputs], Run]] = {"sparsify": sparsify, "dense": dense, "flex": flex}
+PEERS: dict[str, Callable[[Inputs], Run]] = {
+    "sparsify": sparsify, "dense": dense, "full": full, "mask": masked, "flex": flex, "natten": natten,
+}  # fmt: skip
+SAME = ("sparsify", "mask", "flex")  # those that have the same mask and layout: their numbers are compared
 
 
 def peers_of(case: Case) -> dict[str, Callable[[Inputs], Run]]:
-    """The peers of a case: NATTEN, too, for neighborhoods and where it is installed."""
-    near = any(map(grids, case.rules)) and importlib.util.find_spec("natten") is not None
-    return PEERS | {"natten": natten} if near else PEERS
+    """The peers of a case.
 
-
-def errors(inputs: Inputs, run: Run) -> tuple[float, float]:
-    """(error, bound): the largest absolute error against the float64 oracle, and what is allowed.
-
-    The bound is twice the error of PyTorch's own SDPA in this dtype on the same inputs and mask. One head at a time,
-    so that the float64 score matrix fits into memory.
+    `full` goes with causal cases, whose dense peer is causal; `mask` where the mask is affordable; NATTEN with
+    neighborhoods and where it is installed.
     """
-    launch, group = inputs.launch(), inputs.case.heads // inputs.case.kv_heads
-    out = run().double()
-    worst = allowed = 0.0
-    for head in range(inputs.case.heads):
-        q, k, v = inputs.q[:, head : head + 1], *(t[:, head // group : head // group + 1] for t in (inputs.k, inputs.v))
-        rule = substitute(launch.program.rule_of(head), {"h": head})
-        one = Launch(Program.of([rule], target=launch.program.target), q, k, v, (), 0, launch.scale)
-        truth = oracle(one)
-        reference = F.scaled_dot_product_attention(q, k, v, attn_mask=kept(one)).double().nan_to_num(nan=0.0)
-        worst = max(worst, (out[:, head : head + 1] - truth).abs().max().item())
-        allowed = max(allowed, 2 * (reference - truth).abs().max().item())
-    return worst, allowed
+    near = any(map(grids, case.rules)) and importlib.util.find_spec("natten") is not None
+    there = {"full": case.causal, "mask": case.length <= MASKED, "natten": near}
+    return {name: prepare for name, prepare in PEERS.items() if there.get(name, True)}
 
 
-def gemm_rate(dtype: torch.dtype, device: str, size: int = 2048) -> Run:
+def gemm_rate(dtype: torch.dtype, device: str, size: int) -> Run:
     """A square matrix product of this dtype: what the machine can do at its best."""
     a = torch.randn(size, size).to(device, dtype)
     return lambda: a @ a

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from sparsify.bench.cases import PATTERNS
+from sparsify.bench.memory import peak_bytes
 from sparsify.bench.peers import mask_mod
 from sparsify.patterns import Pattern
 from sparsify.patterns.tiles import analyse
@@ -18,7 +19,7 @@ from sparsify.program import Program
 
 @dataclass(frozen=True)
 class Preparation:
-    """Seconds and the growth of the process's peak memory, in bytes, to prepare one mask."""
+    """Seconds, and bytes of memory at the highest, to prepare one mask."""
 
     what: str
     length: int
@@ -49,13 +50,9 @@ def measure_preparation(length: int, heads: int, flex_length: int) -> list[Prepa
     jobs = (("sparsify", prepare_sparsify, length), ("flex", prepare_flex, flex_length))
     found = []
     for what, job, n in jobs:
-        before = _peak_bytes()
-        start = time.perf_counter()
         with torch.inference_mode():
+            start = time.perf_counter()
             job(rules, n)
-        found.append(Preparation(what, n, heads, time.perf_counter() - start, _peak_bytes() - before))
+            seconds = time.perf_counter() - start
+            found.append(Preparation(what, n, heads, seconds, peak_bytes(partial(job, rules, n))))
     return found
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,13 @@
-"""A benchmark's results as a table, and as JSON that names the machine."""
+"""A benchmark's results as tables, and as JSON that names the machine."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +15,146 @@ import torch
 from rich.table import Table
 
 from sparsify import __version__
+from sparsify.bench.cases import Case
 from sparsify.bench.measure import Result
+from sparsify.bench.summary import Summary
+from sparsify.bench.tables import SHORT, new_table, short
+from sparsify.errors import SparsifyError
+from sparsify.runtime import machine_isa
+
+RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table; NATTEN joins where it ran
+MEMORY = ("sparsify", "dense", "mask", "flex")
+LIBRARIES = ("numpy", "transformers", "diffusers", "triton", "natten")
+SPEED_NOTE = (
+    "±: half of the middle half of the times. GFLOP/s: 4 D kept pairs / time. dense: SDPA, causal where the case is;"
+    " full: SDPA with all pairs; mask: SDPA with the mask."
+)
 
 
-def table(results: Sequence[Result]) -> Table:
-    """One line a case: milliseconds, ratios to each peer, and the useful rate as a share of the GEMM rate."""
-    found = Table(title="sparsify beside its peers (medians of interleaved repeats)", title_justify="left")
-    found.add_column("case", no_wrap=True)
-    peers = ["dense", "flex"] + ["natten"] * any("natten" in result.timings for result in results)
-    for column in ("density", "ms", *(f"vs {peer}" for peer in peers), "of GEMM"):
-        found.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        found.add_row(*_row(result, peers))
+def speed_table(results: Sequence[Result]) -> Table:
+    """One line a case: kept pairs, milliseconds and spread, useful rate, its shares of GEMM's and the ideal, ratios."""
+    peers = [*RATIOS, *(["natten"] if any("natten" in result.timings for result in results) else [])]
+    found = new_table(
+        "speed (medians of interleaved repeats)", "kept", "ms", "±", "GFLOP/s", "GEMM", "ideal", *peers, gap=1
+    )
+    found.caption = SPEED_NOTE
+
+    def row(result: Result) -> list[str]:
+        kept = f"{short(100 * result.density)}%"
+        if not result.right:
+            return [kept, "WRONG"]
+        found = result.timings["sparsify"]
+        spread = f"{(found.high - found.low) / 2 / found.median:.0%}"
+        shares = [f"{result.of_gemm:.2f}", "-" if result.of_ideal is None else f"{result.of_ideal:.2f}"]
+        rates = [kept, short(found.median * 1e3), spread, short((result.rate or 0) / 1e9)]
+        return [*rates, *shares, *(ratio_text(result, peer) for peer in peers)]
+
+    return _filled(found, results, row)
+
+
+def cost_table(results: Sequence[Result]) -> Table:
+    """One line a case: seconds to the first result, and megabytes at the highest, of sparsify and its peers."""
+    found = new_table(
+        "first result in s, peak memory beyond the inputs in MB",
+        "first s", "flex", *("MB" if name == "sparsify" else name for name in MEMORY),
+    )  # fmt: skip
+
+    def row(result: Result) -> list[str]:
+        first = [result.timings.get(peer) for peer in ("sparsify", "flex")]
+        peaks = [result.memory.get(peer) for peer in MEMORY]
+        return [
+            *("-" if timing is None else short(timing.first) for timing in first),
+            *("-" if memory is None else short(memory.peak / 2**20) for memory in peaks),
+        ]
+
+    return _filled(found, results, row)
+
+
+def _filled(table: Table, results: Sequence[Result], row: Callable[[Result], list[str]]) -> Table:
+    """With a heading for each run of results of one dtype and shape."""
+    for heading, some in groupby(results, lambda result: shape_text(result.case)):
+        table.add_row(heading, style="bold")
+        for result in some:
+            table.add_row(f"{result.case.pattern} {result.case.length}", *row(result))
+        table.add_section()
+    return table
+
+
+def shape_text(case: Case) -> str:
+    """`fp32 D64 H8/2`, where 8 heads share 2 key heads."""
+    return f"{SHORT.get(case.dtype, case.dtype)} D{case.head_dim} H{case.heads}/{case.kv_heads}"
+
+
+def ratio_text(result: Result, peer: str) -> str:
+    """`1.23x`; `failed` for a peer that did, and `-` for one that isn't measured."""
+    ratio = result.ratio(peer)
+    if ratio is not None:
+        return f"{short(ratio)}x"
+    return "failed" if peer in result.failures else "-"
+
+
+def summary_table(summaries: Sequence[Summary]) -> Table:
+    """One line a dtype: geometric means over the static cases."""
+    found = new_table("geometric means over the static cases", "cases", "GEMM", "ideal", *RATIOS, first="dtype")
+    for one in summaries:
+        means = [one.of_gemm, one.of_ideal, *(one.ratios.get(peer) for peer in RATIOS)]
+        shown = ["-" if mean is None else short(mean) + "x" * (number > 1) for number, mean in enumerate(means)]
+        found.add_row(SHORT.get(one.dtype, one.dtype), str(one.cases), *shown)
     return found
 
 
-def _row(result: Result, peers: Sequence[str]) -> list[str]:
-    case = result.case
-    name = f"{case.pattern} {case.length} D{case.head_dim} {SHORT.get(case.dtype, case.dtype)}"
-    if not result.right:
-        return [name, f"{result.density:.3f}", f"WRONG: error {result.error:.1e}", f"> {result.bound:.1e}", "", ""]
-    share = result.rate("sparsify") / result.gemm_flops  # type: ignore[operator]
-    ratios = [_ratio(result, peer) for peer in peers]
-    return [name, f"{result.density:.3f}", f"{result.timings['sparsify'].median * 1e3:.2f}", *ratios, f"{share:.2f}"]
-
-
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def _ratio(result: Result, peer: str) -> str:
-    ratio = result.ratio(peer)
-    return "failed" if ratio is None else f"{ratio:.2f}x"
+def remarks(results: Sequence[Result], summaries: Sequence[Summary]) -> Iterator[str]:
+    """Sentences below the tables: what is wrong, what failed, and the worst cases."""
+    for result in results:
+        if not result.right:
+            error, bound = result.checked.error["sparsify"], result.checked.bound
+            yield f"{result.case.name}: WRONG: the error is {error:.1e}, the bound {bound:.1e}"
+        for peer, why in result.failures.items():
+            yield f"{result.case.name}: {peer} failed: {why}"
+    for one in summaries:
+        name = SHORT.get(one.dtype, one.dtype)
+        for peer in ("dense", "flex"):
+            if peer in one.worst:
+                yield f"{name}: the least against {peer} is {short(one.worst[peer][0])}x, at {one.worst[peer][1]}"
+        if (one.of_gemm or 0) > 1:
+            yield f"{name}: torch has no fast matrix product in {one.dtype} here, so the shares of GEMM say nothing"
+        if "flex" in one.worst:
+            yield f"{name}: {one.below_floor} of {one.flex_cases} cases are below {Summary.FLOOR}x of flex"
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """What the numbers were measured on, and with what."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "machine": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "isa": _isa(),
+        "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparsify": __version__,
         "device": device,
+        **_versions(),
     }
+
+
+def _isa() -> str:
+    try:
+        found = machine_isa()
+        return found.name + (" with bf16 dot products" if found.bf16_dot else "")
+    except SparsifyError as error:
+        return str(error)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _cpu_name() -> str:
@@ -68,17 +165,21 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_json(results: Sequence[Result], device: str, path: Path) -> Path:
-    """Writes machine and results; a folder gets a file named after the machine. Returns the file's path."""
+def write_json(results: Sequence[Result], summaries: Sequence[Summary], device: str, path: Path) -> Path:
+    """Writes machine, results and summaries; a folder gets a file named after the machine. Returns the file's path."""
     about = machine(device)
-    return write({"machine": about, "results": [r.as_dict() for r in results]}, json_path(path, about["machine"]))
+    value = {"machine": about, "results": [r.as_dict() for r in results], "summary": [s.as_dict() for s in summaries]}
+    return write(value, json_path(path, about["machine"]))
 
 
 def json_path(path: Path, name: str) -> Path:
     """The path itself if it is a .json file, else the file in that folder that is named after `name`."""
-    if path.suffix == ".json":
-        return path
-    return path / ("".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") + ".json")
+    return path if path.suffix == ".json" else path / f"{stem(name)}.json"
+
+
+def stem(name: str) -> str:
+    """A machine's name as that of a file."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 def write(value: dict[str, Any], path: Path) -> Path:

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from sparsify import op
 from sparsify import patterns as p
+from sparsify.bench.check import compared
+from sparsify.bench.choice import Choice
 from sparsify.bench.measure import Timing, interleaved, timing
-from sparsify.bench.report import SHORT, json_path, machine, write
+from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.tables import SHORT
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError, nearest
-from sparsify.functional_plan import plan
 from sparsify.patterns import Pattern
 from sparsify.program import Program
-from sparsify.selection.site import select
 from sparsify.walk import evaluate
 
 ROWS = 64  # queries that are compared with the oracle, for which a whole float64 score matrix would be too large
@@ -150,22 +150,20 @@ def measure(case: SelectionCase, dtype: str, repeats: int, seconds: float, tell:
         torch.randn(1, heads, length, case.head_dim, generator=g).to(kind)
         for heads, length in ((case.heads, case.queries), (case.kv_heads, case.keys), (case.kv_heads, case.keys))
     )
-    rules, where = (case.pattern.rule,) * case.heads, (0, None, None, "q - N + Nq")
-    text, (ask,), _ = plan(rules, where, ((), 0), case.heads, case.kv_heads, case.queries == 1, "cpu")
-    offset, scale = case.keys - case.queries, case.head_dim**-0.5
+    choice = Choice.of((case.pattern,) * case.heads, q, k)
     tell(f"{case.name}: compiling the selection")
-    choose = torch.compile(lambda q, k: select(q, k, [], None, offset, scale, ask), dynamic=False)
     with torch.inference_mode():
-        lists = choose(q, k)
+        lists = choice.choose(q, k)
         gqa, causal = case.heads != case.kv_heads, case.queries > 1
         runs = {
-            "whole": lambda: op.attention(q, k, v, choose(q, k), offset, scale, text),
-            "select": lambda: choose(q, k)[0],
-            "attend": lambda: op.attention(q, k, v, lists, offset, scale, text),
+            "whole": lambda: choice.attend(q, k, v, choice.choose(q, k)),
+            "select": lambda: choice.choose(q, k)[0],
+            "attend": lambda: choice.attend(q, k, v, lists),
             "dense": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa),
         }
         tell(f"{case.name}: checking")
-        launch = Launch(Program.parse(text), q, k, v, tuple(lists), offset, scale)
+        offset, scale = case.keys - case.queries, case.head_dim**-0.5
+        launch = Launch(Program.parse(choice.text), q, k, v, tuple(lists), offset, scale)
         share, error, bound = _checked(launch, runs["whole"]())
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
@@ -181,11 +179,9 @@ def _checked(launch: Launch, out: torch.Tensor) -> tuple[float, float, float]:
     shares, worst, allowed = [], 0.0, 0.0
     for row in rows.tolist():
         keep = _kept_row(launch, row)
-        one = q[:, :, row : row + 1]
-        truth = F.scaled_dot_product_attention(one.double(), k.double(), v.double(), attn_mask=keep, scale=launch.scale)
-        theirs = F.scaled_dot_product_attention(one, k, v, attn_mask=keep, scale=launch.scale)
-        worst = max(worst, (out[:, :, row : row + 1].double() - truth).abs().max().item())
-        allowed = max(allowed, 2 * (theirs.double() - truth).abs().max().item())
+        one, mine = q[:, :, row : row + 1], {"out": out[:, :, row : row + 1]}
+        errors, bound = compared(one, k, v, keep[0], launch.scale, mine)
+        worst, allowed = max(worst, errors["out"]), max(allowed, bound)
         shares.append(float(keep.sum() / (keep.shape[1] * (row + launch.q_offset + 1))))
     return statistics.mean(shares), worst, allowed
 

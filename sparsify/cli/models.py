@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ MAPPINGS = (  # what a model type without `architectures` is made as: the first 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of a Hugging Face model and its inputs."""
+    """What the command line says of a Hugging Face model and its inputs.
+
+    command: who asks, for errors. drawn: whether weights and inputs are drawn at random, else they are whatever.
+    """
 
     length: int = 512
     batch: int = 1
@@ -33,6 +36,8 @@ class Wanted:
     padding: bool = False
     decode: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    command: str = "explain"
+    drawn: bool = False
 
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a model, its arguments and keyword arguments
@@ -59,14 +64,14 @@ def called(name: str, wanted: Wanted) -> Call:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"explain: '{name}' can't be imported: {error}") from None
+        raise InputError(f"{wanted.command}: '{name}' can't be imported: {error}") from None
     found = function()
     if not isinstance(found, tuple):
         if getattr(found, "main_input_name", None) is None:
-            raise InputError(f"explain: {name}() must return (model, inputs), found {type(found).__name__}")
+            raise InputError(f"{wanted.command}: {name}() must return (model, inputs), found {type(found).__name__}")
         return found, (), _inputs(found, wanted)
     if len(found) not in (2, 3):
-        raise InputError(f"explain: {name}() must return (model, inputs), found {len(found)} values")
+        raise InputError(f"{wanted.command}: {name}() must return (model, inputs), found {len(found)} values")
     made, given, *rest = found
     if isinstance(given, Mapping):
         return made, (), dict(given)
@@ -89,23 +94,30 @@ def of_config(name: str, wanted: Wanted, use: Callable[..., Any]) -> Any:
     except SparsifyError:
         raise
     except Exception as error:
-        raise _unusable(name, error) from error
-    with fake_tensor.FakeTensorMode():
-        size = sum(parameter.nbytes for parameter in _made(name, wanted).parameters())
-    if size > LARGE:
-        what = f"its code looks at values, and {size / 2**30:.0f} GiB of weights are too many to run it"
-        raise InputError(f"explain: {name}: {what}; make it smaller: --set num_hidden_layers=2")
+        raise _unusable(name, error, wanted) from error
+    check_size(name, wanted, "its code looks at values, and")
     try:
         return use(*from_config(name, wanted))
     except SparsifyError:
         raise
     except Exception as error:
-        raise _unusable(name, error) from error
+        raise _unusable(name, error, wanted) from error
 
 
-def _unusable(name: str, error: Exception) -> InputError:
+def check_size(name: str, wanted: Wanted, why: str) -> None:
+    """Raises InputError, which begins with `why`, for a model whose weights are too many to make them up."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        size = sum(parameter.nbytes for parameter in _made(name, replace(wanted, drawn=False)).parameters())
+    if size > LARGE:
+        what = f"{why} {size / 2**30:.0f} GiB of weights are too many to run it"
+        raise InputError(f"{wanted.command}: {name}: {what}; make it smaller: --set num_hidden_layers=2")
+
+
+def _unusable(name: str, error: Exception, wanted: Wanted) -> InputError:
     hint = "give it with inputs of your own as package.module:callable"
-    return InputError(f"explain: {name}: the model can't be run on made-up inputs: {_line(error)}; {hint}")
+    return InputError(f"{wanted.command}: {name}: the model can't be run on made-up inputs: {_line(error)}; {hint}")
 
 
 def from_config(name: str, wanted: Wanted) -> Call:
@@ -121,15 +133,25 @@ def _made(name: str, wanted: Wanted) -> Any:
         import transformers
         from transformers.initialization import no_init_weights
     except ImportError:
-        raise InputError("explain: a Hugging Face model needs transformers: pip install 'sparsify[demo]'") from None
+        what = "a Hugging Face model needs transformers: pip install 'sparsify[demo]'"
+        raise InputError(f"{wanted.command}: {what}") from None
     transformers.logging.set_verbosity_error()
     config = _config(transformers, name, wanted)
     config._attn_implementation = wanted.attn
     try:
-        with no_init_weights(), _dtype(wanted.dtype or getattr(config, "dtype", None)):
+        with _weights(no_init_weights, wanted), _dtype(wanted.dtype or getattr(config, "dtype", None)):
             return _class(transformers, config)._from_config(config).eval()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(f"explain: {name}: transformers can't make this model: {_line(error)}") from None
+        raise InputError(f"{wanted.command}: {name}: transformers can't make this model: {_line(error)}") from None
+
+
+def _weights(no_init_weights: Callable[[], Any], wanted: Wanted) -> Any:
+    if not wanted.drawn:
+        return no_init_weights()
+    import torch
+
+    torch.manual_seed(0)
+    return contextlib.nullcontext()
 
 
 def _config(transformers: Any, name: str, wanted: Wanted) -> Any:
@@ -142,9 +164,9 @@ def _config(transformers: Any, name: str, wanted: Wanted) -> Any:
         if name in types:
             return transformers.AutoConfig.for_model(name, **wanted.overrides)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"explain: {name}: transformers can't make this model: {_line(error)}") from None
+        raise InputError(f"{wanted.command}: {name}: transformers can't make this model: {_line(error)}") from None
     what = "is no config.json, no folder with one, no package.module:callable and no model type of transformers"
-    raise InputError(f"explain: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
+    raise InputError(f"{wanted.command}: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
 
 
 def _class(transformers: Any, config: Any) -> Any:
@@ -161,6 +183,11 @@ def _class(transformers: Any, config: Any) -> Any:
 
 
 def _inputs(made: Any, wanted: Wanted) -> dict[str, Any]:
+    given = _zeros(made, wanted)
+    return {name: _drawn(made, value) for name, value in given.items()} if wanted.drawn else given
+
+
+def _zeros(made: Any, wanted: Wanted) -> dict[str, Any]:
     """Inputs of the sizes that were asked for; without --padding no mask is given, since a user may give none."""
     import torch
 
@@ -174,20 +201,30 @@ def _inputs(made: Any, wanted: Wanted) -> dict[str, Any]:
         frames = 2 * config.max_source_positions
         features = torch.zeros(wanted.batch, config.num_mel_bins, frames, dtype=made.dtype)
         given = {name: features, "decoder_input_ids": tokens}
-        return _decoding(made, given) if wanted.decode else given
+        return decoding(made, given, wanted) if wanted.decode else given
     if name != "input_ids":
-        raise InputError(f"explain: {type(made).__name__} reads {name}; give it as package.module:callable")
+        raise InputError(f"{wanted.command}: {type(made).__name__} reads {name}; give it as package.module:callable")
     given = {"input_ids": tokens}
     if wanted.padding:
         given["attention_mask"] = torch.ones_like(tokens)
         given["attention_mask"][: (wanted.batch + 1) // 2, : wanted.length // 2] = 0
     if config.is_encoder_decoder:
         given["decoder_input_ids"] = tokens
-    return _decoding(made, given) if wanted.decode else given
+    return decoding(made, given, wanted) if wanted.decode else given
 
 
-def _decoding(made: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The last token of the inputs, with a cache of all before it."""
+def _drawn(made: Any, like: Any) -> Any:
+    """Tokens or numbers at random, for an input without padding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    if like.is_floating_point():
+        return torch.randn(like.shape, generator=generator).to(like.dtype)
+    return torch.randint(1, made.config.get_text_config().vocab_size, like.shape, generator=generator)
+
+
+def decoding(made: Any, given: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """The last token of the inputs, with a cache of all before it. Raises InputError for a model without a cache."""
     import torch
 
     name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
@@ -198,7 +235,7 @@ def _decoding(made: Any, given: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         out = made(**before, use_cache=True)
     if getattr(out, "past_key_values", None) is None:
-        raise InputError(f"explain: {type(made).__name__} keeps no cache, so it has no decode step")
+        raise InputError(f"{wanted.command}: {type(made).__name__} keeps no cache, so it has no decode step")
     given = given | {name: tokens[:, -1:], "past_key_values": out.past_key_values, "use_cache": True}
     if name == "decoder_input_ids":
         del given[made.main_input_name]

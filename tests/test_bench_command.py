@@ -1,0 +1,87 @@
+"""`sparsify bench` as a command: what it measures, prints and writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_bench import result
+
+from sparsify import cli
+from sparsify.bench.cases import WINDOWS, Case
+from sparsify.bench.measure import Result
+from sparsify.bench.modes import MODES, mode_of
+from sparsify.errors import InputError
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path):
+    """Runs the command in an empty folder with results that are made up; (exit code, stdout, the cases measured)."""
+    cases: list[Case] = []
+
+    def measure(case: Case, *_: Any) -> Result:
+        cases.append(case)
+        return result(case, error=1e-2 if case.head_dim == 99 else 1e-6)
+
+    monkeypatch.setattr(import_module("sparsify.bench.measure"), "measure", measure)
+    monkeypatch.setattr(import_module("sparsify.bench.cold"), "cold_caches", nullcontext)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, list[Case]]:
+        cases.clear()
+        monkeypatch.setattr(sys, "argv", ["sparsify", "bench", *line.split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        return ended.value.code or 0, capsys.readouterr().out, list(cases)
+
+    return run
+
+
+def test_without_options_it_measures_windows(bench) -> None:
+    code, out, cases = bench("")
+    assert code == 0 and cases == list(WINDOWS) and "GFLOP/s" in out and "geometric means" in out
+    assert [case.kv_heads for case in bench("--heads 4 --kv-heads 2")[2]] == [2] * len(WINDOWS)
+
+
+def test_one_case_has_no_means(bench) -> None:
+    code, out, cases = bench("--pattern topk --length 512 --dtype float16")
+    assert (code, cases) == (0, [Case("topk", 512, 64, "float16")]) and "geometric means" not in out
+
+
+def test_the_grid_writes_its_files(bench) -> None:
+    code, out, cases = bench("--grid --length 1024 --head-dim 64 --json out/a.json --plot pictures")
+    assert code == 0 and len(cases) == 2 * 2 * 10
+    assert len(json.loads(Path("out/a.json").read_text())["results"]) == len(cases)
+    drawn = sorted(path.suffix for path in Path("pictures").iterdir())
+    assert drawn == [".html", ".png"] and out.count("written to") == 3
+    assert all(len(line) <= 80 for line in out.splitlines() if "written to" not in line)
+    assert bench("--compare out/a.json out/a.json")[0] == 0
+
+
+def test_the_file_grows_case_by_case(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = [result(Case("causal", 1024, 64, "float32"))]
+    monkeypatch.setattr(import_module("sparsify.bench.measure"), "measure", lambda *_: found.pop())
+    with pytest.raises(IndexError):
+        bench("--pattern causal --length 1024 --length 2048 --json a.json")
+    assert [row["length"] for row in json.loads(Path("a.json").read_text())["results"]] == [1024]
+
+
+def test_a_wrong_case_ends_with_1(bench) -> None:
+    code, out, _ = bench("--pattern causal --head-dim 99")
+    assert code == 1 and "WRONG: the error is 1.0e-02, the bound 1.0e-05" in out
+
+
+def test_every_mode_is_an_option_and_takes_options_only() -> None:
+    command = cli.app.registered_commands[[c.callback.__name__ for c in cli.app.registered_commands].index("bench")]
+    names = {name.rstrip("_") for name in command.callback.__annotations__} - {"context", "return"}
+    assert set(MODES) <= names and {name for taken in MODES.values() for name in taken} <= names
+    assert mode_of([]) is None and mode_of(["length"]) is None and mode_of(["grid", "kv_heads"]) == "grid"
+    with pytest.raises(InputError, match="bench: --kv-heads does not go with --model; what does: --spec, --set, "):
+        mode_of(["model", "kv_heads"])
