@@ -45,9 +45,10 @@ class Score:
     qview: the queries as they are (`token`), the mean of the queries that share a choice (`mean`), or the last n
         queries for all rows (`last(n)`).
     kview: the keys as they are (`token`), a unit's mean (`mean`), its least and greatest value in each channel
-        (`minmax`, Quest), its keys weighted by a softmax of their products with the mean (`attn_pool`), or groups of S
-        keys against groups of S queries in reverse order, so that one product sums an anti-diagonal (`strided(S)`,
-        XAttention).
+        (`minmax`, Quest), its keys weighted by a softmax of their products with the mean (`attn_pool`), one of its
+        keys, found by log2(unit.k) times going on with the half whose middle key has the greater score with any query
+        that shares the choice (`rep_search`, HiP), or groups of S keys against groups of S queries in reverse order,
+        so that one product sums an anti-diagonal (`strided(S)`, XAttention).
     combine: `dot`, or with minmax `upper_bound`: the greatest dot product that a key within the bounds could have.
     norm: `none`, `softmax` over the keys, or `exp_rowmax`: exp of the distance to the greatest score among the queries
         that share the choice (FlashPrefill).
@@ -68,7 +69,7 @@ class Score:
 
     def __post_init__(self) -> None:
         one_of(self.qview, "score.qview", ("token", "mean"), ("last(n)",))
-        one_of(self.kview, "score.kview", ("token", "mean", "minmax", "attn_pool"), ("strided(S)",))
+        one_of(self.kview, "score.kview", ("token", "mean", "minmax", "attn_pool", "rep_search"), ("strided(S)",))
         one_of(self.combine, "score.combine", ("dot", "upper_bound"))
         one_of(self.norm, "score.norm", ("none", "softmax", "exp_rowmax"))
         one_of(self.domain, "score.domain", ("all", "middle"))

@@ -111,6 +111,12 @@ def _check_views(s: Selector) -> None:
     for name, size in (("q", s.unit.q), ("k", s.unit.k)):
         if stride and size % stride:
             raise PatternError(f"unit.{name}: expected a multiple of the stride {stride}, found {size}")
+    if s.score.kview == "rep_search" and s.unit.k & (s.unit.k - 1):
+        raise PatternError(f"unit.k: rep_search halves a unit down to one key, so a power of two, found {s.unit.k}")
+    if s.score.kview == "rep_search" and s.heads.when in ("pre", "token"):
+        raise PatternError(
+            f"heads.when: with rep_search each head finds keys of its own, so 'query' or 'unit', found '{s.heads.when}'"
+        )
     if s.score.domain == "middle" and not s.force.any:
         raise PatternError("score.domain: 'middle' is what lies between forced units, and nothing is forced")
     if s.score.domain == "middle" and s.score.last:

@@ -88,7 +88,7 @@ def heads(draw: st.DrawFn) -> Heads:
 
 @st.composite
 def scores(draw: st.DrawFn) -> Score:
-    kview = draw(words("token", "mean", "minmax", "attn_pool", "strided(2)", "strided(4)"))
+    kview = draw(words("token", "mean", "minmax", "attn_pool", "rep_search", "strided(2)", "strided(4)"))
     qview = "token" if "strided" in kview else draw(words("token", "mean", "last(1)", "last(3)", "last(40)"))
     return Score(
         qview,

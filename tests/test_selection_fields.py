@@ -70,6 +70,7 @@ ALIVE = {
     "score.kview": [
         (PEAKS, {"score": Score(kview="mean", pool="max")}),
         (MOBA, {"score": Score(kview="attn_pool")}),
+        (PEAKS, {"score": Score(kview="rep_search", pool="max")}),
         (XATTENTION, {"score": Score(kview="strided(2)", norm="softmax")}),
         (XATTENTION, {"score": Score(kview="token", norm="softmax")}),
     ],

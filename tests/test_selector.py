@@ -81,6 +81,12 @@ WRONG = {
         kview="mean", combine="upper_bound"
     ),
     "score.qview: strided(8) groups the queries itself, found 'mean' beside it": lambda: Score("mean", "strided(8)"),
+    "unit.k: rep_search halves a unit down to one key, so a power of two, found 24": lambda: Selector(
+        Budget("topk", 1), Unit(1, 24), Score(kview="rep_search")
+    ),
+    "heads.when: with rep_search each head finds keys of its own, so 'query' or 'unit', found 'pre'": lambda: Selector(
+        Budget("topk", 1), score=Score(kview="rep_search"), heads=Heads(when="pre")
+    ),
     "score.smooth: a width must be odd, found 4": lambda: Score(smooth="max(4)"),
     "score.norm: topp needs scores >= 0, so softmax or exp_rowmax, found 'none'": lambda: Selector(Budget("topp", 0.9)),
     "score.domain: 'middle' is what lies between forced units, and nothing is forced": lambda: Selector(

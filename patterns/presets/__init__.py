@@ -12,7 +12,7 @@ from sparsify.patterns.presets.blocks import long_lora, phi3_small, s2_attention
 from sparsify.patterns.presets.global_local import big_bird, longformer, sparse_transformer
 from sparsify.patterns.presets.images import axial, gna, halo_net, natten, swin
 from sparsify.patterns.presets.moa import moa_head
-from sparsify.patterns.presets.pages import delta, kinetics, long_heads, quest, seer_attention_decode
+from sparsify.patterns.presets.pages import delta, hip, kinetics, long_heads, quest, seer_attention_decode
 from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.prefill import (
     dhsa,
@@ -52,6 +52,7 @@ PRESETS = (
     delta,
     seer_attention_decode,
     long_heads,
+    hip,
     tidal_decode,
     less_is_more,
     token_select,

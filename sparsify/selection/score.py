@@ -10,6 +10,7 @@ from sparsify.patterns.selector import Selector
 from sparsify.patterns.selector_checks import argument
 from sparsify.selection.geometry import Places, edges, seen, split
 from sparsify.selection.order import order_key
+from sparsify.selection.search import searched_scores
 from sparsify.selection.views import KeyView, QueryView, key_view, query_view
 
 
@@ -28,7 +29,10 @@ def unit_scores(
         scores = scores.expand(-1, -1, at.reach.shape[1], -1)
     scores = _smooth(scores, competes, selector.score.smooth)
     if selector.heads.when == "unit":
+        heads = scores.shape[1]
         scores = join_units(selector, scores, competes, k.shape[1])
+        if competes.shape[1] == heads:  # heads see other keys of a unit (rep_search), but the same units
+            competes = competes[:, :: heads // scores.shape[1]]
     return scores, competes
 
 
@@ -40,8 +44,12 @@ def normed_scores(
     if heads.when == "query":
         q = join(q, lists, heads.op)
     queries, keys = query_view(selector, q, at), key_view(selector, k, scale, at)
-    scores = _products(queries.vectors, keys) * scale
     visible = seen(queries.horizon, edges(keys.inside, selector.score.causal)).unsqueeze(1)
+    if selector.score.kview == "rep_search":
+        scores, sees = searched_scores(queries, k, scale, at)
+        visible = visible & sees
+    else:
+        scores = _products(queries.vectors, keys) * scale
     if selector.score.domain == "middle":
         visible = visible & ~_spread(forced, queries.per_row, keys.per_unit, scores.shape[-2:])
     scores = torch.where(visible, scores, -torch.inf)
