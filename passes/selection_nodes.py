@@ -19,6 +19,8 @@ from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.selector import Selector
+from sparsify.selection.accumulate import buffers as sums_of
+from sparsify.selection.accumulate import select_summed
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, select, usable_keys
 from sparsify.selection.steps import Held, buffers, select_again
 
@@ -77,6 +79,9 @@ class Chooser:
         if reuse.by_steps and one:
             held = self._held(site, k, selector)
             found = held and call(before, select_again, *given, *numbers, Held.of(ask, reuse).text(), *held)
+        elif selector.score.norm == "accumulated" and one:
+            sums = self._sums(site, k, selector)
+            found = sums and call(before, select_summed, *given, *numbers, ask.text(), *sums)
         else:
             scores = None if selector.learned is None else self._scores(site, k, selector.learned)
             found = call(before, select, *given, scores, *numbers, ask.text()) if site.open else None
@@ -87,11 +92,21 @@ class Chooser:
 
     def _held(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
         """Buffers for a choice that holds for several steps."""
-        batch, heads, _, head_dim = shape(site.q)
+        _, heads, _, head_dim = shape(site.q)
+        lists = selector.lists(heads, shape(k)[1])
+        return self._kept(site, buffers, "a choice that holds for several steps", selector, lists, head_dim)
+
+    def _sums(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
+        """Buffers for sums that go on from step to step."""
+        return self._kept(site, sums_of, "a sum that goes on", selector, shape(site.q)[1], shape(k)[1])
+
+    def _kept(self, site: Site, make: Any, what: str, selector: Selector, *sizes: int) -> list[fx.Node] | None:
+        """Buffers of the graph, one row for each of the batch; None where the site had to be refused."""
+        batch = shape(site.q)[0]
         if not isinstance(batch, int):
-            return site.refuse("a choice that holds for several steps is kept for each row of a batch of fixed size")
+            return site.refuse(f"{what} is kept for each row of a batch of fixed size")
         try:
-            made = buffers(selector, batch, selector.lists(heads, shape(k)[1]), head_dim, value(site.q).device)
+            made = make(selector, batch, *sizes, value(site.q).device)
         except InputError as error:
             return site.refuse(str(error))
         return [self._buffer(site.output, f"kept_{site.output.name}_{name}", held) for name, held in made.items()]

@@ -100,7 +100,7 @@ def _shown(value: Any) -> str:
 def select(
     budget: dict[str, Any] | None = None,
     unit: dict[str, int] | None = None,
-    score: dict[str, str] | None = None,
+    score: dict[str, Any] | None = None,
     heads: dict[str, str] | None = None,
     force: dict[str, Any] | None = None,
     lines: dict[str, Any] | None = None,
@@ -115,7 +115,8 @@ def select(
 
     budget: {rule, value, per, min, max}, rule one of topk, ratio, topp, relmax, threshold; or lines: {verticals,
     slashes, first, last} or {cover, first, last, least, switch}. unit: {q, k}: so many queries share a choice among
-    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op,
+    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth, decay,
+    history}. heads: {scope, op,
     when}. force: {sink, local, of, last_rows, exempt, counted}. permute: {segment, qview}: keys are sorted inside
     segments first. learned: the name of a module that scores units. reuse: {layers, source, every, cosine}.
     dense_layers: layers that keep everything. Raises PatternError.

@@ -117,6 +117,8 @@ def _check_views(s: Selector) -> None:
         raise PatternError(
             f"heads.when: with rep_search each head finds keys of its own, so 'query' or 'unit', found '{s.heads.when}'"
         )
+    if s.phase == "decode" and s.score.norm == "accumulated" and s.score.history is None:
+        raise PatternError("score.history: at decode accumulated sums are kept for the most keys there can be; give it")
     if s.score.domain == "middle" and not s.force.any:
         raise PatternError("score.domain: 'middle' is what lies between forced units, and nothing is forced")
     if s.score.domain == "middle" and s.score.last:
@@ -147,7 +149,7 @@ def _check_measure(s: Selector) -> None:
             f"heads.op: best_rank gives an order, which serves topk and ratio, found '{rule or 'lines'}'"
         )
     if rule in ("topp", "relmax") and s.score.norm == "none" and not s.learned:
-        raise PatternError(f"score.norm: {rule} needs scores >= 0, so softmax or exp_rowmax, found 'none'")
+        raise PatternError(f"score.norm: {rule} needs scores >= 0, so softmax, exp_rowmax or accumulated, found 'none'")
 
 
 def _check_lines(s: Selector) -> None:
@@ -190,6 +192,8 @@ def _check_permute(s: Selector) -> None:
         raise PatternError(
             "heads.scope: each key head has its own order of keys, so 'head' or 'kv_group', found 'layer'"
         )
+    if s.score.norm == "accumulated":
+        raise PatternError("score.norm: accumulated sums are of keys in their own order, and permute sorts them")
     if s.force.local:
         raise PatternError(
             f"force.local: with permute a query's own segment is kept anyway, so leave it out, found {s.force.local}"

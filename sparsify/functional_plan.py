@@ -123,6 +123,8 @@ def _selector(chosen: Chosen, one_query: bool) -> Selector | Online:
     here = "decode" if one_query else "prefill"
     if choice.selector.phase not in ("both", here):
         raise InputError(f"attention: pattern: the selection serves {choice.selector.phase}, and this is {here}")
+    if one_query and choice.selector.score.norm == "accumulated":
+        raise InputError("attention: pattern: sums over earlier steps are kept by a compiled model only")
     if choice.selector.learned is not None:
         raise InputError("attention: pattern: a learned selection needs its module, which a compiled model is given")
     return choice.selector

@@ -170,19 +170,28 @@ def representative(item, slots, x, keys, unit, tokens):
 
 
 def normed(item, table, seen, rows):
-    out = np.zeros_like(table)
+    out, parts = np.zeros_like(table), np.zeros_like(table)
     for a in range(len(table)):
         if not seen[a].any():
             continue
         if item.s.score.norm == "softmax":
             e = np.where(seen[a], np.exp(table[a] - table[a][seen[a]].max()), 0)
             out[a] = e / e.sum()
+        elif item.s.score.norm == "accumulated":
+            e = np.where(seen[a], np.exp(table[a] - table[a][seen[a]].max()), 0)
+            parts[a] = e / e.sum()
         elif item.s.score.norm == "exp_rowmax":
             mates = [b for b in range(len(table)) if rows[b][0] == rows[a][0] and seen[b].any()]
             top = max(table[b][seen[b]].max() for b in mates)
             out[a] = np.where(seen[a], np.exp(table[a] - top), 0)
         else:
             out[a] = table[a]
+    if item.s.score.norm == "accumulated":
+        running = np.zeros(table.shape[1])
+        for a in range(len(table)):
+            if rows[a][1]:
+                running = running * item.s.score.decay + parts[a]
+            out[a] = np.where(seen[a], running, 0)
     return out
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+DECAY = 0.8
 PAGE, PAGES, TOKENS, STEPS = 4, 3, 6, 12
 EVERY, COSINE = 3, 0.1
 
@@ -21,6 +22,10 @@ HELD = {"select": {
     "score": {"kview": "minmax", "combine": "upper_bound"}, "force": {"local": 1}, "reuse": {"every": EVERY},
 }}  # fmt: skip
 ALIKE = {"token_select": {"tokens": TOKENS, "sinks": 2, "local": 3, "cosine": COSINE}}
+SUMMED = {"select": {
+    "budget": {"rule": "topk", "value": TOKENS}, "heads": {"scope": "kv_group", "op": "sum"}, "force": {"local": 1},
+    "score": {"norm": "accumulated", "decay": DECAY, "history": 64},
+}}  # fmt: skip
 
 
 def best(score: torch.Tensor, count: int, usable: torch.Tensor) -> torch.Tensor:
@@ -72,20 +77,26 @@ def dense(layer: int, q: torch.Tensor, k: torch.Tensor, usable: torch.Tensor, st
 
 
 def held(layer: int, q: torch.Tensor, k: torch.Tensor, usable: torch.Tensor, state: dict) -> torch.Tensor:
-    """Layer 0 chooses pages at every third step; layer 1 chooses tokens when its mean query has turned away."""
+    """Layer 0 chooses pages at every third step; layer 1 chooses tokens when its mean query has turned away; layer 2
+    at each step, by all attention that was paid to them so far. A choice is all that was kept then."""
     mine, own = state.setdefault(layer, {"age": EVERY}), q.mean(0)
     if layer == 0:
         if mine["age"] == EVERY:
-            mine |= {"age": 0, "kept": pages(q, k, usable)}
+            mine |= {"age": 0, "kept": pages(q, k, usable) | own_page(usable)}
         mine["age"] += 1
         return (grown(mine["kept"], usable) | own_page(usable)) & usable
+    score = (q[:, None] * k).sum(-1) * q.shape[-1] ** -0.5
+    if layer == 2:
+        weights = torch.softmax(score.masked_fill(~usable, -torch.inf), -1)
+        mine["sums"] = weights + (DECAY * grown(mine["sums"], usable) if "sums" in mine else 0)
+        last = torch.arange(len(usable)) == usable.nonzero().max()
+        groups = mine["sums"].unflatten(0, (-1, 2)).sum(1).repeat_interleave(2, 0)
+        return best(groups, TOKENS, usable & ~last) | last
     place = usable.cumsum(0) - 1
     ends = (place < 2) | (place > place.max() - 3)
     if "kept" not in mine or torch.cosine_similarity(own, mine["query"], dim=0) < COSINE:
-        weights = torch.softmax(
-            ((q[:, None] * k).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~usable | ends, -torch.inf), -1
-        )
-        mine |= {"kept": best(weights.sum(0), TOKENS, usable & ~ends), "query": own}
+        weights = torch.softmax(score.masked_fill(~usable | ends, -torch.inf), -1)
+        mine |= {"kept": best(weights.sum(0), TOKENS, usable & ~ends) | ends, "query": own}
         state["choices"] = state.get("choices", 0) + 1
     return ((grown(mine["kept"], usable) | ends) & usable).expand(q.shape[0], -1)
 
@@ -180,13 +191,14 @@ def test_tokens_are_those_of_the_rule(rule, heads, cache, padded):
     one_graph()
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_choices_that_hold_for_steps():
-    wanted, sequences = expected(held, 2, None, False)
-    sites = [{"phase": "decode", "layers": layer, "heads": heads} for layer, heads in ((0, HELD), (1, ALIKE))]
-    assert torch.equal(generated(decoding(llama(2), sites), None, False), wanted)
+def test_choices_and_sums_that_hold_for_steps():
+    wanted, sequences = expected(held, 3, None, False)
+    sites = [{"phase": "decode", "layers": layer, "heads": heads} for layer, heads in enumerate((HELD, ALIKE, SUMMED))]
+    assert torch.equal(generated(decoding(llama(3), sites), None, False), wanted)
     assert all(1 < state["choices"] < STEPS - 1 for state in sequences.values()), "the bound of the cosine decides"
-    assert not torch.equal(generated(llama(2), None, False), wanted), "dense attention says the same"
+    assert not torch.equal(generated(llama(3), None, False), wanted), "dense attention says the same"
     one_graph()
 
 
