@@ -14,7 +14,7 @@ from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Lifetimes, Online, Selector
 from sparsify.program import Skip
 from sparsify.ranges import contains
 
@@ -28,8 +28,9 @@ class ChooseKeys:
     Before: site.programs say `chosen(...)`, with the text of a selector.
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
-            everything, and what the kernel skips by itself is in site.skips. Where a selector sorts the keys,
-            site.segments says how, and the programs are over its slots.
+            everything, and what the kernel skips by itself is in site.skips. How long a key lives is a load of the
+            site, too (`q <= expiry[b, h, k]`). Where a selector sorts the keys, site.segments says how, and the
+            programs are over its slots.
 
     learned: the modules that score units, by name.
     """
@@ -55,6 +56,8 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
         choice = Choice.parse(chosen.text)
         if isinstance(choice.selector, Online):
             replaced[chosen], skips[chosen] = TRUE, Skip(choice.selector.value, choice.selector.per_length)
+        elif isinstance(choice.selector, Lifetimes):
+            replaced[chosen] = _living(site, choice.selector, chooser)
         elif site.layer is not None and contains(choice.dense_layers, site.layer):
             replaced[chosen] = TRUE
         else:
@@ -99,6 +102,15 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, chooser: Chooser, made: 
     if not lists.fit(site):
         site.refuse(f"layer {site.layer} is to take the choice of layer {source}, which has other lengths")
     return lists.atoms(site, selector)
+
+
+def _living(site: Site, lifetimes: Lifetimes, chooser: Chooser) -> Pred:
+    """The keys that live at a query, by what a module says of them."""
+    if not (site.heads_known and site.positions_known):
+        site.refuse("a key of a head lives until a position, and which heads or positions these are is not known")
+    elif forgets(site.k):
+        site.refuse("a key lives until an absolute position, and the cache drops its oldest keys")
+    return chooser.living(site, lifetimes) if site.open else TRUE
 
 
 def _check(site: Site, choice: Choice, causal: bool) -> None:

@@ -16,7 +16,7 @@ from sparsify.expr import Chosen, Pred
 from sparsify.foldable import foldable
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import PARTS, Online, Selector
+from sparsify.patterns.selector import PARTS, Lifetimes, Online, Selector
 from sparsify.patterns.selector_checks import part
 from sparsify.ranges import Ranges, read_ranges, text_of
 
@@ -25,19 +25,21 @@ from sparsify.ranges import Ranges, read_ranges, text_of
 class Choice:
     """All that a selection says of itself: what `Chosen` holds as text.
 
-    selector: the pipeline that chooses keys, or the kernel's own budget (`Online`), which keeps every pair that it
-    meets but for those of no weight. reuse: which layers and steps share what was chosen. dense_layers: those that
-    keep everything.
+    selector: the pipeline that chooses keys, the kernel's own budget (`Online`), which keeps every pair that it meets
+    but for those of no weight, or how long each key lives (`Lifetimes`). reuse: which layers and steps share what was
+    chosen. dense_layers: those that keep everything.
     """
 
-    selector: Selector | Online
+    selector: Selector | Online | Lifetimes
     reuse: Reuse = Reuse()
     dense_layers: Ranges = ()
 
     def text(self) -> str:
         """Canonical JSON: defaults are left out."""
-        if isinstance(self.selector, Online):
-            found: dict[str, Any] = {"online": {f.name: getattr(self.selector, f.name) for f in fields(Online)}}
+        if isinstance(self.selector, Online | Lifetimes):
+            kind = type(self.selector)
+            own = {f.name: getattr(self.selector, f.name) for f in fields(kind)}
+            found: dict[str, Any] = {kind.__name__.lower(): own}
         else:
             found = {"select": json.loads(self.selector.text())}
         if self.reuse != Reuse():
@@ -55,6 +57,8 @@ class Choice:
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Choice:
     found = json.loads(text)
+    if "lifetimes" in found:
+        return Choice(Lifetimes(**found["lifetimes"]))
     online = found.get("online")
     selector = Online(**online) if online else Selector.parse(json.dumps(found["select"]))
     reuse = Reuse.from_data(found.get("reuse", {}))
@@ -75,8 +79,10 @@ class Selection(Pattern):
         return Chosen(self.text)
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `select` or `online` that make it again, defaults left out."""
+        """Those of `select` or `online` that make it again, or of `lifetimes`; defaults left out."""
         selector = self.choice.selector
+        if isinstance(selector, Lifetimes):
+            return {"learned": selector.learned, "window": selector.window}
         if isinstance(selector, Online):
             return {"share": selector.value} | ({"by_length": True} if selector.per_length else {})
         found = json.loads(self.text)
@@ -84,8 +90,9 @@ class Selection(Pattern):
 
     @property
     def constructor(self) -> str:
-        """The name of the one of `select` and `online` that makes it."""
-        return "online" if isinstance(self.choice.selector, Online) else "select"
+        """The name of the one of `select`, `online` and `lifetimes` that makes it."""
+        selector = self.choice.selector
+        return "select" if isinstance(selector, Selector) else type(selector).__name__.lower()
 
     def __str__(self) -> str:
         return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
@@ -206,6 +213,11 @@ def online(share: float, by_length: bool = False) -> Pattern:
     return Selection(_online_text(share, by_length))
 
 
+def lifetimes(learned: str, window: int) -> Pattern:
+    """The keys that still live at a query, by the types that a module gives them (`Lifetimes`). For presets."""
+    return Selection(_lifetimes_text(learned, window))
+
+
 def _frozen(value: Any) -> Any:
     """Mappings and lists as tuples, which torch.compile takes for constants."""
     if isinstance(value, Mapping):
@@ -238,3 +250,8 @@ def _select_text(parts: Any, learned: str | None, phase: str, semantics: str, re
 @foldable
 def _online_text(share: float, by_length: bool) -> str:
     return Choice(Online(share, by_length)).text()
+
+
+@foldable
+def _lifetimes_text(learned: str, window: int) -> str:
+    return Choice(Lifetimes(learned, window)).text()

@@ -16,6 +16,7 @@ from sparsify.errors import PatternError
 from sparsify.patterns.selector_checks import (
     argument,
     check_fields,
+    check_hook,
     integer,
     number,
     one_of,
@@ -289,6 +290,21 @@ class Online:
         object.__setattr__(self, "value", number(self.value, "online.value", 0.0, most, above=True))
         if not isinstance(self.per_length, bool):
             raise PatternError(f"online.per_length: expected true or false, found {self.per_length!r}")
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """No list but a last position for each key of a key head (NAtS), from the type that the module `learned` gives it:
+    a global key is kept by all later queries, a local one up to the next global one, others for `window` positions."""
+
+    learned: str
+    window: int
+    phase = "both"
+    semantics = "native"
+
+    def __post_init__(self) -> None:
+        check_hook(self.learned, "lifetimes.learned")
+        integer(self.window, "lifetimes.window", 0)
 
 
 @dataclass(frozen=True)

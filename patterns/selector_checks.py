@@ -50,6 +50,12 @@ def argument(word: str) -> int:
     return int(word[word.index("(") + 1 : -1]) if "(" in word else 0
 
 
+def check_hook(name: object, field: str) -> None:
+    """Refuses what can't name a module."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise PatternError(f"{field}: expected a hook's name of letters, digits, '_', '.' and '-', found {name!r}")
+
+
 def part(kind: type[T], name: str, given: Any) -> T:
     """A dataclass from the fields that a text gives for it."""
     if not isinstance(given, dict):
@@ -96,8 +102,7 @@ def _check_choice(s: Selector) -> None:
 def _check_learned(s: Selector) -> None:
     if s.learned is None:
         return
-    if not isinstance(s.learned, str) or not re.fullmatch(r"\w[\w.-]*", s.learned):
-        raise PatternError(f"learned: expected a hook's name of letters, digits, '_', '.' and '-', found {s.learned!r}")
+    check_hook(s.learned, "learned")
     if s.score != type(s.score)(domain=s.score.domain, causal=s.score.causal, smooth="none"):
         raise PatternError(f"score: the hook '{s.learned}' gives unit scores, so of score only domain and causal apply")
     if s.heads.when != "unit":

@@ -14,7 +14,7 @@ from sparsify.expr import TRUE, Chosen, Pred, Test, Var, conjunction
 from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Lifetimes, Online, Selector
 from sparsify.program import Program, Skip
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, usable_keys
 from sparsify.text import parse_expr, parse_pred
@@ -121,6 +121,8 @@ def _selector(chosen: Chosen, one_query: bool) -> Selector | Online:
     if isinstance(choice.selector, Online):
         return choice.selector
     here = "decode" if one_query else "prefill"
+    if isinstance(choice.selector, Lifetimes):
+        raise InputError("attention: pattern: lifetimes of keys need their module, which a compiled model is given")
     if choice.selector.phase not in ("both", here):
         raise InputError(f"attention: pattern: the selection serves {choice.selector.phase}, and this is {here}")
     if one_query and choice.selector.score.norm == "accumulated":

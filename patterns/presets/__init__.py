@@ -26,7 +26,7 @@ from sparsify.patterns.presets.preset import About, Preset, preset, semantics_of
 from sparsify.patterns.presets.skipping import blasst, sparge_attention
 from sparsify.patterns.presets.streaming import a_shape, based_window, duo_streaming, razor_head, streaming_llm
 from sparsify.patterns.presets.tokens import less_is_more, tidal_decode, token_select
-from sparsify.patterns.presets.trained import moba, nsa_selection, seer_attention, vsa
+from sparsify.patterns.presets.trained import moba, nats, nsa_selection, seer_attention, vsa
 
 PRESETS = (
     streaming_llm,
@@ -68,6 +68,7 @@ PRESETS = (
     moba,
     nsa_selection,
     vsa,
+    nats,
     pbs_attn,
 )
 

@@ -12,8 +12,9 @@ from sparsify.patterns.dense_mask import dense_mask
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Lifetimes, Online, Selector
 from sparsify.selection.choose import choose
+from sparsify.selection.lifetimes import expiry
 
 SIZE = 32  # of a head
 
@@ -21,7 +22,8 @@ SIZE = 32  # of a head
 def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Any:
     """A bool array (1, q_len, k_len): what one head keeps of random queries and keys that drift along the sequence.
 
-    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out.
+    A hook's scores are those of the means of blocks, and types of keys are drawn. What the kernel itself skips
+    is not left out.
     """
     keep = pattern.keep()
     (chosen,) = choices(keep)
@@ -29,6 +31,10 @@ def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Any:
     selector = Choice.parse(chosen.text).selector
     if isinstance(selector, Online):
         return mask.numpy()
+    if isinstance(selector, Lifetimes):
+        types = torch.rand(1, 1, k_len, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.55, 1.0, 1.0])
+        lives = torch.arange(k_len - q_len, k_len)[:, None] <= expiry(types, selector.window)[0, 0]
+        return (mask & lives).numpy()
     q, k = _drifting(q_len, 0), _drifting(k_len, 1)
     position = torch.arange(k_len - q_len, k_len).unsqueeze(0)
     scores = _by_means(selector, q, k) if selector.learned else None
