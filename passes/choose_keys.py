@@ -15,7 +15,7 @@ from sparsify.passes.site import Site
 from sparsify.patterns.head_choices import check_order, complaint, dropped, head_choices, sees_no_future, skip_of
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Selector
+from sparsify.patterns.selector import Lifetimes, Selector
 from sparsify.ranges import contains
 
 Made = dict[tuple[int | None, str], Lists]  # what the sites before have chosen, by layer and choice
@@ -29,7 +29,8 @@ class ChooseKeys:
     After:  the graph has a `sparsify.select` op before the site's output, its results are loads of the site, and the
             programs say `listed(...)`; layers that reuse a choice share the op. Where a layer is dense they keep
             everything. What the kernel skips by itself is in site.skips, and what is dropped and joins as one key in
-            site.dropped. Where a selector sorts the keys, site.segments says how, and the programs are over its slots.
+            site.dropped. How long a key lives is a load of the site, too (`q <= expiry[b, h, k]`). Where a selector
+            sorts the keys, site.segments says how, and the programs are over its slots.
 
     learned: the modules that score units, by name.
     """
@@ -53,6 +54,12 @@ def _choose(site: Site, chooser: Chooser, made: Made) -> None:
         _check(site, choice, causal)
         dense = site.layer is not None and contains(choice.dense_layers, site.layer)
         replaced[listed] = TRUE if dense else _listed(site, choice, listed, causal, chooser, made)
+        if not site.open:
+            return None
+    for lives in dict.fromkeys(head.lives for head in found if head.lives is not None):
+        lifetimes = Choice.parse(lives.text).selector
+        assert isinstance(lifetimes, Lifetimes)
+        replaced[lives] = _living(site, lifetimes, chooser)
         if not site.open:
             return None
     skips = {
@@ -113,6 +120,15 @@ def _listed(site: Site, choice: Choice, chosen: Chosen, causal: bool, chooser: C
     if not lists.fit(site):
         site.refuse(f"layer {site.layer} is to take the choice of layer {source}, which has other lengths")
     return lists.atoms(site, selector)
+
+
+def _living(site: Site, lifetimes: Lifetimes, chooser: Chooser) -> Pred:
+    """The keys that live at a query, by what a module says of them."""
+    if not (site.heads_known and site.positions_known):
+        site.refuse("a key of a head lives until a position, and which heads or positions these are is not known")
+    elif forgets(site.k):
+        site.refuse("a key lives until an absolute position, and the cache drops its oldest keys")
+    return chooser.living(site, lifetimes) if site.open else TRUE
 
 
 def _check(site: Site, choice: Choice, causal: bool) -> None:

@@ -13,12 +13,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from sparsify.errors import InputError
-from sparsify.expr import Expr, Pred, Var, as_expr
+from sparsify.expr import TRUE, Expr, Load, Pred, Var, as_expr
 from sparsify.passes.nodes import ATEN, call, same, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import Selector
+from sparsify.patterns.selector import Lifetimes, Selector
+from sparsify.selection.accumulate import buffers as sums_of
+from sparsify.selection.accumulate import select_summed
+from sparsify.selection.lifetimes import expiry
 from sparsify.selection.site import Ask, lists_of, outputs, segments_of, select, usable_keys
 from sparsify.selection.steps import Held, buffers, select_again
 
@@ -77,6 +80,9 @@ class Chooser:
         if reuse.by_steps and one:
             held = self._held(site, k, selector)
             found = held and call(before, select_again, *given, *numbers, Held.of(ask, reuse).text(), *held)
+        elif selector.score.norm == "accumulated" and one:
+            sums = self._sums(site, k, selector)
+            found = sums and call(before, select_summed, *given, *numbers, ask.text(), *sums)
         else:
             scores = None if selector.learned is None else self._scores(site, k, selector.learned)
             found = call(before, select, *given, scores, *numbers, ask.text()) if site.open else None
@@ -85,13 +91,39 @@ class Chooser:
         parts = tuple(call(before, operator.getitem, found, i) for i in range(outputs(selector)))
         return Lists(parts, (shape(site.q)[2], shape(k)[2]))
 
+    def living(self, site: Site, lifetimes: Lifetimes) -> Pred:
+        """The keys whose last position isn't before the query, over a new load of the site."""
+        types = self._scores(site, site.k, lifetimes.learned)
+        if types is None:
+            return TRUE
+        found, (heads, kv_heads) = tuple(value(types).shape), (shape(site.q)[1], shape(site.k)[1])
+        if len(found) != 4 or found[1] != kv_heads or found[3] != 3:
+            site.refuse(f"the module '{lifetimes.learned}' gives {found}, not types (batch, {kv_heads}, keys, 3)")
+            return TRUE
+        node = call(site.output, expiry, types, lifetimes.window)
+        which = as_expr(0) if kv_heads == 1 else Var("h") if kv_heads == heads else Var("h") // (heads // kv_heads)
+        last = Load(f"_{len(site.loads)}", (Var("b"), which, Var("k")))
+        site.loads += (node,)
+        site.load_names += (node.name,)
+        return last >= site.position
+
     def _held(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
         """Buffers for a choice that holds for several steps."""
-        batch, heads, _, head_dim = shape(site.q)
+        _, heads, _, head_dim = shape(site.q)
+        lists = selector.lists(heads, shape(k)[1])
+        return self._kept(site, buffers, "a choice that holds for several steps", selector, lists, head_dim)
+
+    def _sums(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
+        """Buffers for sums that go on from step to step."""
+        return self._kept(site, sums_of, "a sum that goes on", selector, shape(site.q)[1], shape(k)[1])
+
+    def _kept(self, site: Site, make: Any, what: str, selector: Selector, *sizes: int) -> list[fx.Node] | None:
+        """Buffers of the graph, one row for each of the batch; None where the site had to be refused."""
+        batch = shape(site.q)[0]
         if not isinstance(batch, int):
-            return site.refuse("a choice that holds for several steps is kept for each row of a batch of fixed size")
+            return site.refuse(f"{what} is kept for each row of a batch of fixed size")
         try:
-            made = buffers(selector, batch, selector.lists(heads, shape(k)[1]), head_dim, value(site.q).device)
+            made = make(selector, batch, *sizes, value(site.q).device)
         except InputError as error:
             return site.refuse(str(error))
         return [self._buffer(site.output, f"kept_{site.output.name}_{name}", held) for name, held in made.items()]

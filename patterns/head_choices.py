@@ -11,39 +11,42 @@ from sparsify.patterns.causal import is_causal
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.pattern import K, Q
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Compensation, Online, Selector
+from sparsify.patterns.selector import Compensation, Lifetimes, Online, Selector
 from sparsify.program import Skip
 
 
 class HeadChoices(NamedTuple):
-    """In one head's predicate: the selection that gives it a list of keys, the `online` budget of its kernel, and the
-    `compensation` for what it drops."""
+    """In one head's predicate: the selection that gives it a list of keys, the `online` budget of its kernel, the
+    `compensation` for what it drops, and the `lifetimes` of its keys."""
 
     listed: Chosen | None
     online: Chosen | None
     compensation: Chosen | None
+    lives: Chosen | None
 
 
 def head_choices(keep: Pred) -> HeadChoices:
     """Raises PatternError for what no kernel can do: two of a kind, a negated one, and for those that are of the whole
     head in a union."""
     found = choices(keep)
-    listed, online, compensation = (
+    listed, online, compensation, lives = (
         [one for one in found if isinstance(Choice.parse(one.text).selector, kind)]
-        for kind in (Selector, Online, Compensation)
+        for kind in (Selector, Online, Compensation, Lifetimes)
     )
     whole = keep.parts if isinstance(keep, And) else (keep,)
     if len(listed) > 1:
         raise PatternError("a head has two selections, which could choose a key twice; give it one")
     if len(online) > 1:
         raise PatternError("a head has two budgets `online`; give it one")
+    if len(lives) > 1:
+        raise PatternError("a head has two kinds of lifetimes of keys; give it one")
     if online and online[0] not in whole:
         raise PatternError("online leaves out of all that a head keeps, so combine it by & (all), not in a union")
     if compensation and len(found) > 1:
         raise PatternError("compensation is for what positions drop, and the head has a selection, too; give it one")
     if compensation and compensation[0] not in whole:
         raise PatternError("compensation is for all that a head drops: combine it by & with the whole of the pattern")
-    return HeadChoices(*(next(iter(one), None) for one in (listed, online, compensation)))
+    return HeadChoices(*(next(iter(one), None) for one in (listed, online, compensation, lives)))
 
 
 def dropped(allowed: Pred, keep: Pred, compensation: Chosen | None, position: Expr = Q) -> Pred:

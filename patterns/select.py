@@ -24,7 +24,7 @@ from sparsify.expr import Chosen, Pred
 from sparsify.foldable import foldable
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import PARTS, Compensation, Online, Selector
+from sparsify.patterns.selector import PARTS, Compensation, Lifetimes, Online, Selector
 from sparsify.patterns.selector_checks import part
 from sparsify.ranges import Ranges, contains, read_ranges, text_of
 
@@ -34,11 +34,12 @@ class Choice:
     """All that a selection says of itself: what `Chosen` holds as text.
 
     selector: the pipeline that chooses keys; or the kernel's own budget (`Online`), which keeps every pair that it
-    meets but for those of no weight; or a key for what is dropped (`Compensation`), which keeps every pair. reuse:
-    which layers and steps share what was chosen. dense_layers: those that keep everything.
+    meets but for those of no weight; or a key for what is dropped (`Compensation`), which keeps every pair; or how long
+    each key lives (`Lifetimes`). reuse: which layers and steps share what was chosen. dense_layers: those that keep
+    everything.
     """
 
-    selector: Selector | Online | Compensation
+    selector: Selector | Online | Compensation | Lifetimes
     reuse: Reuse = Reuse()
     dense_layers: Ranges = ()
 
@@ -51,10 +52,10 @@ class Choice:
 
     def text(self) -> str:
         """Canonical JSON: defaults are left out."""
-        if isinstance(self.selector, Online):
-            found: dict[str, Any] = {"online": {f.name: getattr(self.selector, f.name) for f in fields(Online)}}
-        elif isinstance(self.selector, Compensation):
-            found = {"compensation": {}}
+        if not isinstance(self.selector, Selector):
+            kind = type(self.selector)
+            own = {f.name: getattr(self.selector, f.name) for f in fields(kind)}
+            found: dict[str, Any] = {kind.__name__.lower(): own}
         else:
             found = {"select": json.loads(self.selector.text())}
         if self.reuse != Reuse():
@@ -72,10 +73,10 @@ class Choice:
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Choice:
     found = json.loads(text)
-    if "compensation" in found:
-        return Choice(Compensation())
-    online = found.get("online")
-    selector = Online(**online) if online else Selector.parse(json.dumps(found["select"]))
+    for kind in (Online, Compensation, Lifetimes):
+        if (name := kind.__name__.lower()) in found:
+            return Choice(kind(**found[name]))
+    selector = Selector.parse(json.dumps(found["select"]))
     reuse = Reuse.from_data(found.get("reuse", {}))
     return Choice(selector, reuse, read_ranges(found["dense_layers"]) if "dense_layers" in found else ())
 
@@ -98,6 +99,8 @@ class Selection(Pattern):
         selector = self.choice.selector
         if isinstance(selector, Compensation):
             return {}
+        if isinstance(selector, Lifetimes):
+            return {"learned": selector.learned, "window": selector.window}
         if isinstance(selector, Online):
             return {"share": selector.share} | ({"by_length": True} if selector.by_length else {})
         found = json.loads(self.text)
@@ -105,8 +108,9 @@ class Selection(Pattern):
 
     @property
     def constructor(self) -> str:
-        """The name of the one of `select`, `online` and `compensation` that makes it."""
-        return {Online: "online", Compensation: "compensation"}.get(type(self.choice.selector), "select")
+        """The name of the one of `select`, `online`, `compensation` and `lifetimes` that makes it."""
+        selector = self.choice.selector
+        return "select" if isinstance(selector, Selector) else type(selector).__name__.lower()
 
     def __str__(self) -> str:
         return f"{self.constructor}({', '.join(f'{key}={_shown(value)}' for key, value in self.arguments().items())})"
@@ -127,7 +131,7 @@ def _shown(value: Any) -> str:
 def select(
     budget: dict[str, Any] | None = None,
     unit: dict[str, int] | None = None,
-    score: dict[str, str] | None = None,
+    score: dict[str, Any] | None = None,
     heads: dict[str, str] | None = None,
     force: dict[str, Any] | None = None,
     lines: dict[str, Any] | None = None,
@@ -142,7 +146,8 @@ def select(
 
     budget: {rule, value, per, min, max}, rule one of topk, ratio, topp, relmax, threshold; or lines: {verticals,
     slashes, first, last} or {cover, first, last, least, switch}. unit: {q, k}: so many queries share a choice among
-    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth}. heads: {scope, op,
+    blocks of so many keys. score: {qview, kview, combine, norm, domain, causal, pool, smooth, decay,
+    history}. heads: {scope, op,
     when}. force: {sink, local, of, last_rows, exempt, counted}. permute: {segment, qview}: keys are sorted inside
     segments first. learned: the name of a module that scores units. reuse: {layers, source, every, cosine}.
     dense_layers: layers that keep everything. Raises PatternError.
@@ -263,6 +268,11 @@ def compensation() -> Pattern:
 COMPENSATION = Choice(Compensation()).text()
 
 
+def lifetimes(learned: str, window: int) -> Pattern:
+    """The keys that still live at a query, by the types that a module gives them (`Lifetimes`). For presets."""
+    return Selection(_lifetimes_text(learned, window))
+
+
 def _frozen(value: Any) -> Any:
     """Mappings and lists as tuples, which torch.compile takes for constants."""
     if isinstance(value, Mapping):
@@ -295,3 +305,8 @@ def _select_text(parts: Any, learned: str | None, phase: str, semantics: str, re
 @foldable
 def _online_text(share: float, by_length: bool) -> str:
     return Choice(Online(share, by_length)).text()
+
+
+@foldable
+def _lifetimes_text(learned: str, window: int) -> str:
+    return Choice(Lifetimes(learned, window)).text()

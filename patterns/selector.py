@@ -16,6 +16,7 @@ from sparsify.errors import PatternError
 from sparsify.patterns.selector_checks import (
     argument,
     check_fields,
+    check_hook,
     integer,
     number,
     one_of,
@@ -45,12 +46,16 @@ class Score:
     qview: the queries as they are (`token`), the mean of the queries that share a choice (`mean`), or the last n
         queries for all rows (`last(n)`).
     kview: the keys as they are (`token`), a unit's mean (`mean`), its least and greatest value in each channel
-        (`minmax`, Quest), its keys weighted by a softmax of their products with the mean (`attn_pool`), or groups of S
-        keys against groups of S queries in reverse order, so that one product sums an anti-diagonal (`strided(S)`,
-        XAttention).
+        (`minmax`, Quest), its keys weighted by a softmax of their products with the mean (`attn_pool`), one of its
+        keys, found by log2(unit.k) times going on with the half whose middle key has the greater score with any query
+        that shares the choice (`rep_search`, HiP), or groups of S keys against groups of S queries in reverse order,
+        so that one product sums an anti-diagonal (`strided(S)`, XAttention).
     combine: `dot`, or with minmax `upper_bound`: the greatest dot product that a key within the bounds could have.
-    norm: `none`, `softmax` over the keys, or `exp_rowmax`: exp of the distance to the greatest score among the queries
-        that share the choice (FlashPrefill).
+    norm: `none`, `softmax` over the keys, `exp_rowmax`: exp of the distance to the greatest score among the queries
+        that share the choice (FlashPrefill), or `accumulated`: the softmax of this query and of all before it, summed
+        (H2O). Those before it are the call's own; at decode, the steps since a query was not the one after the last.
+    decay: with `accumulated`, what a sum is multiplied by at each further query (A2SF); 1 to forget nothing.
+    history: with `accumulated` at decode, the most keys that there can be, in tokens: what the kept sums have room for.
     domain: whether forced units take part in the scores and compete (`all`), or not (`middle`, TokenSelect).
     causal: a view of keys is seen once its first token is (`touch`), or once all of its tokens are (`past`).
     pool: how the scores of a unit's tokens, or views, become the unit's.
@@ -65,17 +70,28 @@ class Score:
     causal: str = "touch"
     pool: str = "sum"
     smooth: str = "none"
+    decay: float = 1.0
+    history: int | None = None
 
     def __post_init__(self) -> None:
         one_of(self.qview, "score.qview", ("token", "mean"), ("last(n)",))
-        one_of(self.kview, "score.kview", ("token", "mean", "minmax", "attn_pool"), ("strided(S)",))
+        one_of(self.kview, "score.kview", ("token", "mean", "minmax", "attn_pool", "rep_search"), ("strided(S)",))
         one_of(self.combine, "score.combine", ("dot", "upper_bound"))
-        one_of(self.norm, "score.norm", ("none", "softmax", "exp_rowmax"))
+        one_of(self.norm, "score.norm", ("none", "softmax", "exp_rowmax", "accumulated"))
         one_of(self.domain, "score.domain", ("all", "middle"))
         one_of(self.causal, "score.causal", ("touch", "past"))
         one_of(self.pool, "score.pool", ("sum", "max", "mean"))
         one_of(self.smooth, "score.smooth", ("none",), ("max(w)", "mean(w)"))
+        self._check_sums()
         self._check_views()
+
+    def _check_sums(self) -> None:
+        object.__setattr__(self, "decay", number(self.decay, "score.decay", 0.0, 1.0, above=True))
+        if self.history is not None:
+            integer(self.history, "score.history", 1)
+        for name, default in (("decay", 1.0), ("history", None)):
+            if self.norm != "accumulated" and getattr(self, name) != default:
+                raise PatternError(f"score.{name}: goes with the norm accumulated, found '{self.norm}'")
 
     def _check_views(self) -> None:
         if (self.kview == "minmax") != (self.combine == "upper_bound"):
@@ -280,6 +296,21 @@ class Online:
 class Compensation:
     """No choice: all that a head drops joins what it keeps as one key (RazorAttention): the mean of the dropped keys,
     with the mean of their values, as often as they are many."""
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """No list but a last position for each key of a key head (NAtS), from the type that the module `learned` gives it:
+    a global key is kept by all later queries, a local one up to the next global one, others for `window` positions."""
+
+    learned: str
+    window: int
+    phase = "both"
+    semantics = "native"
+
+    def __post_init__(self) -> None:
+        check_hook(self.learned, "lifetimes.learned")
+        integer(self.window, "lifetimes.window", 0)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,12 @@ def argument(word: str) -> int:
     return int(word[word.index("(") + 1 : -1]) if "(" in word else 0
 
 
+def check_hook(name: object, field: str) -> None:
+    """Refuses what can't name a module."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise PatternError(f"{field}: expected a hook's name of letters, digits, '_', '.' and '-', found {name!r}")
+
+
 def part(kind: type[T], name: str, given: Any) -> T:
     """A dataclass from the fields that a text gives for it."""
     if not isinstance(given, dict):
@@ -96,8 +102,7 @@ def _check_choice(s: Selector) -> None:
 def _check_learned(s: Selector) -> None:
     if s.learned is None:
         return
-    if not isinstance(s.learned, str) or not re.fullmatch(r"\w[\w.-]*", s.learned):
-        raise PatternError(f"learned: expected a hook's name of letters, digits, '_', '.' and '-', found {s.learned!r}")
+    check_hook(s.learned, "learned")
     if s.score != type(s.score)(domain=s.score.domain, causal=s.score.causal, smooth="none"):
         raise PatternError(f"score: the hook '{s.learned}' gives unit scores, so of score only domain and causal apply")
     if s.heads.when != "unit":
@@ -111,6 +116,14 @@ def _check_views(s: Selector) -> None:
     for name, size in (("q", s.unit.q), ("k", s.unit.k)):
         if stride and size % stride:
             raise PatternError(f"unit.{name}: expected a multiple of the stride {stride}, found {size}")
+    if s.score.kview == "rep_search" and s.unit.k & (s.unit.k - 1):
+        raise PatternError(f"unit.k: rep_search halves a unit down to one key, so a power of two, found {s.unit.k}")
+    if s.score.kview == "rep_search" and s.heads.when in ("pre", "token"):
+        raise PatternError(
+            f"heads.when: with rep_search each head finds keys of its own, so 'query' or 'unit', found '{s.heads.when}'"
+        )
+    if s.phase == "decode" and s.score.norm == "accumulated" and s.score.history is None:
+        raise PatternError("score.history: at decode accumulated sums are kept for the most keys there can be; give it")
     if s.score.domain == "middle" and not s.force.any:
         raise PatternError("score.domain: 'middle' is what lies between forced units, and nothing is forced")
     if s.score.domain == "middle" and s.score.last:
@@ -141,7 +154,7 @@ def _check_measure(s: Selector) -> None:
             f"heads.op: best_rank gives an order, which serves topk and ratio, found '{rule or 'lines'}'"
         )
     if rule in ("topp", "relmax") and s.score.norm == "none" and not s.learned:
-        raise PatternError(f"score.norm: {rule} needs scores >= 0, so softmax or exp_rowmax, found 'none'")
+        raise PatternError(f"score.norm: {rule} needs scores >= 0, so softmax, exp_rowmax or accumulated, found 'none'")
 
 
 def _check_lines(s: Selector) -> None:
@@ -184,6 +197,8 @@ def _check_permute(s: Selector) -> None:
         raise PatternError(
             "heads.scope: each key head has its own order of keys, so 'head' or 'kv_group', found 'layer'"
         )
+    if s.score.norm == "accumulated":
+        raise PatternError("score.norm: accumulated sums are of keys in their own order, and permute sorts them")
     if s.force.local:
         raise PatternError(
             f"force.local: with permute a query's own segment is kept anyway, so leave it out, found {s.force.local}"

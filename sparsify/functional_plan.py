@@ -72,6 +72,8 @@ def _plan(
 ) -> tuple[str, tuple[str, ...], str]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     found = [_pattern_checked(head_choices, keep) for keep in keeps]
+    if any(head.lives is not None for head in found):
+        raise InputError("attention: pattern: lifetimes of keys need their module, which a compiled model is given")
     made: dict[Chosen, Pred] = {}
     asks, loads, order = [], where.loads, None
     for chosen in dict.fromkeys(head.listed for head in found if head.listed is not None):
@@ -138,6 +140,8 @@ def _selector(chosen: Chosen, one_query: bool, causal: bool) -> Selector:
     assert isinstance(choice.selector, Selector)
     if choice.reuse.layers or choice.reuse.by_steps:
         raise InputError("attention: pattern: a choice is shared between the layers and steps of a compiled model only")
+    if one_query and choice.selector.score.norm == "accumulated":
+        raise InputError("attention: pattern: sums over earlier steps are kept by a compiled model only")
     if choice.selector.learned is not None:
         raise InputError("attention: pattern: a learned selection needs its module, which a compiled model is given")
     if reason := complaint(choice.selector, one_query, causal):

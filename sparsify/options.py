@@ -27,7 +27,7 @@ class Options:
     target: "auto" (C++ on CPUs, Triton on GPUs), "cpp", "triton" or "null"; by default SPARSIFY_TARGET.
     learned: the modules that score the units of selections (`learned: name` in a spec), by name: a torch module that
     takes q (B, Hq, Nq, D) and k (B, Hkv, Nk, D) and gives (B, 1 or Hkv or Hq, rows, units), or a list or a mapping of
-    those by layer.
+    those by layer. For lifetimes of keys (`nats`) it gives logits of global, local and window, (B, Hkv, Nk, 3).
     inner: who compiles the rest of the graph: "inductor" or "eager".
     """
 

@@ -124,6 +124,35 @@ def long_heads(q, k, scale, tokens, chunk):
     return mask & causal(n, m)
 
 
+def hip(q, k, scale, tokens, chunk, queries, sinks, local):
+    heads, n, m = len(q), q.shape[1], k.shape[1]
+    mask = np.zeros((heads, n, m), bool)
+    for begin in range(0, n, queries):
+        rows = range(begin, min(begin + queries, n))
+        first, last = m - n + rows[0], m - n + rows[-1]
+        best = np.full((heads, m + chunk), -np.inf)  # each key's score with any query of the block that sees it
+        for h in range(heads):
+            for t in range(last + 1):
+                best[h, t] = max(q[h, i] @ of_heads(k, heads)[h, t] for i in rows if m - n + i >= t)
+        seen = range(last // chunk + 1)
+        scores = [max(best[h, representative(best[h], c * chunk, chunk, last)] for h in range(heads)) for c in seen]
+        fixed = {t // chunk for t in range(last + 1) if t < sinks or t > first - local}
+        others = [c for c in seen if c not in fixed]
+        kept = [*fixed, *(others[x] for x in top([scores[c] for c in others], tokens // chunk))]
+        mask[:, rows] = page_mask(kept, chunk, m)
+    return mask & causal(n, m)
+
+
+def representative(best, start, size, last):
+    """Halving: on with the half whose middle key is better, as long as there is a half to the right."""
+    while size > 1:
+        size //= 2
+        middle = [start + size // 2, start + size + size // 2]
+        if start + size <= last and best[middle[1]] > best[middle[0]]:
+            start += size
+    return start
+
+
 def last_attention(q, k, scale, count):
     """softmax of the last queries, (count, M), and where each stands."""
     n, m = len(q), len(k)

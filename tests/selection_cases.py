@@ -88,17 +88,19 @@ def heads(draw: st.DrawFn) -> Heads:
 
 @st.composite
 def scores(draw: st.DrawFn) -> Score:
-    kview = draw(words("token", "mean", "minmax", "attn_pool", "strided(2)", "strided(4)"))
+    kview = draw(words("token", "mean", "minmax", "attn_pool", "rep_search", "strided(2)", "strided(4)"))
     qview = "token" if "strided" in kview else draw(words("token", "mean", "last(1)", "last(3)", "last(40)"))
+    norm = draw(words("none", "softmax", "exp_rowmax", "accumulated"))
     return Score(
         qview,
         kview,
         "upper_bound" if kview == "minmax" else "dot",
-        draw(words("none", "softmax", "exp_rowmax")),
+        norm,
         draw(words("all", "middle")),
         draw(words("touch", "past")),
         draw(words("sum", "max", "mean")),
         draw(words("none", "none", "max(3)", "mean(5)")),
+        draw(st.sampled_from([1.0, 0.7])) if norm == "accumulated" else 1.0,
     )
 
 

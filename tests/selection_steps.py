@@ -86,7 +86,7 @@ def key_slots(item):
     """[(unit, tokens)]"""
     s, m = item.s, item.k.shape[1]
     stride = argument(s.score.kview)
-    if s.score.kview in ("mean", "minmax", "attn_pool"):
+    if s.score.kview in ("mean", "minmax", "attn_pool", "rep_search"):
         return list(enumerate(item.units))
     step = stride or 1
     return [(g // s.unit.k, [j for j in range(g, min(g + step, m)) if item.valid[j]]) for g in range(0, m, step)]
@@ -132,6 +132,11 @@ def view_scores(item, forced):
                     continue
                 if s.score.domain == "middle" and unit in forced[h * len(forced) // len(queries)][row]:
                     continue
+                if s.score.kview == "rep_search":
+                    mates = [slot for slot in rows if slot[0] == row]
+                    tokens = [representative(item, mates, x, keys, unit, tokens)]
+                    if not item.visible(who, tokens, "touch"):
+                        continue
                 seen[a, c], table[a, c] = True, product(item, vector(x), keys, tokens)
         scores.append(table)
         shown.append(seen)
@@ -143,20 +148,50 @@ def view_scores(item, forced):
     return scores, shown[: len(scores)], rows, columns
 
 
+def representative(item, slots, x, keys, unit, tokens):
+    """The token that is found by halving a unit, by its best score with any of the slots that see it."""
+    scored = {}
+    for token in tokens:
+        found = [
+            product(item, vector(x), keys, [token]) for _, who, vector in slots if item.visible(who, [token], "touch")
+        ]
+        if found:
+            scored[token] = max(found)
+    size = item.s.unit.k
+    start = unit * size
+    while size > 1:
+        size //= 2
+        there = [any(begin <= token < begin + size for token in scored) for begin in (start, start + size)]
+        left, right = (scored.get(begin + size // 2, -math.inf) for begin in (start, start + size))
+        if all(there) and max(left, right) > -math.inf:
+            item.near(left - right)
+        start += size if there[1] and (not there[0] or right > left) else 0
+    return start
+
+
 def normed(item, table, seen, rows):
-    out = np.zeros_like(table)
+    out, parts = np.zeros_like(table), np.zeros_like(table)
     for a in range(len(table)):
         if not seen[a].any():
             continue
         if item.s.score.norm == "softmax":
             e = np.where(seen[a], np.exp(table[a] - table[a][seen[a]].max()), 0)
             out[a] = e / e.sum()
+        elif item.s.score.norm == "accumulated":
+            e = np.where(seen[a], np.exp(table[a] - table[a][seen[a]].max()), 0)
+            parts[a] = e / e.sum()
         elif item.s.score.norm == "exp_rowmax":
             mates = [b for b in range(len(table)) if rows[b][0] == rows[a][0] and seen[b].any()]
             top = max(table[b][seen[b]].max() for b in mates)
             out[a] = np.where(seen[a], np.exp(table[a] - top), 0)
         else:
             out[a] = table[a]
+    if item.s.score.norm == "accumulated":
+        running = np.zeros(table.shape[1])
+        for a in range(len(table)):
+            if rows[a][1]:
+                running = running * item.s.score.decay + parts[a]
+            out[a] = np.where(seen[a], running, 0)
     return out
 
 

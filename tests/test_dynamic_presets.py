@@ -62,6 +62,8 @@ CASES = {
     "token_select": (pre.token_select(9, 3, 5, 16), rules.token_select, (9, 3, 5, 16), False),
     "token_select decodes": (pre.token_select(9, 3, 5), rules.token_select, (9, 3, 5, 512), True),
     "long_heads": (pre.long_heads(40, 8), rules.long_heads, (40, 8), False),
+    "hip": (pre.hip(24, 8, 16, 5, 9), rules.hip, (24, 8, 16, 5, 9), False),
+    "hip decodes": (pre.hip(12, 4, sinks=0, local=1), rules.hip, (12, 4, 64, 0, 1), True),
     "minference_lines": (
         pre.minference_lines(30, 50, 16, first=4, last_slashes=9), rules.minference_lines, (30, 50, 16, 4, 9), False,
     ),
@@ -150,6 +152,7 @@ def test_layers_that_choose_for_others():
     planners = choice_of(pre.delta(planners=(1, 4, 5), layers=9))
     assert planners.dense_layers == ((0, 0),) and planners.reuse.layers == ((1, ((2, 3),)), (5, ((6, 8),)))
     assert choice_of(pre.quest()).dense_layers == ((0, 1),) and choice_of(pre.kinetics()).dense_layers == ((0, 0),)
+    assert choice_of(pre.hip()).dense_layers == ((0, 3),) and not choice_of(pre.hip(dense_layers=None)).dense_layers
     assert choice_of(pre.token_select(cosine=0.9)).reuse.cosine == 0.9
 
 
@@ -175,6 +178,8 @@ BAD = [
         "delta.planners: expected ascending layers below delta.layers = 48, found [3, 2]",
     ),
     (lambda: pre.long_heads(512, 256), "long_heads.tokens: expected at least 3 chunks of 256, found 512"),
+    (lambda: pre.hip(chunk=12), "unit.k: rep_search halves a unit down to one key, so a power of two, found 12"),
+    (lambda: pre.hip(7), "hip.tokens: expected at least one chunk of 8, found 7"),
     (lambda: pre.tidal_decode(reselect=31), "tidal_decode.reselect: expected a layer before the last, 31, found 31"),
     (
         lambda: pre.less_is_more(8, 0.01),

@@ -346,7 +346,7 @@ def test_what_is_native_stays_marked():
     native = {constructor.__name__ for constructor in p.PRESETS if constructor.about.semantics == "native"}
     assert native == {
         *("s2_attention", "phi3_small", "based_window", "sparse_transformer", "longformer", "big_bird"),
-        *("natten", "swin", "halo_net", "axial", "moba", "nsa_selection", "vsa"),
+        *("natten", "swin", "halo_net", "axial", "moba", "nsa_selection", "vsa", "nats"),
     }
     assert pre.semantics_of(~(pre.swin([7, 7]) | p.sinks(3)) & pre.streaming_llm()) == "native"
     assert pre.semantics_of(pre.streaming_llm() & p.causal()) == "approx" and pre.semantics_of(p.window(3)) is None

@@ -57,6 +57,10 @@ PBS = Selector(
     Budget("topp", 0.5), Unit(4, 4), Score("mean", "mean", norm="softmax"), HEAD, Force(1, 0, "tokens"),
     permute=Permute(16, "last(8)"),
 )  # fmt: skip
+HEAVY = Selector(
+    Budget("topk", 6), Unit(8, 1), Score("last(8)", norm="accumulated", decay=0.6), Heads("kv_group", "sum"),
+    Force(local=2),
+)  # fmt: skip
 HOOK = Selector(Budget("topk", 3), Unit(8, 8), heads=HEAD, learned="gate")
 
 # field -> [(a selector, the same with this field changed)]; the rows that dynamic-sparsity papers differ in have more.
@@ -70,6 +74,7 @@ ALIVE = {
     "score.kview": [
         (PEAKS, {"score": Score(kview="mean", pool="max")}),
         (MOBA, {"score": Score(kview="attn_pool")}),
+        (PEAKS, {"score": Score(kview="rep_search", pool="max")}),
         (XATTENTION, {"score": Score(kview="strided(2)", norm="softmax")}),
         (XATTENTION, {"score": Score(kview="token", norm="softmax")}),
     ],
@@ -77,7 +82,9 @@ ALIVE = {
     "score.norm": [
         (TOKEN_SELECT, {"score": Score(domain="middle")}),
         (FLASH_PREFILL, {"score": Score(kview="mean", norm="softmax", causal="past")}),
+        (replace(HEAVY, score=Score("last(8)", norm="accumulated")), {"score": Score("last(8)", norm="softmax")}),
     ],
+    "score.decay": [(HEAVY, {"score": Score("last(8)", norm="accumulated")})],
     "score.domain": [(TOKEN_SELECT, {"score": Score(norm="softmax")})],
     "score.causal": [(FLASH_PREFILL, {"score": Score(kview="mean", norm="exp_rowmax")})],
     "score.pool": [
@@ -126,7 +133,7 @@ ALIVE = {
     "learned": [(HOOK, {"learned": None})],
 }
 TOGETHER = ({"score.kview", "score.combine"}, {"heads.scope", "heads.op"})  # one can't change without the other
-NOT_OF_THE_PIPELINE = {"phase", "semantics"}  # read by whoever decides where a selector goes
+NOT_OF_THE_PIPELINE = {"phase", "semantics", "score.history"}  # read by whoever decides where a selector goes
 
 
 def case_of(selector: Selector) -> Inputs:

@@ -26,6 +26,9 @@ SELECTORS = {
         Budget("topp", 0.8, "head", 2), Unit(16, 16), Score("mean", "mean", norm="softmax", smooth="max(3)"), HEAD
     ),
     "exempt": Selector(Budget("ratio", 0.5), Unit(16, 8), Score("mean", "mean"), HEAD, Force(exempt=0.2, last_rows=1)),
+    "searched": Selector(
+        Budget("topk", 3), Unit(16, 4), Score(kview="rep_search", pool="max"), Heads("layer", "max"), Force(local=1)
+    ),
     "lines": Selector(None, Unit(8, 8), Score("last(5)", norm="softmax"), HEAD, lines=Lines(4, 5, 1, 2)),
 }
 
@@ -50,7 +53,9 @@ def test_a_longer_cache_compiles_nothing_with_inductor():
     check_compiled("pages", "inductor")
 
 
-@pytest.mark.parametrize("name", ["tokens", "relative", "exempt", "lines"])
+@pytest.mark.parametrize(
+    "name", ["tokens", "relative", "exempt", "lines", pytest.param("searched", marks=pytest.mark.slow)]
+)
 def test_compiled_lists_are_the_same_and_more_keys_compile_nothing(name):
     check_compiled(name, "aot_eager")
 

@@ -14,9 +14,11 @@ from sparsify.codegen.oracle import oracle
 from sparsify.errors import InputError, PatternError, RefusedError, SpecError
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.select import Choice, Selection
+from sparsify.selection import accumulate
 from sparsify.selection.site import Ask
 from sparsify.selection.steps import Held, buffers, select_again
 from sparsify.spec import Spec
+from sparsify.text import parse_pred
 
 TARGETS = ["null", "cpp"]
 TOP2 = {"rule": "topk", "value": 2}
@@ -296,3 +298,43 @@ def test_a_choice_holds_while_queries_are_alike():
         index, count = select_again(q.view(1, 1, 1, 16), k[:, :, :n], [], n - 1, 1.0, held.text(), *state.values())
         found.append(index[0, 0, 0, : int(count)].tolist())
     assert found == [[1], [1], [4], [1]]
+
+
+def test_attention_is_summed_from_step_to_step():
+    """The sums by hand, for each head and row of the batch, behind padding; another sequence begins anew."""
+    selector = p.select(
+        {"rule": "topk", "value": 3},
+        heads={"scope": "head"},
+        score={"norm": "accumulated", "decay": 0.8, "history": 30},
+    ).choice.selector
+    ask = Ask(selector, usable=parse_pred("_0[b, k]")).text()
+    state = accumulate.buffers(selector, 2, 4, 2, torch.device("cpu"))
+    q, k, _ = drawn(12, 30)
+    usable, sums = torch.arange(30) >= torch.tensor([[0], [5]]), torch.zeros(2, 4, 30)
+    for step, last in enumerate([*range(9, 18), 12, 13]):
+        if step == 9:
+            sums.zero_()
+        keys, one = k[:, :, : last + 1], q[:, :, step : step + 1]
+        index, count = accumulate.select_summed(one, keys, [usable[:, : last + 1]], last, 0.3, ask, *state.values())
+        scores = (one @ keys.repeat_interleave(2, 1).mT * 0.3)[:, :, 0]
+        sums *= 0.8
+        sums[..., : last + 1] += scores.masked_fill(~usable[:, None, : last + 1], -torch.inf).softmax(-1)
+        assert torch.equal(index[:, :, 0].long(), sums.topk(3).indices.sort().values) and bool((count == 3).all())
+    with pytest.raises(InputError, match=r"^score.history: there is room for 30 keys, found 31$"):
+        accumulate.select_summed(one, torch.randn(2, 2, 31, 16), [], 30, 0.3, Ask(selector).text(), *state.values())
+
+
+def test_sums_over_steps_say_what_they_need():
+    score = {"norm": "accumulated"}
+    with pytest.raises(InputError, match=r"^attention: pattern: sums over earlier steps are kept by a compiled model"):
+        sparsify.attention(*drawn(1, 9), p.select(TOP2, score=score))
+    made = llama()
+    with torch.no_grad():
+        for heads, reason in (
+            ({"budget": TOP2, "score": score}, "score.history: sums that go on from step to step need room"),
+            ({"budget": TOP2, "score": score | {"history": 64}, "reuse": {"every": 2}},
+             "a choice that holds for several steps can't be by sums to which every step adds"),
+        ):  # fmt: skip
+            found = sparsify.explain(made, torch.ones(2, 1, dtype=torch.long), target="null",
+                                     spec={"version": 1, "sites": [{"heads": {"select": heads}}]})  # fmt: skip
+            assert len(found.refused) == 2 and all(site.refusal.reason.startswith(reason) for site in found.refused)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from selection_cases import line_selectors, unit_selectors
 
 from sparsify.errors import PatternError
-from sparsify.patterns.selector import Budget, Force, Heads, Lines, Online, Score, Selector, Unit
+from sparsify.patterns.selector import Budget, Force, Heads, Lines, Online, Permute, Score, Selector, Unit
 
 SOFTMAX = Score(norm="softmax")
 LAST = Score("last(8)", norm="softmax")
@@ -81,8 +81,26 @@ WRONG = {
         kview="mean", combine="upper_bound"
     ),
     "score.qview: strided(8) groups the queries itself, found 'mean' beside it": lambda: Score("mean", "strided(8)"),
+    "unit.k: rep_search halves a unit down to one key, so a power of two, found 24": lambda: Selector(
+        Budget("topk", 1), Unit(1, 24), Score(kview="rep_search")
+    ),
+    "heads.when: with rep_search each head finds keys of its own, so 'query' or 'unit', found 'pre'": lambda: Selector(
+        Budget("topk", 1), score=Score(kview="rep_search"), heads=Heads(when="pre")
+    ),
     "score.smooth: a width must be odd, found 4": lambda: Score(smooth="max(4)"),
-    "score.norm: topp needs scores >= 0, so softmax or exp_rowmax, found 'none'": lambda: Selector(Budget("topp", 0.9)),
+    "score.norm: topp needs scores >= 0, so softmax, exp_rowmax or accumulated, found 'none'": lambda: Selector(
+        Budget("topp", 0.9)
+    ),
+    "score.decay: expected a number above 0 and at most 1, found 0": lambda: Score(norm="accumulated", decay=0),
+    "score.decay: goes with the norm accumulated, found 'softmax'": lambda: Score(norm="softmax", decay=0.9),
+    "score.history: expected an integer >= 1, found 0": lambda: Score(norm="accumulated", history=0),
+    "score.history: goes with the norm accumulated, found 'none'": lambda: Score(history=9),
+    "score.history: at decode accumulated sums are kept for the most keys there can be; give it": lambda: Selector(
+        Budget("topk", 1), score=Score(norm="accumulated"), phase="decode"
+    ),
+    "score.norm: accumulated sums are of keys in their own order, and permute sorts them": lambda: Selector(
+        Budget("topk", 1), score=Score(norm="accumulated"), permute=Permute(4)
+    ),
     "score.domain: 'middle' is what lies between forced units, and nothing is forced": lambda: Selector(
         Budget("topk", 1), score=Score(domain="middle")
     ),

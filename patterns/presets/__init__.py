@@ -11,7 +11,7 @@ from sparsify.patterns.presets.blocks import long_lora, phi3_small, s2_attention
 from sparsify.patterns.presets.global_local import big_bird, longformer, sparse_transformer
 from sparsify.patterns.presets.images import axial, gna, halo_net, natten, swin
 from sparsify.patterns.presets.moa import moa_head
-from sparsify.patterns.presets.pages import delta, kinetics, long_heads, quest, seer_attention_decode
+from sparsify.patterns.presets.pages import delta, hip, kinetics, long_heads, quest, seer_attention_decode
 from sparsify.patterns.presets.permuted import pbs_attn
 from sparsify.patterns.presets.prefill import (
     dhsa,
@@ -25,7 +25,7 @@ from sparsify.patterns.presets.preset import About, Preset, preset, semantics_of
 from sparsify.patterns.presets.skipping import blasst, sparge_attention
 from sparsify.patterns.presets.streaming import a_shape, based_window, duo_streaming, razor_head, streaming_llm
 from sparsify.patterns.presets.tokens import less_is_more, tidal_decode, token_select
-from sparsify.patterns.presets.trained import moba, nsa_selection, seer_attention, vsa
+from sparsify.patterns.presets.trained import moba, nats, nsa_selection, seer_attention, vsa
 
 PRESETS = (
     streaming_llm,
@@ -51,6 +51,7 @@ PRESETS = (
     delta,
     seer_attention_decode,
     long_heads,
+    hip,
     tidal_decode,
     less_is_more,
     token_select,
@@ -66,6 +67,7 @@ PRESETS = (
     moba,
     nsa_selection,
     vsa,
+    nats,
     pbs_attn,
 )
 

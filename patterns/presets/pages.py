@@ -1,4 +1,4 @@
-"""Pages of keys at decode: Quest, Kinetics, DELTA, SeerAttention-R, LongHeads."""
+"""Pages of keys: Quest, Kinetics, DELTA, SeerAttention-R at decode, LongHeads and HiP."""
 
 from __future__ import annotations
 
@@ -139,5 +139,42 @@ def long_heads(tokens: int = 4096, chunk: int = 256) -> Pattern:
     chosen = select(
         budget={"rule": "topk", "value": count}, unit={"k": size}, score={"kview": "attn_pool"},
         heads={"scope": "head"}, force={"sink": 1, "local": 2, "counted": True},
+    )  # fmt: skip
+    return chosen & causal()
+
+
+@preset(
+    source="Lee et al., arXiv 2406.09827 and 2502.08910 (InfiniteHiP); DeepAuto-AI/hip-attention",
+    phase="both",
+    semantics="approx",
+    cost="tokens + sinks + local keys for each query, and 2 log2(chunk) keys of each chunk for each block of queries",
+    omits="the coarser stages that leave 32768 and 8192 tokens in chunks of 256 and 32, so that all keys are searched "
+    "in chunks of the last stage; choices that hold for 32, 16 and 8 steps by stage; offload, and positions inside the "
+    "compacted list (length extrapolation); the last layer, which it keeps dense (name it in dense_layers)",
+    example={"tokens": 96, "sinks": 16, "local": 64},
+)
+def hip(
+    tokens: int = 2048,
+    chunk: int = 8,
+    queries: int = 64,
+    sinks: int = 256,
+    local: int = 1024,
+    dense_layers: int | str | list[int | str] | None = "0-3",
+) -> Pattern:
+    """The tokens / chunk chunks whose representatives have the greatest q·k of any head and query of a block.
+
+    A head finds a chunk's representative by halving: log2(chunk) times it goes on with the half whose middle key has
+    the greater q·k with any query of the block. One set serves the layer; the first `sinks` and the latest `local` keys
+    are kept beside it.
+    """
+    size = whole(chunk, "hip.chunk")
+    count = whole(tokens, "hip.tokens") // size
+    if count < 1:
+        raise PatternError(f"hip.tokens: expected at least one chunk of {size}, found {tokens}")
+    force = {"sink": whole(sinks, "hip.sinks", low=0), "local": whole(local, "hip.local", low=0)}
+    chosen = select(
+        budget={"rule": "topk", "value": count}, unit={"q": whole(queries, "hip.queries"), "k": size},
+        score={"kview": "rep_search", "pool": "max"}, heads={"scope": "layer", "op": "max"},
+        force=force | ({"of": "tokens"} if any(force.values()) else {}), dense_layers=dense_layers,
     )  # fmt: skip
     return chosen & causal()

@@ -1,4 +1,4 @@
-"""Selections that a model is trained with, and gates: MoBA, NSA, VSA, SeerAttention."""
+"""Selections that a model is trained with, and gates: MoBA, NSA, VSA, SeerAttention, NAtS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sparsify.errors import PatternError
 from sparsify.patterns.causal import causal
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.presets.preset import preset, share, whole
-from sparsify.patterns.select import select
+from sparsify.patterns.select import lifetimes, select
 
 
 @preset(
@@ -86,3 +86,20 @@ def seer_attention(threshold: float = 0.002, block: int = 64, gate: str = "seer_
         unit={"q": size, "k": size}, learned=gate, heads={"scope": "head"}, force={"last_rows": 1}, phase="prefill",
     )  # fmt: skip
     return chosen & causal()
+
+
+@preset(
+    source="NAtS (Neural Attention Search); automl/NeuralAttentionSearch",
+    phase="train",
+    semantics="native",
+    cost="the global keys, the local ones since the last of those and window + 1 keys for each query, and the types",
+    omits="the scorer itself: the module `types` is given with the model; its training, and dropping keys from memory "
+    "(here they stay, and are skipped)",
+    example={"window": 64},
+)
+def nats(window: int = 256, types: str = "nats") -> Pattern:
+    """k <= q and (k is global, or local and q <= the next global key of its head, or q - k <= window).
+
+    A module gives each key of each key head one of the three types.
+    """
+    return lifetimes(types, whole(window, "nats.window", low=0)) & causal()

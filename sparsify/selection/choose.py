@@ -29,6 +29,7 @@ def choose(
     causal: bool = True,
     scores: Tensor | None = None,
     order: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """One (index, count) for each of `selector.units()`.
 
@@ -43,6 +44,8 @@ def choose(
     causal: a query sees the keys up to its own position only.
     scores: (B, H or J or 1, R, U), a learned hook's unit scores.
     order: (B, J, M), what `key_order` gives, where the selector has a `permute`; units are then of its slots.
+    sums: (B, heads, views of keys or more) float32, what the norm `accumulated` has summed before this call; this
+        call's queries are added in place.
     Raises InputError for tensors that do not fit.
     """
     _check(selector, q, k, position, valid, causal, scores)
@@ -51,7 +54,7 @@ def choose(
         selector = replace(selector, unit=Unit(1, selector.unit.k))  # a row of one query needs no filling up
     q, k = q.detach().float(), k.detach().float()
     if order is None:
-        return _lists(selector, q, k, scale, places(selector, position, valid, k.shape[2], causal), scores)
+        return _lists(selector, q, k, scale, places(selector, position, valid, k.shape[2], causal), scores, sums)
     batch, kv_heads = k.shape[:2]
     q, k, order = q.unflatten(1, (kv_heads, -1)).flatten(0, 1), gathered(k, order), order.flatten(0, 1).long()
     position, valid = by_key_head(position, batch, kv_heads), by_key_head(valid, batch, kv_heads)
@@ -61,7 +64,13 @@ def choose(
 
 
 def _lists(
-    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, scores: Tensor | None
+    selector: Selector,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    at: Places,
+    scores: Tensor | None,
+    sums: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The lists over the slots of keys that `at` speaks of."""
     if selector.lines:
@@ -69,7 +78,7 @@ def _lists(
         return line_lists(selector, q, k, scale, at) if by_number else [cover_list(selector, q, k, scale, at)]
     forced, dense = _forced(selector, q, k, at)
     if scores is None:
-        unit_score, competes = unit_scores(selector, q, k, scale, at, forced)
+        unit_score, competes = unit_scores(selector, q, k, scale, at, forced, sums)
     else:
         unit_score, competes = _learned(selector, scores, q.shape[1], k.shape[1], at, forced)
     return [kept_lists(selector, unit_score, competes, forced, dense, at.reach.unsqueeze(1))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,9 @@ from sparsify.patterns.head_choices import head_choices
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Selector
+from sparsify.patterns.selector import Lifetimes, Selector
 from sparsify.selection.choose import choose
+from sparsify.selection.lifetimes import expiry
 from sparsify.selection.permute import key_order
 
 SIZE = 32  # of a head
@@ -21,12 +24,14 @@ SIZE = 32  # of a head
 def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Tensor:
     """(q_len, k_len) bool: what one head keeps of random queries and keys that drift along the sequence.
 
-    A hook's scores are those of the means of blocks. What the kernel itself skips is not left out, and a key for all
-    that is dropped is not drawn. Raises PatternError for what no kernel can do.
+    A hook's scores are those of the means of blocks, and types of keys are drawn. What the kernel itself skips is not
+    left out, and a key for all that is dropped is not drawn. Raises PatternError for what no kernel can do.
     """
     keep = pattern.keep()
     found = head_choices(keep)
     mask = dense_mask(with_choices(keep, {one: TRUE for one in found if one is not None}), 1, q_len, k_len)
+    if found.lives is not None:
+        mask = mask & _living(Choice.parse(found.lives.text).selector, q_len, k_len)
     if found.listed is None:
         return mask[0]
     selector = Choice.parse(found.listed.text).selector
@@ -49,6 +54,13 @@ def kept_of_made_up(pattern: Pattern, q_len: int, k_len: int) -> Tensor:
         k_len,
     )
     return rest[0] | mask[0] & kept
+
+
+def _living(lifetimes: Any, q_len: int, k_len: int) -> Tensor:
+    """(q_len, k_len): the keys that live at each query, of drawn types of which few are global."""
+    assert isinstance(lifetimes, Lifetimes)
+    types = torch.rand(1, 1, k_len, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.55, 1.0, 1.0])
+    return torch.arange(k_len - q_len, k_len)[:, None] <= expiry(types, lifetimes.window)[0, 0]
 
 
 def mask_of(lists: list[tuple[Tensor, Tensor]], selector: Selector, q_len: int, k_len: int) -> Tensor:

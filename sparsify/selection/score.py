@@ -10,17 +10,18 @@ from sparsify.patterns.selector import Selector
 from sparsify.patterns.selector_checks import argument
 from sparsify.selection.geometry import Places, edges, seen, split
 from sparsify.selection.order import order_key
+from sparsify.selection.search import searched_scores
 from sparsify.selection.views import KeyView, QueryView, key_view, query_view
 
 
 def unit_scores(
-    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, forced: Tensor
+    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, forced: Tensor, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, L, R, U) float32 and which of them compete, (B, 1 or L, R, U).
 
     q: (B, H, N, D), k: (B, J, M, D), both float32. forced: (B, 1 or H, R, U), left out by domain `middle`.
     """
-    view, scores, visible = normed_scores(selector, q, k, scale, at, forced)
+    view, scores, visible = normed_scores(selector, q, k, scale, at, forced, sums)
     rows, keys = view[0].per_row, view[1].per_unit
     scores, competes = _pool(scores, visible, rows, keys, selector.score.pool)
     if not rows:  # one row of scores for all
@@ -28,26 +29,37 @@ def unit_scores(
         scores = scores.expand(-1, -1, at.reach.shape[1], -1)
     scores = _smooth(scores, competes, selector.score.smooth)
     if selector.heads.when == "unit":
+        heads = scores.shape[1]
         scores = join_units(selector, scores, competes, k.shape[1])
+        if competes.shape[1] == heads:  # heads see other keys of a unit (rep_search), but the same units
+            competes = competes[:, :: heads // scores.shape[1]]
     return scores, competes
 
 
 def normed_scores(
-    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, forced: Tensor
+    selector: Selector, q: Tensor, k: Tensor, scale: float, at: Places, forced: Tensor, sums: Tensor | None = None
 ) -> tuple[tuple[QueryView, KeyView], Tensor, Tensor]:
     """Steps 1 to 6: the views, scores (B, heads, A, C), and what is visible of them, (B, 1 or H, A, C)."""
     heads, lists = selector.heads, selector.lists(q.shape[1], k.shape[1])
     if heads.when == "query":
         q = join(q, lists, heads.op)
     queries, keys = query_view(selector, q, at), key_view(selector, k, scale, at)
-    scores = _products(queries.vectors, keys) * scale
     visible = seen(queries.horizon, edges(keys.inside, selector.score.causal)).unsqueeze(1)
+    if selector.score.kview == "rep_search":
+        scores, sees = searched_scores(queries, k, scale, at)
+        visible = visible & sees
+    else:
+        scores = _products(queries.vectors, keys) * scale
     if selector.score.domain == "middle":
         visible = visible & ~_spread(forced, queries.per_row, keys.per_unit, scores.shape[-2:])
     scores = torch.where(visible, scores, -torch.inf)
     if heads.when == "pre":
         scores = join(scores, lists, heads.op)
-    scores = _norm(scores, visible, selector.score.norm, queries.per_row)
+    if selector.score.norm == "accumulated":
+        scores = _accumulated(_norm(scores, visible, "softmax", 0), queries.horizon >= 0, selector.score.decay, sums)
+        scores = torch.where(visible, scores, 0.0)
+    else:
+        scores = _norm(scores, visible, selector.score.norm, queries.per_row)
     if heads.when == "token":
         scores = join(scores, lists, heads.op)
     return (queries, keys), scores, visible
@@ -85,6 +97,25 @@ def _norm(scores: Tensor, visible: Tensor, norm: str, per_row: int) -> Tensor:
             best = best.amax(-2, keepdim=True)
         return torch.where(visible, (scores - best).exp(), 0.0)
     return scores
+
+
+def _accumulated(scores: Tensor, alive: Tensor, decay: float, sums: Tensor | None) -> Tensor:
+    """(B, heads, A, C): each query's scores and what is left of those before it, and of `sums`, which goes on in place.
+
+    alive: (B, A), which queries take part; the others count for no step.
+    """
+    if decay == 1.0:
+        summed = scores.cumsum(-2)
+    else:
+        step = alive.cumsum(-1)
+        apart = step.unsqueeze(-1) - step.unsqueeze(-2)
+        summed = torch.where(apart >= 0, decay ** apart.clamp(min=0).float(), 0.0).tril().unsqueeze(1) @ scores
+    if sums is None:
+        return summed
+    kept = sums[..., : scores.shape[-1]]
+    summed = summed + kept.unsqueeze(-2) * decay ** alive.cumsum(-1)[:, None, :, None].float()
+    kept.copy_(summed[..., -1, :])
+    return summed
 
 
 def _pool(scores: Tensor, visible: Tensor, per_row: int, per_unit: int, how: str) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The op `sparsify::select_again`: a choice that holds for several decode steps, in buffers of the graph.
 
 A row of the batch chooses anew when its choice is too old, when its mean query has turned away from that of the choice,
-or when the query isn't the one after the last (another sequence). What is forced is forced at every step. The op is one
-piece, so that a step that needs no new choice computes none.
+or when the query isn't the one after the last (another sequence). What was forced then is part of the choice, and what
+is forced now is kept beside it. The op is one piece, so that a step that needs no new choice computes none.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def room(selector: Selector) -> int:
         raise InputError("a choice that holds for several steps is of keys in their own order, and permute sorts them")
     budget, force = selector.budget, selector.force
     most = None if budget is None else budget.value if budget.rule == "topk" else budget.max
+    if selector.score.norm == "accumulated":
+        raise InputError("a choice that holds for several steps can't be by sums to which every step adds")
     if most is None:
         raise InputError("a choice that holds for several steps needs a fixed size: a topk budget, or one with a max")
     for field, given in (("force.last_rows", force.last_rows), ("force.exempt", force.exempt is not None)):

@@ -22,8 +22,8 @@ class QueryView(NamedTuple):
 
 
 class KeyView(NamedTuple):
-    """vectors (B, J, C, D), the greatest values for minmax, and low, the least (None else); inside (B, C, tokens);
-    per_unit, how many a unit has, the last unit fewer."""
+    """vectors (B, J, C, D), the greatest values for minmax, the keys themselves for rep_search, and low, the least
+    values (None else); inside (B, C, tokens); per_unit, how many a unit has, the last unit fewer."""
 
     vectors: Tensor
     low: Tensor | None
@@ -65,6 +65,8 @@ def key_view(selector: Selector, k: Tensor, scale: float, at: Places) -> KeyView
         return KeyView(blocks_of(k, inside).flatten(-2), None, inside, size // stride)
     if kview == "mean" and size > 1:
         return KeyView(means(k, at.inside), None, at.inside, 1)
+    if kview == "rep_search":  # which key stands for a unit depends on the queries
+        return KeyView(k, None, at.inside, 1)
     if kview == "attn_pool":
         return KeyView(_attention_pool(k, scale, at.inside), None, at.inside, 1)
     if kview == "minmax":
