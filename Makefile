@@ -23,7 +23,7 @@ demo: $(STAMP) ## the main job: a trained model reads real text, dense and spars
 test: $(STAMP) ## the tests, on two cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
 
 test-slow: $(STAMP) ## the exhaustive tests
 	$(BIN)/python -m pytest -m "slow"

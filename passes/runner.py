@@ -25,6 +25,7 @@ class Capture:
     names: the path of each module by its key in `nn_module_stack`, as far as the model is known; home: the path of the
     module whose code the graph is; classes: the class of each module of the model by its path, in the model's order.
     checks, remembered: what verification compares, and the graph that computes it (`RememberMasks`).
+    kept: what graphs of the model keep between calls, shared by all of them.
     failure: the pass that raised an exception, and which; the graph is then as it was given.
     frozen: an operator that the graph has lost and must keep in training: nothing of it may be rewritten then.
     sites: in graph order. notes: what a reader of the report should know.
@@ -41,6 +42,7 @@ class Capture:
     records: list[PassRecord] = field(default_factory=list)
     checks: list[Any] = field(default_factory=list)
     remembered: fx.GraphModule | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
     failure: str = ""
 
     @property

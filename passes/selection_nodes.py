@@ -78,10 +78,10 @@ class Chooser:
         given = (site.q, k, list(site.loads))
         numbers = (site.q_offset, float(site.scale))
         if reuse.by_steps and one:
-            held = self._held(site, k, selector)
+            held = self._kept(site, k, buffers, "a choice that holds for several steps", selector, reuse)
             found = held and call(before, select_again, *given, *numbers, Held.of(ask, reuse).text(), *held)
         elif selector.score.norm == "accumulated" and one:
-            sums = self._sums(site, k, selector)
+            sums = self._kept(site, k, sums_of, "a sum that goes on", selector, reuse)
             found = sums and call(before, select_summed, *given, *numbers, ask.text(), *sums)
         else:
             scores = None if selector.learned is None else self._scores(site, k, selector.learned)
@@ -107,25 +107,22 @@ class Chooser:
         site.load_names += (node.name,)
         return last >= site.position
 
-    def _held(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
-        """Buffers for a choice that holds for several steps."""
-        _, heads, _, head_dim = shape(site.q)
-        lists = selector.lists(heads, shape(k)[1])
-        return self._kept(site, buffers, "a choice that holds for several steps", selector, lists, head_dim)
+    def _kept(
+        self, site: Site, k: fx.Node, make: Any, what: str, selector: Selector, reuse: Reuse
+    ) -> list[fx.Node] | None:
+        """Buffers of the graph, one row for each of the batch; None where the site had to be refused.
 
-    def _sums(self, site: Site, k: fx.Node, selector: Selector) -> list[fx.Node] | None:
-        """Buffers for sums that go on from step to step."""
-        return self._kept(site, sums_of, "a sum that goes on", selector, shape(site.q)[1], shape(k)[1])
-
-    def _kept(self, site: Site, make: Any, what: str, selector: Selector, *sizes: int) -> list[fx.Node] | None:
-        """Buffers of the graph, one row for each of the batch; None where the site had to be refused."""
-        batch = shape(site.q)[0]
+        The model's graphs share them: decoding goes on where Dynamo compiles the same step anew.
+        """
+        batch, heads, _, head_dim = shape(site.q)
         if not isinstance(batch, int):
             return site.refuse(f"{what} is kept for each row of a batch of fixed size")
         try:
-            made = make(selector, batch, *sizes, value(site.q).device)
+            made = make(selector, batch, heads, shape(k)[1], head_dim, value(site.q).device)
         except InputError as error:
             return site.refuse(str(error))
+        key = (site.address, site.use, selector, reuse, *((one.shape, one.device) for one in made.values()))
+        made = self.capture.kept.setdefault(key, made)
         return [self._buffer(site.output, f"kept_{site.output.name}_{name}", held) for name, held in made.items()]
 
     def _buffer(self, before: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -23,6 +24,8 @@ from sparsify.verify import verified
 
 log = logging.getLogger("sparsify")
 _logged: set[tuple[str, str]] = set()
+# What the graphs of a model keep between calls (`Capture.kept`), for as long as there is the model.
+_KEPT: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def sparsify_backend(
@@ -49,7 +52,8 @@ def sparsify_backend(
 def captured(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Capture:
     """The graph after all passes. `gm` itself stays as it is. Raises SpecError for a rule that no model can use."""
     root = Root.find()
-    capture = Capture(gm, list(example_inputs), root.names, root.path, root.modules())
+    kept = {} if root.model is None else _KEPT.setdefault(root.model, {})
+    capture = Capture(gm, list(example_inputs), root.names, root.path, root.modules(), kept=kept)
     placed = options.spec is None or not root.partial or root.guard()
     run_passes(capture, options, placed)
     locate(capture)

@@ -27,7 +27,7 @@ def _interval(one, env, k_len):
     return range(low, high)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(composed(), shapes, st.sampled_from([4, 16]))
 def test_inside_an_interior_every_pair_is_kept(drawn, shape, tile):
     keep = drawn[0].keep()

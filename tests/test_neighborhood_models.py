@@ -94,6 +94,7 @@ CASES = {
                           "2": {"window": {"size": 40, "ahead": 20}},
                           "3": {"all": [{"neighborhood": {"shape": [20, 24], "window": 9}}, "causal"]}}),
 }  # fmt: skip
+SLOW = ("text behind", "wrapping")  # a build and a layout more each
 INTERPRETED = ("1-D, dilated", "2-D", "Swin's windows")  # the others are run by C++, which takes a build each
 
 
@@ -104,7 +105,9 @@ def compiled(model: torch.nn.Module, heads: object, target: str) -> torch.nn.Mod
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES], ids=str
+)
 def test_specs_on_a_model(case: str, laid_out: None) -> None:
     (n, heads), target = CASES[case], "null" if case in INTERPRETED else "cpp"
     torch.manual_seed(0)
@@ -258,7 +261,7 @@ MODELS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("CogVideoX", marks=pytest.mark.slow), "Wan", "ViT"])
 def test_models_of_others(name: str, monkeypatch: pytest.MonkeyPatch, laid_out: None) -> None:
     """A model with a spec is the model whose SDPA was given the dense mask."""
     build, shape, given = MODELS[name]

@@ -1,7 +1,7 @@
 """The op `sparsify::select_again`: a choice that holds for several decode steps, in buffers of the graph.
 
 A row of the batch chooses anew when its choice is too old, when its mean query has turned away from that of the choice,
-or when the query isn't the one after the last (another sequence). What was forced then is part of the choice, and what
+or when it begins another sequence (`sequence.begins`). What was forced then is part of the choice, and what
 is forced now is kept beside it. The op is one piece, so that a step that needs no new choice computes none.
 """
 
@@ -18,15 +18,18 @@ from torch import Tensor
 from sparsify.errors import InputError
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.selector import Selector
+from sparsify.selection import sequence
 from sparsify.selection.choose import choose
 from sparsify.selection.geometry import forced_units, places
 from sparsify.selection.order import listed
+from sparsify.selection.sequence import begins
 from sparsify.selection.site import Ask, places_of
 
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define(
     "select_again(Tensor q, Tensor k, Tensor[] loads, SymInt q_offset, float scale, str text, Tensor(a!) index, "
-    "Tensor(b!) count, Tensor(c!) age, Tensor(d!) last, Tensor(e!) query) -> Tensor[]",
+    "Tensor(b!) count, Tensor(c!) age, Tensor(d!) query, Tensor(e!) last, "
+    "Tensor(f!) seen) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 UNUSED = 2**30  # an entry of a kept list that holds no unit
@@ -80,25 +83,27 @@ def room(selector: Selector) -> int:
     return int(most) + force.most(selector.unit)
 
 
-def buffers(selector: Selector, batch: int, lists: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
-    """What the op keeps between steps, by the name of its argument: index and count of the lists, and for each row of
-    the batch the age of its choice, the position of its last query, and the mean query of its choice."""
+def buffers(
+    selector: Selector, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device
+) -> dict[str, Tensor]:
+    """What the op keeps between steps, by the name of its argument: index and count of the lists, for each row of the
+    batch the age of its choice and the mean query of that, and what tells sequences apart."""
+    lists = selector.lists(heads, kv_heads)
     return {
         "index": torch.full((batch, lists, 1, room(selector)), UNUSED, dtype=torch.int32, device=device),
         "count": torch.zeros(batch, lists, 1, dtype=torch.int32, device=device),
         "age": torch.zeros(batch, dtype=torch.int64, device=device),
-        "last": torch.full((batch,), -2, dtype=torch.int64, device=device),
         "query": torch.zeros(batch, head_dim, dtype=torch.float32, device=device),
-    }
+    } | sequence.buffers(batch, kv_heads, head_dim, device)
 
 
 @torch.library.impl(LIBRARY, "select_again", "CompositeExplicitAutograd")
-def _select_again(q, k, loads, q_offset, scale, text, index, count, age, last, query):  # type: ignore[no-untyped-def]
+def _select_again(q, k, loads, q_offset, scale, text, index, count, age, query, last, seen):  # type: ignore[no-untyped-def]
     held = Held.parse(text)
     selector = held.ask.selector
     position, valid = places_of(held.ask, q, k, loads, q_offset)
     at, mean = position.expand(q.shape[0], 1)[:, 0], q.float().mean((1, 2))
-    fresh = _fresh(held, at, mean, age, last, query)
+    fresh = begins(k, at, last, seen) | _outlived(held, mean, age, query)
     if bool(fresh.any()):
         ((found, many),) = choose(selector, q, k, scale=scale, position=position, valid=valid, causal=held.ask.causal)
         units = -(-k.shape[2] // selector.unit.k)
@@ -108,13 +113,12 @@ def _select_again(q, k, loads, q_offset, scale, text, index, count, age, last, q
         count.copy_(torch.where(fresh[:, None, None], many, count))
         query.copy_(torch.where(fresh[:, None], mean, query))
     age.copy_(torch.where(fresh, 0, age + 1))
-    last.copy_(at)
     return _with_forced(selector, index, places(selector, position, valid, k.shape[2], held.ask.causal))
 
 
-def _fresh(held: Held, at: Tensor, mean: Tensor, age: Tensor, last: Tensor, query: Tensor) -> Tensor:
-    """(B,): the rows that choose anew."""
-    fresh = at != last + 1
+def _outlived(held: Held, mean: Tensor, age: Tensor, query: Tensor) -> Tensor:
+    """(B,): the rows whose choice holds no longer."""
+    fresh = torch.zeros_like(age, dtype=torch.bool)
     if held.every > 1 or held.cosine is None:
         fresh = fresh | (age + 1 >= held.every)
     if held.cosine is not None:
@@ -132,7 +136,7 @@ def _with_forced(selector: Selector, index: Tensor, at: Any) -> list[Tensor]:
 
 
 @torch.library.register_fake("sparsify::select_again", lib=LIBRARY)
-def _fake(q, k, loads, q_offset, scale, text, index, count, age, last, query):  # type: ignore[no-untyped-def]
+def _fake(q, k, loads, q_offset, scale, text, index, count, age, query, last, seen):  # type: ignore[no-untyped-def]
     selector = Held.parse(text).ask.selector
     units = -(-k.shape[2] // selector.unit.k)
     capacity = torch.sym_min(units, index.shape[-1] + selector.force.most(selector.unit))
