@@ -81,6 +81,11 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def hint(size: Any) -> int | None:
+    """The size in this run, without a guard on it."""
+    return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else None
+
+
 def same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 

@@ -14,7 +14,7 @@ from torch._guards import detect_fake_mode
 
 from sparsify.errors import InputError
 from sparsify.expr import TRUE, Expr, Load, Pred, Var, as_expr
-from sparsify.passes.nodes import ATEN, call, same, shape, size, value
+from sparsify.passes.nodes import ATEN, call, hint, same, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.reuse import Reuse
@@ -84,7 +84,7 @@ class Chooser:
             sums = self._kept(site, k, sums_of, "a sum that goes on", selector, reuse)
             found = sums and call(before, select_summed, *given, *numbers, ask.text(), *sums)
         else:
-            scores = None if selector.learned is None else self._scores(site, k, selector.learned)
+            scores = None if selector.learned is None else self._unit_scores(site, k, selector)
             found = call(before, select, *given, scores, *numbers, ask.text()) if site.open else None
         if found is None:
             return None
@@ -133,19 +133,39 @@ class Chooser:
         node.meta["val"] = detect_fake_mode([value(before)]).from_tensor(tensor, static_shapes=True)
         return node
 
+    def _unit_scores(self, site: Site, k: fx.Node, selector: Selector) -> fx.Node | None:
+        """The scores of units that a module gives, of the shape that `choose` takes."""
+        scores = self._scores(site, k, str(selector.learned))
+        if scores is None:
+            return None
+        (batch, heads, queries, _), (_, kv_heads, keys, _), unit = shape(site.q), shape(k), selector.unit
+        rows = 1 if same(queries, 1) else -(-queries // unit.q)
+        wanted, found = (batch, rows, -(-keys // unit.k)), shape(scores)
+        right = len(found) == 4 and found[1] in (1, kv_heads, heads)
+        if not right or any(hint(a) != hint(b) for a, b in zip(wanted, (found[0], *found[2:]), strict=True)):
+            counts = ", ".join(map(str, sorted({1, kv_heads, heads})))
+            allowed = f"(batch {batch}, heads {counts}, rows {rows}, units {wanted[2]})"
+            return site.refuse(f"the module '{selector.learned}' gives {tuple(found)}, not scores {allowed}")
+        return scores
+
     def _scores(self, site: Site, k: fx.Node, name: str) -> fx.Node | None:
-        """The unit scores that a module gives for q and k."""
+        """What a module gives for q and k."""
         module = self.learned.get(name)
         if not isinstance(module, nn.Module) or isinstance(module, nn.ModuleList):
             module = _of_layer(module, site.layer)
         if module is None:
-            hint = f"give options={{'learned': {{'{name}': module}}}}, or a list or mapping of modules by layer"
-            return site.refuse(f"no module '{name}' was given that scores the units of layer {site.layer}", hint)
+            advice = f"give options={{'learned': {{'{name}': module}}}}, or a list or mapping of modules by layer"
+            return site.refuse(f"no module '{name}' was given that scores the units of layer {site.layer}", advice)
         target = f"learned_{name}_{site.output.name}".replace(".", "_").replace("-", "_")
         self.capture.module.add_submodule(target, module)
         with self.capture.graph.inserting_before(site.output):
             node = self.capture.graph.call_module(target, (site.q, k))
-        node.meta["val"] = _fake_scores(module, value(site.q), value(k))
+        try:
+            node.meta["val"] = _fake_scores(module, value(site.q), value(k))
+        except Exception as error:
+            self.capture.graph.erase_node(node)
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            return site.refuse(f"the module '{name}' fails for q {shape(site.q)} and k {shape(k)}: {reason[0]}")
         return node
 
 

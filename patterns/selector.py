@@ -341,7 +341,7 @@ class Selector:
 
     permute: an order of the keys that is found first; None for their own. Units are then so many slots of that order.
     phase: the calls that it serves: `prefill`, `decode` or `both`.
-    learned: the name of a hook that gives unit scores in place of the steps up to pooling.
+    learned: the name of a hook that gives unit scores in place of the steps up to pooling; >= 0 for topp and relmax.
     semantics: `approx` of a dense model, or `native` to a model trained with it, which must never fall back to dense.
     """
 

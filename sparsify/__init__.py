@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "sparsify.functional",
+    "kept": "sparsify.functional",
     "explain": "sparsify.explanation",
     "rewrite": "sparsify.rewriting",
     "Report": "sparsify.report",

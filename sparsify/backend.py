@@ -42,6 +42,7 @@ def sparsify_backend(
     """
     with errors_as_they_are():
         chosen = Options.read(options)
+        chosen.check_modules()
         capture = captured(gm, example_inputs, chosen)
         report_refusals(capture.sites, chosen.strict, chosen.spec)
     rewritten = any(site.open for site in capture.sites)

@@ -15,7 +15,7 @@ from sparsify.passes import Capture, Site
 from sparsify.passes.attach_spec import phase
 from sparsify.passes.density import density_of
 from sparsify.passes.masks.describe_bias import describe_bias
-from sparsify.passes.nodes import value
+from sparsify.passes.nodes import hint, value
 from sparsify.patterns import dense
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
 from sparsify.walk import loads, variables
@@ -86,7 +86,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
     patterns = site.patterns if site.patterns is not None else (dense(),) * (heads or 0)
     density = None
     if site.programs and site.refusal is None and q_len and k_len:
-        offset = site.q_offset if isinstance(site.q_offset, int) else _hint(value(site.q_offset))
+        offset = site.q_offset if isinstance(site.q_offset, int) else hint(value(site.q_offset))
         density = density_of(site.programs, q_len, k_len, offset)
     unknown = any(loads(rule) or "b" in variables(rule) for rule in site.programs)
     return SiteReport(
@@ -116,9 +116,4 @@ def _site_report(site: Site, graph: int) -> SiteReport:
 
 
 def _sizes(node: fx.Node | None, *dims: int) -> list[int | None]:
-    return [None] * len(dims) if node is None else [_hint(value(node).shape[dim]) for dim in dims]
-
-
-def _hint(size: Any) -> int | None:
-    """The size in this run, without a guard on it."""
-    return size if isinstance(size, int) else size.node.hint if isinstance(size, torch.SymInt) else None
+    return [None] * len(dims) if node is None else [hint(value(node).shape[dim]) for dim in dims]

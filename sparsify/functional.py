@@ -1,4 +1,4 @@
-"""`sparsify.attention`: the library's function form, for whoever writes their own model."""
+"""`sparsify.attention` and `sparsify.kept`: the library's function form, for whoever writes their own model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from sparsify import op
+from sparsify.codegen import Launch
+from sparsify.codegen.oracle import kept_tokens
 from sparsify.errors import InputError
 from sparsify.functional_plan import plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
-from sparsify.patterns.grid import grids
+from sparsify.patterns.grid import grids as grids_of
+from sparsify.program import Program
 from sparsify.selection.compensate import attention_compensated
 from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
@@ -52,34 +55,81 @@ def attention(
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
     `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
     """
+    _check(q, k, v, mask, scale, q_offset)
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+        return (out, lse) if return_lse else out
+    text, loads, dropped, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=True)
+    if dropped:
+        out, lse = attention_compensated(q, k, v, loads, *numbers, text, dropped)
+    elif return_lse:
+        out, lse = op.attention_lse(q, k, v, loads, *numbers, text)
+    else:
+        return op.attention(q, k, v, loads, *numbers, text)
+    return (out, lse) if return_lse else out
+
+
+def kept(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    q_offset: int | None = None,
+) -> torch.Tensor:
+    """The pairs that `attention` keeps with these arguments: bool (B, Hq, Nq, Nk).
+
+    To look at a pattern, one that chooses keys from the data above all, or to test one; it takes memory for every pair.
+    What the kernels skip by themselves (`online`) is in it, the one key of a `compensation` isn't. Raises InputError.
+    """
+    _check(q, k, k, mask, scale, q_offset)
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    text, loads, _, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=False)
+    found = kept_tokens(Launch(Program.parse(text), q, k, k, tuple(loads), *numbers))
+    return found if mask is None or mask.dtype == torch.bool else found & (mask > DROPPED)
+
+
+def _planned(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    mask: torch.Tensor | None,
+    scale: float | None,
+    q_offset: int | None,
+    laid_out: bool,
+) -> tuple:
+    """The program, its loads, what is dropped and joins as one key, the position of the first query, and the scale."""
+    rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    mask = mask.view(1) if mask is not None and not mask.dim() else mask
+    rows_asked = mask is not None or any("chosen(" in rule for rule in rules)
+    loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
+    whole = laid_out and q.shape[2] == k.shape[2] and q_offset in (None, 0)
+    grids = (found, int(k.shape[2])) if found and whole else ((), 0)
+    text, asks, dropped = plan(rules, where, grids, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
+    for ask in asks:
+        loads += select(q, k, usable, None, offset, factor, ask)
+    return text, loads, dropped, offset, factor
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    q_offset: int | None,
+) -> None:
     _check_tensors(q, k, v)
     _check_mask(mask, q, k)
     _check_numbers(scale, q_offset)
     given = (q, k, v) if mask is None else (q, k, v, mask)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         raise InputError("attention: gradients are not supported yet; call it under torch.no_grad()")
-    rules, found = _rules(pattern, q.shape[1]), _grids(pattern, k.shape[2])
-    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    if q.shape[2] == 0 or k.shape[2] == 0:
-        out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
-        return (out, lse) if return_lse else out
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask = mask.view(1) if mask is not None and not mask.dim() else mask
-    rows_asked = mask is not None or any("chosen(" in rule for rule in rules)
-    loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
-    whole = q.shape[2] == k.shape[2] and q_offset in (None, 0)
-    laid_out = (found, int(k.shape[2])) if found and whole else ((), 0)
-    text, asks, dropped = plan(rules, where, laid_out, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
-    usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
-    for ask in asks:
-        loads += select(q, k, usable, None, offset, factor, ask)
-    if dropped:
-        out, lse = attention_compensated(q, k, v, loads, offset, factor, text, dropped)
-    elif return_lse:
-        out, lse = op.attention_lse(q, k, v, loads, offset, factor, text)
-    else:
-        return op.attention(q, k, v, loads, offset, factor, text)
-    return (out, lse) if return_lse else out
 
 
 def _loads(mask: torch.Tensor | None, q_offset: int | None, device: torch.device) -> tuple[list[torch.Tensor], tuple]:
@@ -112,7 +162,7 @@ def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tu
     """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
     found: tuple[GridFields, ...] = ()
     for one in [pattern] if isinstance(pattern, Pattern) else pattern:
-        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids(one)])
+        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids_of(one)])
         wrong = one.fits(int(keys)) if mine else ""
         if wrong:
             raise InputError(f"attention: pattern: {wrong}")

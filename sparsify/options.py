@@ -55,9 +55,15 @@ class Options:
         for name in ("strict", "crossover", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise InputError(f"option '{name}': expected True or False, found {values[name]!r}")
-        spec = read_spec(values.get("spec"))
-        _check_learned(values.get("learned", {}), spec)
-        return cls(**{**values, "spec": spec})
+        _check_learned(values.get("learned", {}))
+        return cls(**{**values, "spec": read_spec(values.get("spec"))})
+
+    def check_modules(self) -> None:
+        """Raises InputError for a module that the spec's selections ask for and that isn't given."""
+        for name in self.spec.learned() if self.spec is not None else ():
+            if name not in self.learned:
+                found = nearest(name, self.learned) if self.learned else "none was given"
+                raise InputError(f"option 'learned': the spec asks for the module '{name}'; {found}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -65,8 +71,8 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise InputError(f"option '{name}': found {value!r}; {nearest(str(value), allowed)}")
 
 
-def _check_learned(learned: Any, spec: Any) -> None:
-    """Refuses what are no modules, and a spec that asks for one that isn't there."""
+def _check_learned(learned: Any) -> None:
+    """Refuses what are no modules."""
     from torch import nn
 
     if not isinstance(learned, Mapping):
@@ -76,10 +82,6 @@ def _check_learned(learned: Any, spec: Any) -> None:
         if not isinstance(given, nn.Module) and not (by_layer and all(isinstance(one, nn.Module) for one in by_layer)):
             allowed = "a torch module, or a list or a mapping by layer of them"
             raise InputError(f"option 'learned': {name}: expected {allowed}, found {given!r}")
-    for name in spec.learned() if spec is not None else ():
-        if name not in learned:
-            found = nearest(name, learned) if learned else "none was given"
-            raise InputError(f"option 'learned': the spec asks for the module '{name}'; {found}")
 
 
 def read_spec(value: Any) -> Any:

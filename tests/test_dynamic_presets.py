@@ -178,7 +178,7 @@ BAD = [
         "delta.planners: expected ascending layers below delta.layers = 48, found [3, 2]",
     ),
     (lambda: pre.long_heads(512, 256), "long_heads.tokens: expected at least 3 chunks of 256, found 512"),
-    (lambda: pre.hip(chunk=12), "unit.k: rep_search halves a unit down to one key, so a power of two, found 12"),
+    (lambda: pre.hip(chunk=12), "hip: unit.k: rep_search halves a unit down to one key, so a power of two, found 12"),
     (lambda: pre.hip(7), "hip.tokens: expected at least one chunk of 8, found 7"),
     (lambda: pre.tidal_decode(reselect=31), "tidal_decode.reselect: expected a layer before the last, 31, found 31"),
     (

@@ -227,3 +227,51 @@ def test_a_rule_for_the_other_phase_is_no_mistake():
     spec["sites"][0].pop("phase")
     with pytest.raises(sparsify.SpecError, match=r"earlier rules \(sites\[0\]\) take every site"):
         sparsify.explain(tiny(), torch.ones(1, 20, dtype=torch.long), spec=spec)
+
+
+class Gate(nn.Module):
+    """Scores of so many rows and units, or an error."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q.new_ones(self.shape) if self.shape else q @ k
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason"),
+    [
+        (Gate(1, 2, 1, 5), None),
+        (Gate(1, 2, 2, 5), "the module 'gate' gives (1, 2, 2, 5), not scores (batch 1, heads 1, 2, rows 1, units 5)"),
+        (Gate(2, 2, 1, 5), "the module 'gate' gives (2, 2, 1, 5), not scores (batch 1, heads 1, 2, rows 1, units 5)"),
+        (Gate(1, 3, 1, 5), "the module 'gate' gives (1, 3, 1, 5), not scores (batch 1, heads 1, 2, rows 1, units 5)"),
+        (Gate(5), "the module 'gate' gives (5,), not scores (batch 1, heads 1, 2, rows 1, units 5)"),
+        (Gate(), "the module 'gate' fails for q (1, 2, 40, 8) and k (1, 2, 40, 8): "),
+    ],
+)
+def test_what_a_module_gives_has_to_fit(gate, reason):
+    unit = {"q": 64, "k": 8}
+    spec = rules({"select": {"budget": {"rule": "topk", "value": 2}, "unit": unit, "learned": "gate"}})
+    (site,) = sparsify.explain(attend, torch.randn(1, 2, 40, 8), spec=spec, learned={"gate": gate}).sites
+    assert (site.refusal is None) if reason is None else site.refusal.reason.startswith(reason)
+
+
+def test_kept_gives_the_pairs_of_any_pattern():
+    q, k, v = drawn(20, 75)
+    mask = torch.rand(1, 1, 1, 75) > 0.2
+    mixed = [p.causal() & TOP, p.window(9), p.causal() & TOP, p.dense()]
+    for pattern in (p.causal() & (TOP | p.sinks(3)), mixed):
+        for given in (mask, torch.where(mask, 0.5, -torch.inf)):
+            keep = sparsify.kept(q, k, pattern, mask=given)
+            assert keep.shape == (1, 4, 20, 75) and keep.dtype == torch.bool and not (keep & ~mask).any()
+            added = torch.zeros(()) if given.dtype == torch.bool else given
+            expected = dense(q, k, v, added.masked_fill(~keep, -torch.inf))
+            found = sparsify.attention(q, k, v, pattern, mask=given)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    near = p.neighborhood([5, 15], 3)
+    assert torch.equal(sparsify.kept(*drawn(75)[:2], near)[0], near.mask(4, 75, 75))
+    assert sparsify.kept(*drawn(75)[:2], pre.pbs_attn(0.4, 8, 16, 10)).sum() > 0
+    with pytest.raises(InputError, match="attention: mask: expected a shape"):
+        sparsify.kept(q, k, near, mask=torch.ones(3, 3, dtype=torch.bool))

@@ -128,7 +128,7 @@ def test_expiry_is_that_of_the_types():
 @torch.no_grad()
 def test_what_lifetimes_need_is_said():
     x = torch.randn(2, 83, 64)
-    with pytest.raises(RefusedError, match="no module 'nats' was given"):
+    with pytest.raises(InputError, match="nats: expected a torch module, or a list or a mapping by layer of them"):
         compiled(None)(x, None)
     with pytest.raises(RefusedError, match=r"the module 'nats' gives \(2, 2, 83, 4\), not types \(batch, 2, keys, 3\)"):
         compiled(Types(4))(x, None)

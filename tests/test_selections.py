@@ -167,7 +167,7 @@ def test_specs_say_selections():
     assert Spec.of(spec.to_dict()) == spec and "online(share=1000.0, by_length=True)" in str(
         spec.rules[0].groups[0].pattern
     )
-    with pytest.raises(SpecError, match=r"budget\.value: expected an integer >= 1"):
+    with pytest.raises(SpecError, match=r"heads\.topk: expected an integer >= 1"):
         Spec.of({"version": 1, "sites": [{"heads": {"topk": 0}}]})
 
 
