@@ -9,9 +9,11 @@ from torch import nn
 
 import sparsify
 from sparsify import patterns as p
+from sparsify.bench.memory import peak_bytes
 from sparsify.codegen import Launch, target
 from sparsify.codegen.oracle import oracle
 from sparsify.errors import InputError, PatternError, RefusedError, SpecError
+from sparsify.patterns import presets as pre
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.select import Choice, Selection
 from sparsify.selection import accumulate
@@ -346,3 +348,12 @@ def test_sums_over_steps_say_what_they_need():
             found = sparsify.explain(made, torch.ones(2, 1, dtype=torch.long), target="null",
                                      spec={"version": 1, "sites": [{"heads": {"select": heads}}]})  # fmt: skip
             assert len(found.refused) == 2 and all(site.refusal.reason.startswith(reason) for site in found.refused)
+
+
+def test_selections_take_no_memory_for_all_pairs():
+    """A byte for each of 16384 x 16384 pairs would be 256 MB."""
+    q, k, v = (torch.randn(1, 2, 16384, 16) for _ in "qkv")
+    near = p.window(256) | p.sinks(4)
+    for pattern in (p.topk(8) & p.causal(), (p.topp(0.1) | near) & p.causal(), pre.pbs_attn(0.1) & p.causal()):
+        sparsify.attention(q[:, :, :512], k[:, :, :512], v[:, :, :512], pattern)  # builds the kernel
+        assert peak_bytes(lambda pattern=pattern: sparsify.attention(q, k, v, pattern)) < 100 * 2**20
