@@ -96,7 +96,7 @@ def spec_of(**pattern) -> dict:
     return {"version": 1, "sites": [{"match": "*", "heads": pattern}]}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_patterns_over_a_cache_that_rolls(cache):
     """A window means the same wherever the keys begin. Sinks don't: right while nothing was dropped, refused after."""
