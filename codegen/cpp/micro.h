@@ -15,7 +15,6 @@ constexpr int PAIR = PACKED_BF16 ? 2 : 1; // elements that one 32-bit lane of a 
 constexpr int DK = (D + PAIR - 1) / PAIR; // steps of the q.k product
 constexpr int KS = KB / PAIR;             // steps of the weights-times-values product
 constexpr int HALVES = IO_BF16 || IO_FP16 ? 2 : 1; // elements of a tensor in a 32-bit lane
-constexpr bool READS = D % (HALVES * W) == 0 && DVV % NR == 0 && DVP == DV; // whether direct.h has its vectors whole
 constexpr int64_t K_TILE = (int64_t)DK * KB, V_TILE = (int64_t)KS * DVP; // in 32-bit lanes
 constexpr float NOTHING = -3e38f;         // below every score that a key can have, and finite
 constexpr float LOG2E = 1.44269504f;
@@ -164,9 +163,18 @@ struct Scoring {
     int chunk;
 };
 
-// From the products of a tile's keys with the first `count` rows to scores, and to weights by row, as floats or packed.
-// Returns whether any key counts. `masks` is null on a full tile.
-template <bool PACKED>
+template <bool ALL, typename Use> static inline __attribute__((always_inline)) void each_row(int count, Use use) {
+    if constexpr (ALL) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) use(r);
+    } else {
+        for (int r = 0; r < count; r++) use(r);
+    }
+}
+
+// From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
+// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile.
+template <bool ALL>
 static inline __attribute__((always_inline)) bool
 weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
     float factor = scoring.factor;
@@ -195,18 +203,14 @@ weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
         }
     }
     Ints above = {}, counts = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < count; r++) {
+    auto look = [&](int r) __attribute__((always_inline)) {
         top[r] = scores[r][0];
 #pragma GCC unroll 16
         for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
         if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
-    }
-    if (SKIPS && !any_lane(counts)) return false;
-    if (__builtin_expect(any_lane(above), 0)) raise_references(rows, count, top, factor);
-#pragma GCC unroll 16
-    for (int r = 0; r < count; r++) {
+    };
+    auto weigh = [&](int r) __attribute__((always_inline)) {
         Floats sum = rows.sum[r], row[KV];
 #pragma GCC unroll 16
         for (int v = 0; v < KV; v++) {
@@ -214,8 +218,12 @@ weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
             sum += row[v];
         }
         rows.sum[r] = sum;
-        store_weights<PACKED>(to + r * (PACKED ? KS : KB), row);
-    }
+        store_weights<ALL>(to + r * (ALL ? KS : KB), row);
+    };
+    each_row<ALL>(count, look);
+    if (SKIPS && !any_lane(counts)) return false;
+    if (__builtin_expect(any_lane(above), 0)) raise_references(rows, count, top, factor);
+    each_row<ALL>(count, weigh);
     return true;
 }
 

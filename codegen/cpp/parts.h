@@ -1,7 +1,7 @@
 // Work split into equal parts, where items are few for the threads or uneven, as in decoding (the stream-K of
 // LeanAttention): the key tiles of all items are one line of work, and each part is an equal piece of it. An item that
-// lies in several parts has a state of its rows for each; who is done last joins these in the order of the keys, so what
-// comes out does not depend on who that is. A skip compares with the largest score of its own part.
+// lies in several parts has a state of its rows for each; who is done last joins these in the order of the keys, so
+// what comes out does not depend on who that is. A skip compares with the largest score of its own part.
 
 constexpr I WORTH_A_SPLIT = 8; // an item is split that is longer than a part divided by this
 
@@ -22,8 +22,8 @@ static bool worth_a_split(const Item* items, I count, I threads) {
     return threads > 1 && longest * threads * WORTH_A_SPLIT > total;
 }
 
-// Lays out a line of items in natural order. An item without tiles counts as one: its rows are written. Returns false if
-// memory ran out.
+// Lays out a line of items in natural order. An item without tiles counts as one: its rows are written. Returns false
+// if memory ran out.
 static bool split(Split& to, const Item* items, I count, I parts, I blocks) {
     to.starts = (I*)calloc(2 * count + 1, sizeof(I));
     if (!to.starts) return false;

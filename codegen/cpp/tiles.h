@@ -4,6 +4,7 @@
 // Where the rows of a tile's keys and values lie.
 static Direct rows_of(const Call& c, const Queries& t, const Keys& keys) {
     Direct rows = {};
+    rows.ahead = keys.at || KEY_LAYOUT ? 0 : KB * c.ks[2];
     const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
     const Element* v = (const Element*)c.v + t.batch * c.vs[0] + t.kv_head * c.vs[1];
     for (int j = 0; j < keys.count; j++) {
@@ -152,7 +153,7 @@ static void meet_tile(
 #endif
     I slot = -1;
     Direct lying;
-    if (READS && w.direct) lying = rows_of(c, t, keys);
+    if (w.direct) lying = rows_of(c, t, keys);
     for (I block = 0; block * MR < t.rows(); block++) {
         const uint64_t* keep = w.keep + block * MR;
         uint64_t any = 0, all = ~0ull;
@@ -164,10 +165,12 @@ static void meet_tile(
         bool whole = !marked || all == ~0ull;
         Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
         const Masks* masks = whole && !BIAS ? nullptr : &some;
-        if (READS && w.direct) {
+#if READS
+        if (w.direct) {
             meet_direct(w.rows[block], least(MR, t.rows() - block * MR), lying, scoring, masks);
             continue;
         }
+#endif
         if (slot < 0) slot = packed(c, w, t, keys);
         meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
              scoring, masks);
@@ -191,7 +194,8 @@ static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& ke
 }
 
 // Goes through a part of a list whose units are whole tiles.
-static void meet_whole(const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
+static void meet_whole(
+    const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
     I tiles = list.unit / KB;
     auto tile_at = [&](I i) { return list.first_key(i / tiles) / KB + i % tiles; };
     for (I i = part.from; i < part.to; i++) {
@@ -278,8 +282,13 @@ static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
         }
         memset(rows.out, 0, sizeof rows.out);
         int sign = (c.scale > 0) - (c.scale < 0);
-        if (READS && w.direct) lay_queries(rows.q, from, c.qs[3], sign);
-        else pack_queries(rows.q, from, c.qs[3], sign);
+#if READS
+        if (w.direct) {
+            lay_queries(rows.q, from, c.qs[3], sign);
+            continue;
+        }
+#endif
+        pack_queries(rows.q, from, c.qs[3], sign);
     }
 }
 
@@ -302,7 +311,9 @@ static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
 }
 
 static void store_rows(const Call& c, Rows* rows, const Queries& t, bool direct) {
+#if READS
     for (I block = 0; direct && block * MR < t.rows(); block++) order_columns(rows[block]);
+#endif
     for (I r = 0; r < t.rows(); r++) {
         I token = token_of(c, t, r);
         if (token < 0) continue;
