@@ -1,6 +1,7 @@
 // From a launch to query tiles: work items, the longest first, and threads that take them.
 
 constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
+constexpr I DIRECT_WORK = 12; // of a tile that few rows meet, which waits for memory
 constexpr I MANY_ITEMS = 32; // for one thread
 constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
 
@@ -118,7 +119,7 @@ static void fill_items(const Call& c, Plan& plan, Item* items) {
             }
         }
     free(spans);
-    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (4 + plan.blocks);
+    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : 4 + plan.blocks);
 }
 
 // Decides how many threads take part, and whether items are split between them, which is for query tiles that share no
@@ -157,9 +158,9 @@ extern "C" int sparsify_run(const Call* call) {
     }
     plan.items = items;
     plan.blocks = (plan.item_rows * plan.item_heads + MR - 1) / MR;
-    fill_items(c, plan, items);
     bool once = plan.item_rows == c.q_slots && plan.item_heads == group; // no query tiles share keys, as in decoding
     plan.direct = READS && once && c.q_slots * group <= DIRECT_ROWS && c.ks[3] == 1 && c.vs[3] == 1;
+    fill_items(c, plan, items);
     bool shared = share_out(c, plan, items, once);
     I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
     plan.slots = once ? 1 : most(1, least(tiles, budget));
