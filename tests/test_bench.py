@@ -6,13 +6,14 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from sparsify.bench import peers, report, selection
+from sparsify.bench import decode, peers, report, selection
 from sparsify.bench.cases import GRID, PATTERNS, Case, grid, whole_grid
 from sparsify.bench.check import Check, check
 from sparsify.bench.measure import Memory, Result, Timing, kept_share, timing
@@ -269,6 +270,21 @@ def test_progress_counts_and_says_what_is_left() -> None:
         steps.advance()
         assert (steps.count, steps.left) == ("3/3", "about 0 s left")
     assert [duration(s) for s in (0.4, 99, 101, 7500)] == ["0 s", "99 s", "2 min", "2 h 5 min"]
+
+
+def test_decoding_counts_the_bytes_that_a_group_keeps(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(runs: dict[str, Any], *_: Any) -> dict[str, list[float]]:
+        return dict.fromkeys(runs, [2.0] * 5)
+
+    monkeypatch.setattr(decode, "interleaved", interleaved)
+    monkeypatch.setattr(decode, "KEYS", 3000)
+    monkeypatch.setattr(decode, "READ_BYTES", 2**20)
+    for case, keys in zip(decode.CASES, (2 * 1028, 2 * 3000, 3000 + 7 * 1028), strict=True):
+        found = decode.measure(case, "bfloat16", 5, 0.1, lambda text: None)
+        assert found.right and found.kept == keys * 128 * 2 * 2 and found.of_memory == found.kept / 2**20
+        assert json.loads(json.dumps(found.as_dict()))["of_memory"] == found.of_memory
+    wrong = replace(found, error=1.0)
+    assert wrong.of_memory is None and "WRONG 1e+00" in printed(decode.table([wrong]))
 
 
 def test_a_selection_is_checked_against_what_its_lists_keep(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:

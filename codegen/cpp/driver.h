@@ -1,17 +1,18 @@
 // From a launch to query tiles: work items, the longest first, and threads that take them.
 
 constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
+constexpr I DIRECT_WORK = 12; // of a tile that few rows meet, which waits for memory
 constexpr I MANY_ITEMS = 32; // for one thread
 constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
-
-struct Item { I batch, kv_head, first, cost; }; // the queries first.. of the heads that share a KV head
 
 struct Plan {
     const Call* call;
     const Item* items;
-    I count, work, step, slots, item_heads, item_rows; // work: blocks of rows that meet a tile, about
+    I count, work, step, slots, item_heads, item_rows, blocks; // work: blocks of rows that meet a tile, about
     char* memory;
     I worker_bytes;
+    Split split;
+    bool direct; // whether keys are read where they lie
     I next, worker; // atomic
 };
 
@@ -20,23 +21,47 @@ static Queries queries_of(const Call& c, const Item& item, I head, I heads, I ro
     return {item.batch, item.kv_head, head, heads, item.first, count, c.rules + head, nullptr};
 }
 
-static void work(void* argument) {
-    Plan& plan = *(Plan*)argument;
+static void work_items(Plan& plan, Worker& w) {
     const Call& c = *plan.call;
-    I number = __atomic_fetch_add(&plan.worker, 1, __ATOMIC_RELAXED), group = c.heads / c.kv_heads;
-    if (number >= c.threads) return;
-    Worker w = worker_at(plan.memory + number * plan.worker_bytes, plan.slots);
-    for (I i = 0; i < w.slots; i++) w.tags[i].tile = -1;
+    I group = c.heads / c.kv_heads;
     for (;;) {
         I from = __atomic_fetch_add(&plan.next, plan.step, __ATOMIC_RELAXED);
         if (from >= plan.count) return;
         for (I i = from; i < least(from + plan.step, plan.count); i++) {
             const Item& item = plan.items[i];
             I first = item.kv_head * group;
-            for (I h = first; h < first + group; h += plan.item_heads)
-                query_tile(c, w, queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows));
+            for (I h = first; h < first + group; h += plan.item_heads) {
+                Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+                meet_part(c, w, t, {0, FAR});
+                store_rows(c, w.rows, t, w.direct);
+            }
         }
     }
+}
+
+static void work_parts(Plan& plan, Worker& w) {
+    const Call& c = *plan.call;
+    Split& split = plan.split;
+    for (;;) {
+        I part = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED);
+        if (part >= split.parts) return;
+        for (I i = 0; i < plan.count && split.starts[i] < start_of(split, part + 1); i++) {
+            if (split.starts[i + 1] <= start_of(split, part)) continue;
+            const Item& item = plan.items[i];
+            I head = item.kv_head * plan.item_heads;
+            work_item(c, split, w, queries_of(c, item, head, plan.item_heads, plan.item_rows), i, part);
+        }
+    }
+}
+
+static void work(void* argument) {
+    Plan& plan = *(Plan*)argument;
+    I number = __atomic_fetch_add(&plan.worker, 1, __ATOMIC_RELAXED);
+    if (number >= plan.call->threads) return;
+    Worker w = worker_at(plan.memory + number * plan.worker_bytes, plan.slots);
+    w.direct = plan.direct;
+    for (I i = 0; i < w.slots; i++) w.tags[i].tile = -1;
+    plan.split.parts ? work_parts(plan, w) : work_items(plan, w);
 }
 
 static int longest_first(const void* a, const void* b) {
@@ -59,7 +84,7 @@ static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* sp
         }
         I listed = lists_of(c, t, lists);
         for (I i = 0; i < listed; i++)
-            if (!met_before(lists, i)) tiles += (lists[i].count * lists[i].unit + KB - 1) / KB;
+            if (!met_before(lists, i)) tiles += tiles_of(lists[i]);
     }
     return tiles;
 }
@@ -94,11 +119,22 @@ static void fill_items(const Call& c, Plan& plan, Item* items) {
             }
         }
     free(spans);
-    for (I i = 0; i < plan.count; i++) {
-        plan.work += items[i].cost * (4 + (plan.item_rows * plan.item_heads + MR - 1) / MR);
-        items[i].cost = about(items[i].cost, plan.count / c.threads);
+    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : 4 + plan.blocks);
+}
+
+// Decides how many threads take part, and whether items are split between them, which is for query tiles that share no
+// keys; else puts the longest first. Returns false if memory ran out.
+static bool share_out(Call& c, Plan& plan, Item* items, bool once) {
+    I worth = c.parallel ? most(1, least(c.threads, plan.work / WORTH_A_THREAD)) : 1;
+    if (once && worth_a_split(items, plan.count, worth)) {
+        c.threads = worth;
+        return split(plan.split, items, plan.count, worth, plan.blocks);
     }
+    for (I i = 0; i < plan.count; i++) items[i].cost = about(items[i].cost, plan.count / c.threads);
     qsort(items, plan.count, sizeof(Item), longest_first);
+    c.threads = least(worth, plan.count);
+    plan.step = most(1, least(8, plan.count / (c.threads * 8)));
+    return true;
 }
 
 // Runs a launch. Returns 0, or 1 if memory ran out (then nothing useful is in the output).
@@ -121,14 +157,15 @@ extern "C" int sparsify_run(const Call* call) {
         return 1;
     }
     plan.items = items;
-    fill_items(c, plan, items);
-    c.threads = c.parallel ? most(1, least(c.threads, least(plan.count, plan.work / WORTH_A_THREAD))) : 1;
-    plan.step = most(1, least(8, plan.count / (c.threads * 8)));
+    plan.blocks = (plan.item_rows * plan.item_heads + MR - 1) / MR;
     bool once = plan.item_rows == c.q_slots && plan.item_heads == group; // no query tiles share keys, as in decoding
+    plan.direct = READS && once && c.q_slots * group <= DIRECT_ROWS && c.ks[3] == 1 && c.vs[3] == 1;
+    fill_items(c, plan, items);
+    bool shared = share_out(c, plan, items, once);
     I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
     plan.slots = once ? 1 : most(1, least(tiles, budget));
     plan.worker_bytes = worker_bytes(plan.slots);
-    plan.memory = (char*)aligned_alloc(64, plan.worker_bytes * c.threads);
+    plan.memory = shared ? (char*)aligned_alloc(64, plan.worker_bytes * c.threads) : nullptr;
     if (plan.memory) {
         if (c.threads == 1) work(&plan);
         else c.parallel(work, &plan, (unsigned)c.threads, 0);
@@ -137,5 +174,7 @@ extern "C" int sparsify_run(const Call* call) {
     free(items);
     free(summary);
     free(plan.memory);
+    free(plan.split.starts);
+    free(plan.split.states);
     return failed;
 }

@@ -14,6 +14,7 @@ constexpr int DVP = DVV * W;
 constexpr int PAIR = PACKED_BF16 ? 2 : 1; // elements that one 32-bit lane of a packed operand holds
 constexpr int DK = (D + PAIR - 1) / PAIR; // steps of the q.k product
 constexpr int KS = KB / PAIR;             // steps of the weights-times-values product
+constexpr int HALVES = IO_BF16 || IO_FP16 ? 2 : 1; // elements of a tensor in a 32-bit lane
 constexpr int64_t K_TILE = (int64_t)DK * KB, V_TILE = (int64_t)KS * DVP; // in 32-bit lanes
 constexpr float NOTHING = -3e38f;         // below every score that a key can have, and finite
 constexpr float LOG2E = 1.44269504f;
@@ -86,7 +87,7 @@ struct Rows {
     Floats sum[MR];                                       // of the weights, by lane
     float reference[MR];                                  // what scores are taken relative to: no more than the largest
     float below[SKIPS ? MR : 1];                          // scores so far below the reference may be left out
-    float q[DK * MR] __attribute__((aligned(64)));        // packed queries, by step
+    float q[(READS ? D : DK) * MR] __attribute__((aligned(64))); // queries: packed, by step, or by row
     float out[MR * DVP] __attribute__((aligned(64)));     // weighted values, by panel of NRW columns
 };
 
@@ -105,8 +106,8 @@ static inline bool any_lane(Ints found) {
     return all != 0;
 }
 
-static __attribute__((noinline)) void raise_references(Rows& rows, const Floats (&top)[MR], float factor) {
-    for (int r = 0; r < MR; r++) {
+static __attribute__((noinline)) void raise_references(Rows& rows, int count, const Floats (&top)[MR], float factor) {
+    for (int r = 0; r < count; r++) {
         float highest = top[r][0];
         for (int i = 1; i < W; i++) highest = top[r][i] > highest ? top[r][i] : highest;
         highest *= factor;
@@ -135,20 +136,23 @@ weigh_values(float* out, const float* weights, const float* values, int first, i
         for (int n = 0; n < NV; n++) *(AnyFloats*)(out + (r * NV + n) * W) += acc[r][n];
 }
 
+template <bool PACKED>
 static inline __attribute__((always_inline)) void store_weights(float* to, const Floats (&weights)[KV]) {
-#if PACKED_BF16 && !defined(__AVX512BF16__)
-    for (int j = 0; j < KB; j++) ((uint16_t*)to)[j] = bf16_of(weights[j / W][j % W]);
-#elif PACKED_BF16
-#pragma GCC unroll 16
-    for (int v = 0; v < KV; v += 2) {
-        Ints pairs;
-        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(weights[v]), "v"(weights[v + 1]));
-        *(AnyInts*)(to + v / 2 * W) = pairs;
-    }
+    if constexpr (PACKED && PACKED_BF16) {
+#ifndef __AVX512BF16__
+        for (int j = 0; j < KB; j++) ((uint16_t*)to)[j] = bf16_of(weights[j / W][j % W]);
 #else
 #pragma GCC unroll 16
-    for (int v = 0; v < KV; v++) *(AnyFloats*)(to + v * W) = weights[v];
+        for (int v = 0; v < KV; v += 2) {
+            Ints pairs;
+            asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(weights[v]), "v"(weights[v + 1]));
+            *(AnyInts*)(to + v / 2 * W) = pairs;
+        }
 #endif
+    } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < KV; v++) *(AnyFloats*)(to + v * W) = weights[v];
+    }
 }
 
 // How q.k products become scores: times `factor`, or with a softcap factor * tanh(inner * product). In units of log2,
@@ -159,11 +163,74 @@ struct Scoring {
     int chunk;
 };
 
+template <bool ALL, typename Use> static inline __attribute__((always_inline)) void each_row(int count, Use use) {
+    if constexpr (ALL) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) use(r);
+    } else {
+        for (int r = 0; r < count; r++) use(r);
+    }
+}
+
+// From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
+// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile.
+template <bool ALL>
+static inline __attribute__((always_inline)) bool
+weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
+    float factor = scoring.factor;
+    Floats top[MR];
+    if (SOFTCAP) {
+        for (int r = 0; r < count; r++)
+            for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * scoring.inner) * factor;
+        factor = 1.0f;
+    }
+    if (masks) {
+        if (BIAS) {
+            for (int r = 0; r < count; r++)
+                for (int v = 0; v < KV; v++)
+                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
+            factor = LOG2E;
+        }
+    }
+    if (masks && (!BIAS || masks->keep)) {
+        Ints lane;
+        for (int i = 0; i < W; i++) lane[i] = 1 << i;
+        for (int r = 0; r < count; r++) {
+            for (int v = 0; v < KV; v++) {
+                Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
+                scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
+            }
+        }
+    }
+    Ints above = {}, counts = {};
+    auto look = [&](int r) __attribute__((always_inline)) {
+        top[r] = scores[r][0];
+#pragma GCC unroll 16
+        for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+        above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
+        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
+    };
+    auto weigh = [&](int r) __attribute__((always_inline)) {
+        Floats sum = rows.sum[r], row[KV];
+#pragma GCC unroll 16
+        for (int v = 0; v < KV; v++) {
+            row[v] = exp2_of(scores[r][v] * factor - rows.reference[r]);
+            sum += row[v];
+        }
+        rows.sum[r] = sum;
+        store_weights<ALL>(to + r * (ALL ? KS : KB), row);
+    };
+    each_row<ALL>(count, look);
+    if (SKIPS && !any_lane(counts)) return false;
+    if (__builtin_expect(any_lane(above), 0)) raise_references(rows, count, top, factor);
+    each_row<ALL>(count, weigh);
+    return true;
+}
+
 // One tile of keys for MR rows; `masks` is null on a full tile.
 static __attribute__((noinline)) void
 meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring, const Masks* masks) {
-    float factor = scoring.factor;
-    Floats scores[MR][KV], top[MR];
+    Floats scores[MR][KV];
     int first = 0, last = KS;
 #pragma GCC unroll 16
     for (int panel = 0; panel < KV; panel += NR) {
@@ -184,53 +251,11 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
                 for (int n = 0; n < NR; n++) scores[r][panel + n] = from ? scores[r][panel + n] + acc[r][n] : acc[r][n];
         }
     }
-    if (SOFTCAP) {
-        for (int r = 0; r < MR; r++)
-            for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * scoring.inner) * factor;
-        factor = 1.0f;
-    }
-    if (masks) {
-        if (BIAS) {
-            for (int r = 0; r < MR; r++)
-                for (int v = 0; v < KV; v++)
-                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
-            factor = LOG2E;
-        }
-    }
+    float weights[MR * KS] __attribute__((aligned(64)));
+    if (!weigh_keys<true>(rows, MR, scores, scoring, masks, weights)) return;
     if (masks && (!BIAS || masks->keep)) {
-        Ints lane;
-        for (int i = 0; i < W; i++) lane[i] = 1 << i;
-        for (int r = 0; r < MR; r++) {
-            for (int v = 0; v < KV; v++) {
-                Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
-                scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
-            }
-        }
         first = __builtin_ctzll(masks->any) / PAIR;
         last = (64 - __builtin_clzll(masks->any) + PAIR - 1) / PAIR;
-    }
-    Ints above = {}, counts = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; r++) {
-        top[r] = scores[r][0];
-#pragma GCC unroll 16
-        for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
-        above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
-        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
-    }
-    if (SKIPS && !any_lane(counts)) return;
-    if (__builtin_expect(any_lane(above), 0)) raise_references(rows, top, factor);
-    float weights[MR * KS] __attribute__((aligned(64)));
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; r++) {
-        Floats sum = rows.sum[r], row[KV];
-#pragma GCC unroll 16
-        for (int v = 0; v < KV; v++) {
-            row[v] = exp2_of(scores[r][v] * factor - rows.reference[r]);
-            sum += row[v];
-        }
-        rows.sum[r] = sum;
-        store_weights(weights + r * KS, row);
     }
 #pragma GCC unroll 16
     for (int panel = 0; panel + NR <= DVV; panel += NR)

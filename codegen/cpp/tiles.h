@@ -1,97 +1,21 @@
 // Query tiles: a cache of packed key tiles in each thread, and the loops over the key tiles that a query tile meets, in
 // order by its rules' bands and then those of its lists. Positions are slots; without a layout these are tokens.
 
-constexpr int BM = BLOCKS * MR; // most query rows of a tile: rows are queries of one head, or of several when few
-constexpr int FEW_ROWS = 4 * MR; // so few that reading keys costs more than multiplying them: sum more exactly
-
-struct Tag { I batch, kv_head, tile; };
-
-struct Worker {
-    Rows* rows;        // BLOCKS of them
-    uint64_t* keep;    // BM
-    float* add;        // BM * KB, with BIAS
-    const float** lines; // BM of them: what is added to each row
-    I* facts;          // FACTS for each of BM heads
-    I* row_facts;      // ROW_FACTS for each of BM rows
-    bool* prepared;    // of each of BM heads: whether its rows' facts are there
-    Interval* spans;   // of key tiles: MAX_BANDS for each of BM heads
-    List* lists;       // LISTS for each of BM heads
-    int32_t* rules;    // of each of BM heads in the list that is gone through
-    Tag* tags;         // of the packed tiles
-    int32_t *keys, *values; // tiles in `slots` slots, and with GATHERS one more for keys that were gathered
-    I slots;
-};
-
-// A query tile: `heads` heads from `head` on, `count` queries each from `first` on. Row r is query first + r % count.
-// What it goes through keeps by rule rules[i] for its i-th head, nothing where that is -1.
-struct Queries {
-    I batch, kv_head, head, heads, first, count;
-    const int32_t* rules;
-    const I* facts;
-    I rows() const { return heads * count; }
-    int rule_of(I h) const { return rules[h - head]; }
-    const I* facts_of(I h) const { return facts + (h - head) * FACTS; }
-    bool as_before(I h) const { return h > head && rule_of(h) == rule_of(h - 1) && !RULES_USE_HEAD; }
-};
-
-// A key tile: `count` keys from first to last, those between them or, with `at`, some of them.
-struct Keys {
-    I first, last;
-    int count;
-    const int32_t* at;
-};
-
-static Keys tile_of(const Call& c, I tile) {
-    I first = tile * KB, count = least(KB, c.k_slots - first);
-    return {first, first + count - 1, (int)count, nullptr};
-}
-
-static char* carve(char*& at, I bytes) {
-    char* found = at;
-    at += (bytes + 63) / 64 * 64;
-    return found;
-}
-
-static Worker worker_at(char* at, I slots) {
-    Worker w;
-    I tiles = slots + GATHERS;
-    w.rows = (Rows*)carve(at, sizeof(Rows) * BLOCKS);
-    w.keep = (uint64_t*)carve(at, sizeof(uint64_t) * BM);
-    w.add = (float*)carve(at, BIAS ? sizeof(float) * BM * KB : 0);
-    w.lines = (const float**)carve(at, BIAS ? sizeof(float*) * BM : 0);
-    w.facts = (I*)carve(at, sizeof(I) * BM * FACTS);
-    w.row_facts = (I*)carve(at, sizeof(I) * BM * ROW_FACTS);
-    w.prepared = (bool*)carve(at, BM);
-    w.spans = (Interval*)carve(at, sizeof(Interval) * BM * MAX_BANDS);
-    w.lists = (List*)carve(at, sizeof(List) * BM * LISTS);
-    w.rules = (int32_t*)carve(at, sizeof(int32_t) * BM);
-    w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
-    w.keys = (int32_t*)carve(at, 4 * K_TILE * tiles);
-    w.values = (int32_t*)carve(at, 4 * V_TILE * tiles);
-    w.slots = slots;
-    return w;
-}
-
-static I worker_bytes(I slots) {
-    char* start = (char*)64;
-    Worker w = worker_at(start, slots);
-    return ((char*)(w.values + V_TILE * (slots + GATHERS)) - start + 127) / 64 * 64;
-}
-
-static void pack(const Call& c, const Queries& t, const Keys& keys, int32_t* to_keys, int32_t* to_values) {
+// Where the rows of a tile's keys and values lie.
+static Direct rows_of(const Call& c, const Queries& t, const Keys& keys) {
+    Direct rows = {};
+    rows.ahead = keys.at || KEY_LAYOUT ? 0 : KB * c.ks[2];
     const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
     const Element* v = (const Element*)c.v + t.batch * c.vs[0] + t.kv_head * c.vs[1];
-    const Element *key[KB] = {}, *value[KB] = {};
     for (int j = 0; j < keys.count; j++) {
         I row = keys.at ? keys.at[j] : keys.first + j;
 #if KEY_LAYOUT
         row = key_token(c, t.batch, t.kv_head * (c.heads / c.kv_heads), row);
         if (row < 0) continue;
 #endif
-        key[j] = k + row * c.ks[2], value[j] = v + row * c.vs[2];
+        rows.key[j] = k + row * c.ks[2], rows.value[j] = v + row * c.vs[2];
     }
-    pack_keys(to_keys, key, c.ks[3], value);
-    pack_values(to_values, value, c.vs[3]);
+    return rows;
 }
 
 // The slot of a packed tile of keys and values, packed now unless it is there.
@@ -102,7 +26,9 @@ static I packed(const Call& c, Worker& w, const Queries& t, const Keys& keys) {
         if (tag.batch == t.batch && tag.kv_head == t.kv_head && tag.tile == tile) return slot;
         tag = {t.batch, t.kv_head, tile};
     }
-    pack(c, t, keys, w.keys + slot * K_TILE, w.values + slot * V_TILE);
+    Direct rows = rows_of(c, t, keys);
+    pack_keys(w.keys + slot * K_TILE, rows.key, c.ks[3], rows.value);
+    pack_values(w.values + slot * V_TILE, rows.value, c.vs[3]);
     return slot;
 }
 
@@ -217,15 +143,17 @@ static void add_biases(const Call& c, Worker& w, const Queries& t, const Keys& k
 }
 #endif
 
-static void meet_tile(const Call& c, Worker& w, const Queries& t, const Keys& keys, const Scoring& scoring) {
-    int kind = class_of(c, t, keys);
-    if (kind == 0) return;
+// Meets a tile of class `kind`, which is not 0.
+static void meet_tile(
+    const Call& c, Worker& w, const Queries& t, const Keys& keys, int kind, const Scoring& scoring) {
     bool marked = BIAS || kind == 1; // an added -inf drops a key of a full tile
     if (marked) fill_keep(c, w, t, keys);
 #if BIAS
     add_biases(c, w, t, keys);
 #endif
     I slot = -1;
+    Direct lying;
+    if (w.direct) lying = rows_of(c, t, keys);
     for (I block = 0; block * MR < t.rows(); block++) {
         const uint64_t* keep = w.keep + block * MR;
         uint64_t any = 0, all = ~0ull;
@@ -234,11 +162,18 @@ static void meet_tile(const Call& c, Worker& w, const Queries& t, const Keys& ke
             all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
         }
         if (marked && !any) continue;
-        if (slot < 0) slot = packed(c, w, t, keys);
         bool whole = !marked || all == ~0ull;
-        Masks masks = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
+        Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
+        const Masks* masks = whole && !BIAS ? nullptr : &some;
+#if READS
+        if (w.direct) {
+            meet_direct(w.rows[block], least(MR, t.rows() - block * MR), lying, scoring, masks);
+            continue;
+        }
+#endif
+        if (slot < 0) slot = packed(c, w, t, keys);
         meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
-             scoring, whole && !BIAS ? nullptr : &masks);
+             scoring, masks);
     }
 }
 
@@ -251,42 +186,62 @@ static void fetch_packed(const Worker& w, const Queries& t, I tile) {
     for (I i = 0; i < V_TILE; i += 16) __builtin_prefetch(w.values + slot * V_TILE + i, 0, 2);
 }
 
-// Goes through the units of a list. Those that are no whole tiles are gathered into tiles.
-static void meet_list(const Call& c, Worker& w, const Queries& t, const List& list, const Scoring& scoring) {
+static I tiles_of(const List& list) { return (list.count * list.unit + KB - 1) / KB; }
+
+static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& keys, const Scoring& scoring) {
+    int kind = class_of(c, t, keys);
+    if (kind) meet_tile(c, w, t, keys, kind, scoring);
+}
+
+// Goes through a part of a list whose units are whole tiles.
+static void meet_whole(
+    const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
+    I tiles = list.unit / KB;
+    auto tile_at = [&](I i) { return list.first_key(i / tiles) / KB + i % tiles; };
+    for (I i = part.from; i < part.to; i++) {
+        I tile = tile_at(i);
+        if (tile < 0 || tile * KB >= c.k_slots) continue;
+        if (i + 1 < part.to) fetch_packed(w, t, tile_at(i + 1));
+        meet_kept(c, w, t, tile_of(c, tile), scoring);
+    }
+}
+
+// Goes through a part of a list whose units are gathered into tiles.
+static void gather(const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
     int32_t at[KB];
     int count = 0;
     auto meet_gathered = [&] {
-        if (count) meet_tile(c, w, t, {at[0], at[count - 1], count, at}, scoring);
+        if (count) meet_kept(c, w, t, {at[0], at[count - 1], count, at}, scoring);
         count = 0;
     };
-    for (I i = 0; i < list.count; i++) {
+    I first = (part.from * KB + list.unit - 1) / list.unit, last = (part.to * KB + list.unit - 1) / list.unit;
+    for (I i = first; i < least(last, list.count); i++) {
         I low = list.first_key(i), high = least(low + list.unit, c.k_slots);
-        if (low < 0 || low >= high) continue;
-        if (list.unit % KB == 0) {
-            if (i + 1 < list.count) fetch_packed(w, t, list.first_key(i + 1) / KB);
-            for (I tile = low / KB; tile * KB < high; tile++) meet_tile(c, w, t, tile_of(c, tile), scoring);
-        } else if (class_of(c, t, {low, high - 1, 1, nullptr})) {
-            for (I k = low; k < high; k++) {
-                at[count++] = (int32_t)k;
-                if (count == KB) meet_gathered();
-            }
+        if (low < 0 || low >= high || !class_of(c, t, {low, high - 1, 1, nullptr})) continue;
+        for (I k = low; k < high; k++) {
+            at[count++] = (int32_t)k;
+            if (count == KB) meet_gathered();
         }
     }
     meet_gathered();
 }
 
-// Goes through the lists of a query tile, each once for all heads that have it.
-static void meet_lists(const Call& c, Worker& w, Queries t, const Scoring& scoring) {
-    I count = lists_of(c, t, w.lists);
+// Goes through a part of the lists of a query tile, each once for all heads that have it.
+static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Scoring& scoring) {
+    I count = lists_of(c, t, w.lists), number = 0;
     t.rules = w.rules;
-    for (I i = 0; i < count; i++) {
+    for (I i = 0; i < count && number < part.to; i++) {
         const List& list = w.lists[i];
         if (met_before(w.lists, i)) continue;
+        I first = number;
+        number += tiles_of(list);
+        if (number <= part.from) continue;
         for (I r = 0; r < t.heads; r++) w.rules[r] = -1;
         for (I j = i; j < count; j++)
             if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
         begin(c, w, t);
-        meet_list(c, w, t, list, scoring);
+        Part here = {most(0, part.from - first), least(tiles_of(list), part.to - first)};
+        (list.unit % KB ? gather : meet_whole)(c, w, t, list, here, scoring);
     }
 }
 
@@ -299,14 +254,15 @@ static I token_of(const Call& c, const Queries& t, I r) {
     return q;
 }
 
-// A row's sum starts at nothing, or with the weight of a logit that has no value.
-static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r) {
+// A row's sum starts at nothing, or in its first part with the weight of a logit that has no value.
+static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r, bool first) {
     rows.sum[i] = Floats{};
     rows.reference[i] = NOTHING;
 #if SKIPS
     rows.below[i] = r < t.rows() ? c.below[t.head + r / t.count] : __builtin_inff();
 #endif
 #if SINK
+    if (!first) return;
     float logit = r < t.rows() ? sink_of(c, t.batch, t.head + r / t.count, t.first + r % t.count + c.offset) : 0;
     if (logit == -__builtin_inff()) return;
     rows.reference[i] = logit;
@@ -314,7 +270,7 @@ static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r) {
 #endif
 }
 
-static void start_rows(const Call& c, Worker& w, const Queries& t) {
+static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
     const Element* q = (const Element*)c.q + t.batch * c.qs[0];
     for (I block = 0; block * MR < t.rows(); block++) {
         Rows& rows = w.rows[block];
@@ -322,31 +278,48 @@ static void start_rows(const Call& c, Worker& w, const Queries& t) {
         for (int i = 0; i < MR; i++) {
             I r = block * MR + i, token = r < t.rows() ? token_of(c, t, r) : -1;
             from[i] = token < 0 ? nullptr : q + (t.head + r / t.count) * c.qs[1] + token * c.qs[2];
-            start_row(c, rows, i, t, r);
+            start_row(c, rows, i, t, r, first);
         }
         memset(rows.out, 0, sizeof rows.out);
-        pack_queries(rows.q, from, c.qs[3], (c.scale > 0) - (c.scale < 0));
+        int sign = (c.scale > 0) - (c.scale < 0);
+#if READS
+        if (w.direct) {
+            lay_queries(rows.q, from, c.qs[3], sign);
+            continue;
+        }
+#endif
+        pack_queries(rows.q, from, c.qs[3], sign);
     }
 }
 
-static void query_tile(const Call& c, Worker& w, Queries t) {
+// Takes the rows of a query tile through a part of its key tiles: those of its spans, then those of its lists.
+static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
     constexpr double UNIT = BIAS ? 1 : 1.4426950408889634;
-    double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // pack_queries has the sign, and a zero
+    double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // queries have the sign, and a zero
     Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * UNIT), (float)(SOFTCAP ? scale / c.softcap : 0),
                        PAIR == 2 ? DK : t.rows() <= FEW_ROWS ? 16 : 64};
-    start_rows(c, w, t);
+    start_rows(c, w, t, part.from == 0);
     begin(c, w, t);
-    I spans = spans_of(c, t, w.spans);
+    I spans = spans_of(c, t, w.spans), number = 0;
     for (I i = 0; i < spans; i++)
-        for (I tile = w.spans[i].low; tile < w.spans[i].high; tile++)
-            meet_tile(c, w, t, tile_of(c, tile), scoring);
-    if (LISTS) meet_lists(c, w, t, scoring);
+        for (I tile = w.spans[i].low; tile < w.spans[i].high && number < part.to; tile++) {
+            int kind = SUMMARIES || part.has(number) ? class_of(c, t, tile_of(c, tile)) : 0;
+            if (kind && part.has(number)) meet_tile(c, w, t, tile_of(c, tile), kind, scoring);
+            number += SUMMARIES ? kind != 0 : 1; // as costs are counted
+        }
+    if (LISTS) meet_lists(c, w, t, part.behind(number), scoring);
+}
+
+static void store_rows(const Call& c, Rows* rows, const Queries& t, bool direct) {
+#if READS
+    for (I block = 0; direct && block * MR < t.rows(); block++) order_columns(rows[block]);
+#endif
     for (I r = 0; r < t.rows(); r++) {
         I token = token_of(c, t, r);
         if (token < 0) continue;
         I h = t.head + r / t.count;
         Element* to = (Element*)c.out + t.batch * c.os[0] + h * c.os[1] + token * c.os[2];
-        store_row(to, c.os[3], w.rows[r / MR], r % MR);
-        if (c.lse) c.lse[(t.batch * c.heads + h) * c.q_len + token] = lse_of(w.rows[r / MR], r % MR);
+        store_row(to, c.os[3], rows[r / MR], r % MR);
+        if (c.lse) c.lse[(t.batch * c.heads + h) * c.q_len + token] = lse_of(rows[r / MR], r % MR);
     }
 }

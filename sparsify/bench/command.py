@@ -51,6 +51,12 @@ def bench(
             "--selection", rich_help_panel=MODE, help="Measure selections from the data, and what choosing costs of it."
         ),
     ] = False,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode", rich_help_panel=MODE, help="Measure one query over a long cache beside the rate of memory."
+        ),
+    ] = False,
     preparation: Annotated[
         bool,
         typer.Option("--preparation", rich_help_panel=MODE, help="Measure what a mask costs before the first tile."),
@@ -72,7 +78,7 @@ def bench(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(help="Cases of --lossless, --neighborhood or --selection (repeat it). Default: all."),
+        typer.Option(help="Cases of --lossless, --neighborhood, --selection or --decode (repeat it). Default: all."),
     ] = None,
     spec: Annotated[Path | None, typer.Option(help="A spec that --model runs with, too.", show_default=False)] = None,
     set_: Annotated[
@@ -109,6 +115,8 @@ def bench(
         holds = runs.neighborhood(case, how)
     elif mode == "selection":
         holds = runs.selection(case, dtype, how)
+    elif mode == "decode":
+        holds = runs.decode(case, dtype, how)
     elif mode == "preparation":
         holds = runs.preparation()
     else:

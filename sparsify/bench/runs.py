@@ -213,6 +213,19 @@ def selection(case: list[str] | None, dtype: list[str] | None, how: How) -> bool
     return all(result.right for result in results)
 
 
+def decode(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
+    """One query over a long cache."""
+    from sparsify.bench import decode
+
+    _check_dtypes(dtype)
+    jobs = [(one, kind) for one in decode.named(case) for kind in dtype or ("float32", "bfloat16")]
+    results = _each(jobs, lambda job, tell: decode.measure(*job, how.repeats, how.seconds, tell))
+    Console().print(decode.table(results))
+    if how.json is not None:
+        _written(decode.write_json(results, how.json))
+    return all(result.right for result in results)
+
+
 def _each(jobs: Sequence[Any], measured: Callable[..., Any], around: Any = None) -> list[Any]:
     """What is measured of each job, with progress."""
     results = []

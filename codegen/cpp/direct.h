@@ -1,0 +1,195 @@
+// Keys and values read where they lie, for query tiles of few rows: packing a tile costs more than such rows multiply.
+// Elements of 16 bits are read two in a lane: of each 2 * W columns first the even ones, then the odd ones. Queries are
+// laid out like that, and what is summed of the values is put in order at the end.
+
+// The rows of a tile's keys and values: null where there is none. The keys of the next tile are `ahead` elements on.
+struct Direct {
+    const Element *key[KB], *value[KB];
+    I ahead;
+};
+
+#if READS
+// While keys are multiplied their values are fetched, and meanwhile the next keys. Line by line and evenly: a core has
+// few lines on their way at a time, and has more fetched by itself where it finds them in order.
+// fetch_lines does step `step` of those that fetch `count` rows of SIZE elements, ROWS of them in STEPS steps.
+template <int SIZE, int ROWS, int STEPS>
+static inline __attribute__((always_inline)) void fetch_lines(const Element* const* rows, I count, I step) {
+    constexpr int LINE = 64 / sizeof(Element), LINES = (SIZE + LINE - 1) / LINE; // of a row
+    constexpr int EACH = (LINES * ROWS + STEPS - 1) / STEPS, EVERY = STEPS > LINES * ROWS ? STEPS / (LINES * ROWS) : 1;
+    if (step % EVERY) return;
+    for (I line = step / EVERY * EACH; line < step / EVERY * EACH + EACH && line < count * LINES; line++)
+        __builtin_prefetch(rows[line / LINES] + line % LINES * LINE);
+}
+
+template <int R> struct Count { static constexpr int rows = R; };
+
+// Calls `use` with rows 0 to count - 1, four, two or one at a time.
+template <typename Use> static inline __attribute__((always_inline)) void by_rows(int count, Use use) {
+    int r = 0;
+    for (; r + 4 <= count; r += 4) use(r, Count<4>());
+    if (count & 2) use(r, Count<2>()), r += 2;
+    if (count & 1) use(r, Count<1>());
+}
+
+static inline Floats halves_to_floats(Ints x) { // the lower 16 bits of each lane, the others being 0
+#if IO_FP16
+    Ints low = x & 0x7fff, wide = (Ints)((Floats)(low << 13) * 0x1p112f);
+    return (Floats)(wide | (low >= 0x7c00 & 0x7f800000) | (x & 0x8000) << 16);
+#else
+    return (Floats)(x << 16);
+#endif
+}
+
+// The next HALVES * W elements, in vectors.
+static inline __attribute__((always_inline)) void read(Floats* to, const Element* from) {
+#if IO_BF16 || IO_FP16
+    Ints lanes = *(const AnyInts*)from;
+    to[0] = halves_to_floats(IO_BF16 ? lanes : lanes & 0xffff);
+    to[1] = IO_BF16 ? (Floats)(lanes & ~0xffff) : halves_to_floats(lanes >> 16 & 0xffff);
+#else
+    to[0] = *(const AnyFloats*)from;
+#endif
+}
+
+// Where column i is in what `read` gives.
+static inline int place_of(int i) { return HALVES == 1 ? i : i / (2 * W) * 2 * W + i % 2 * W + i / 2 % W; }
+
+// Queries of MR rows, by row, times `sign`. A null row is zeros.
+static void lay_queries(float* to, const Element* const* rows, I column, int sign) {
+    for (int r = 0; r < MR; r++)
+        for (int i = 0; i < D; i++) to[r * D + place_of(i)] = rows[r] && sign ? sign * widen(rows[r][i * column]) : 0;
+}
+
+// Sums the lanes of each of W vectors: lane i is the sum of vector i.
+template <int S>
+static inline __attribute__((always_inline)) Floats sums_of(Floats* rows) {
+    if constexpr (S < W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W / S; i += 2) {
+            Ints a = (Ints)rows[i], b = (Ints)rows[i + 1];
+            swap_squares<S>(a, b, typename LanesTo<W>::type());
+            rows[i / 2] = (Floats)a + (Floats)b;
+        }
+        return sums_of<S * 2>(rows);
+    } else {
+        return rows[0];
+    }
+}
+
+// The products of R rows with W keys, row r's in scores[r * KV]. Meanwhile the keys' values are fetched.
+template <int R>
+static inline __attribute__((always_inline)) void
+multiply_keys(Floats* scores, const float* q, const Element* const* keys, const Element* const* values) {
+    constexpr int AT_ONCE = 8 / R < W ? 8 / R : W, STEP = HALVES * W;
+    Floats sums[R][W];
+    for (int j = 0; j < W; j += AT_ONCE) {
+        Floats acc[R][AT_ONCE] = {};
+        for (int i = 0; i < D; i += STEP) {
+            fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
+            Floats x[AT_ONCE][HALVES];
+#pragma GCC unroll 8
+            for (int n = 0; n < AT_ONCE; n++) read(x[n], keys[j + n] + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                for (int half = 0; half < HALVES; half++)
+#pragma GCC unroll 8
+                    for (int n = 0; n < AT_ONCE; n++)
+                        acc[r][n] += x[n][half] * *(const AnyFloats*)(q + r * D + i + half * W);
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < AT_ONCE; n++) sums[r][j + n] = acc[r][n];
+    }
+    for (int r = 0; r < R; r++) scores[r * KV] = sums_of<1>(sums[r]);
+}
+
+// The keys of a tile that some row keeps, one after the other: their numbers, values, and as many of the next keys.
+struct Kept {
+    int count;
+    uint8_t number[KB];
+    const Element *value[KB], *next[KB];
+};
+
+// Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys.
+template <int R, int NV>
+static inline __attribute__((always_inline)) void
+add_columns(float* sums, int first, const float* weights, const Kept& kept, int start, int count) {
+    Floats acc[R][NV];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
+    for (int i = 0; i < count; i++) {
+        fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
+        Floats x[NV];
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n += HALVES) read(x + n, kept.value[start + i] + (first + n) * W);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; n++) acc[r][n] += x[n] * weights[r * KB + kept.number[start + i]];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; n++) *(AnyFloats*)(sums + r * DVP + (first + n) * W) = acc[r][n];
+}
+
+// out += weights * values for R rows, of the kept keys: some keys after the other, all columns of each. Meanwhile the
+// next keys are fetched. The sum over one tile is made apart, as in weigh_values.
+template <int R>
+static inline __attribute__((always_inline)) void add_values(float* out, const float* weights, const Kept& kept) {
+    constexpr int NV = 8 / R < DVV ? 8 / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
+    float sums[R * DVP] __attribute__((aligned(64))) = {};
+    for (int i = 0; i < kept.count; i += AT_ONCE) {
+        int some = least(AT_ONCE, kept.count - i);
+        for (int v = 0; v < DONE; v += NV) add_columns<R, NV>(sums, v, weights, kept, i, some);
+        for (int v = DONE; v < DVV; v += HALVES) add_columns<R, HALVES>(sums, v, weights, kept, i, some);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < DVV; v++) {
+            float* to = out + (v / NR * NR * MR + r * NR + v % NR) * W;
+            *(AnyFloats*)to += *(const AnyFloats*)(sums + (r * DVV + v) * W);
+        }
+}
+
+// One tile of keys for the first `count` rows; `masks` is null on a full tile. What no row keeps is not read.
+static __attribute__((noinline)) void
+meet_direct(Rows& rows, int count, const Direct& tile, const Scoring& scoring, const Masks* masks) {
+    static const Element zeros[D > DV ? D : DV] = {};
+    Floats scores[MR][KV];
+    Kept kept;
+    kept.count = 0;
+    for (int group = 0; group < KB; group += W) {
+        const Element *keys[W], *values[W];
+        int before = kept.count;
+        for (int i = 0; i < W; i++) {
+            int j = group + i;
+            bool there = (!masks || masks->any >> j & 1) && tile.key[j];
+            keys[i] = there ? tile.key[j] : zeros, values[i] = there ? tile.value[j] : zeros;
+            kept.number[kept.count] = j, kept.value[kept.count] = values[i];
+            kept.next[kept.count] = keys[i] + tile.ahead;
+            kept.count += there;
+        }
+        if (kept.count > before)
+            by_rows(count, [&](int r, auto n) {
+                multiply_keys<n.rows>(&scores[r][group / W], rows.q + r * D, keys, values);
+            });
+        else
+            for (int r = 0; r < count; r++) scores[r][group / W] = Floats{};
+    }
+    float weights[MR * KB] __attribute__((aligned(64)));
+    if (!weigh_keys<false>(rows, count, scores, scoring, masks, weights)) return;
+    by_rows(count, [&](int r, auto n) { add_values<n.rows>(rows.out + r * NRW, weights + r * KB, kept); });
+}
+
+// Puts the columns of weighted values in order.
+static void order_columns(Rows& rows) {
+    if (HALVES == 1) return;
+    for (float* at = rows.out; at < rows.out + MR * DVP; at += HALVES * W) {
+        float line[HALVES * W];
+        for (int i = 0; i < HALVES * W; i++) line[i] = at[place_of(i)];
+        memcpy(at, line, sizeof line);
+    }
+}
+#endif
