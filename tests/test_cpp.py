@@ -190,7 +190,10 @@ ALL_BIASES = list(zip({**BIASES, **OTHERS}, itertools.cycle(SINKS), itertools.cy
 LOAD_DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 
 
-@pytest.mark.parametrize(("name", "sink", "dtype"), ALL_BIASES)
+@pytest.mark.parametrize(  # a build each: every other one waits for `make test-slow`
+    ("name", "sink", "dtype"),
+    [pytest.param(*one, marks=pytest.mark.slow if i % 2 else ()) for i, one in enumerate(ALL_BIASES)],
+)
 @FEW
 @given(shape=SHAPES, seed=st.integers(0, 99), other=LOAD_DTYPES)
 def test_biases(name, sink, dtype, shape, seed, other):
