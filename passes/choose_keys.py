@@ -13,9 +13,10 @@ from sparsify.passes.runner import Capture
 from sparsify.passes.selection_nodes import Chooser, Learned, Lists
 from sparsify.passes.site import Site
 from sparsify.patterns.head_choices import check_order, complaint, dropped, head_choices, sees_no_future, skip_of
+from sparsify.patterns.head_rules import Lifetimes
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Lifetimes, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.ranges import contains
 
 Made = dict[tuple[int | None, str], Lists]  # what the sites before have chosen, by layer and choice

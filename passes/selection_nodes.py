@@ -17,8 +17,9 @@ from sparsify.expr import TRUE, Expr, Load, Pred, Var, as_expr
 from sparsify.passes.nodes import ATEN, call, hint, same, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
+from sparsify.patterns.head_rules import Lifetimes
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import Lifetimes, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.selection.accumulate import buffers as sums_of
 from sparsify.selection.accumulate import select_summed
 from sparsify.selection.lifetimes import expiry

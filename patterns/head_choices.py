@@ -8,10 +8,11 @@ from typing import NamedTuple
 from sparsify.errors import PatternError
 from sparsify.expr import FALSE, TRUE, And, Chosen, Expr, Or, Pred, conjunction, negate
 from sparsify.patterns.causal import is_causal
+from sparsify.patterns.head_rules import Compensation, Lifetimes, Online
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.pattern import K, Q
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Compensation, Lifetimes, Online, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.program import Skip
 
 

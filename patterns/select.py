@@ -22,9 +22,10 @@ from typing import Any
 from sparsify.errors import PatternError, nearest
 from sparsify.expr import Chosen, Pred
 from sparsify.foldable import foldable
+from sparsify.patterns.head_rules import Compensation, Lifetimes, Online
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.reuse import Reuse
-from sparsify.patterns.selector import PARTS, Compensation, Lifetimes, Online, Selector
+from sparsify.patterns.selector import PARTS, Selector
 from sparsify.patterns.selector_checks import part
 from sparsify.ranges import Ranges, contains, read_ranges, text_of
 

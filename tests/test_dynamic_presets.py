@@ -15,9 +15,10 @@ from sparsify.errors import PatternError
 from sparsify.expr import TRUE
 from sparsify.patterns import presets as pre
 from sparsify.patterns.dense_mask import dense_mask
+from sparsify.patterns.head_rules import Online
 from sparsify.patterns.lists import choices, with_choices
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Online, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.selection import choose
 from sparsify.selection.example import mask_of
 

@@ -165,8 +165,19 @@ def test_a_size_that_divides_by_zero_names_the_length():
 def test_the_list_of_patterns_is_the_folder():
     """Each constructor is listed, and each file that defines one is a file of the list."""
     folder = Path(p.__file__).parent
-    helpers = {"__init__", "pattern", "grid", "tiles", "interior", "count", "dense_mask", "lists", "head_choices"}
-    helpers |= {"reuse", "selector", "selector_checks", "selector_text"}
+    helpers = {
+        "__init__",
+        "pattern",
+        "grid",
+        "tiles",
+        "interior",
+        "count",
+        "dense_mask",
+        "lists",
+        "head_choices",
+        "head_rules",
+    }
+    helpers |= {"reuse", "selector", "selector_checks", "selector_text", "head_choices", "head_rules"}
     presets = {constructor.__name__ for constructor in p.PRESETS}
     homes = {"expr": "expression"} | {constructor.__name__: "select" for constructor in p.SELECTIONS}
     assert {path.stem for path in folder.glob("*.py")} - helpers == {

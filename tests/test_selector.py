@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from selection_cases import line_selectors, unit_selectors
 
 from sparsify.errors import PatternError
-from sparsify.patterns.selector import Budget, Force, Heads, Lines, Online, Permute, Score, Selector, Unit
+from sparsify.patterns.head_rules import Online
+from sparsify.patterns.selector import Budget, Force, Heads, Lines, Permute, Score, Selector, Unit
 
 SOFTMAX = Score(norm="softmax")
 LAST = Score("last(8)", norm="softmax")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sparsify import patterns as p
 from sparsify.errors import InputError, nearest
@@ -12,6 +13,7 @@ from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.lists import choices
 
+T = TypeVar("T")
 CAUSAL = p.causal()
 
 
@@ -178,3 +180,11 @@ def _known(patterns: Iterable[str]) -> tuple[str, ...]:
 def _check_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"bench: {heads} query heads are not a multiple of {kv_heads} key heads")
+
+
+def pick(known: Mapping[str, T], names: Sequence[str] | None) -> list[T]:
+    """The cases of these names, or all. Raises InputError for an unknown one."""
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"bench: unknown case '{name}'; {nearest(name, known)}")
+    return [known[name] for name in names or known]

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from sparsify import patterns as p
+from sparsify.bench.cases import pick
 from sparsify.bench.check import compared
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table
-from sparsify.errors import InputError, nearest
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
 
@@ -88,10 +88,7 @@ class Decoded:
 def named(names: Sequence[str] | None) -> tuple[DecodeCase, ...]:
     """The cases of these names, or all. Raises InputError."""
     known = {case.name: case for case in CASES}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"bench: unknown case '{name}'; {nearest(name, known)}")
-    return tuple(known[name] for name in names or known)
+    return tuple(pick(known, names))
 
 
 def measure(case: DecodeCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Decoded:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sparsify.errors import InputError, nearest
+from sparsify.bench.cases import pick
+from sparsify.errors import InputError
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 256}
 DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 8192, "head_dim": 64, "num_hidden_layers": 2}
@@ -145,7 +146,4 @@ CASES = (
 def named(names: list[str] | None) -> tuple[ModelCase, ...]:
     """The cases of these names, or all. Raises InputError for an unknown one."""
     known = {case.name: case for case in CASES}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"bench: unknown case '{name}'; {nearest(name, known)}")
-    return tuple(known[name] for name in names) if names else CASES
+    return tuple(pick(known, names))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from sparsify import patterns as p
+from sparsify.bench.cases import pick
 from sparsify.bench.check import compared
 from sparsify.bench.choice import Choice
 from sparsify.bench.measure import Timing, interleaved, timing
@@ -20,7 +21,6 @@ from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import Launch
-from sparsify.errors import InputError, nearest
 from sparsify.patterns import Pattern
 from sparsify.program import Program
 from sparsify.walk import evaluate
@@ -137,10 +137,7 @@ class Selected:
 def named(names: Sequence[str] | None) -> tuple[SelectionCase, ...]:
     """The cases of these names, or all. Raises InputError."""
     known = {case.name: case for case in CASES}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"bench: unknown case '{name}'; {nearest(name, known)}")
-    return tuple(known[name] for name in names or known)
+    return tuple(pick(known, names))
 
 
 def measure(case: SelectionCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Selected:

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import patterns as p
-from sparsify.bench.cases import NEIGHBORHOODS, Case
+from sparsify.bench.cases import NEIGHBORHOODS, Case, pick
 from sparsify.bench.peers import Inputs
-from sparsify.errors import InputError, nearest
 
 Made = tuple[torch.nn.Module, dict[str, torch.Tensor]]
 VIDEO, IMAGE, TEXT = (8, 24, 40), (64, 64), 77
@@ -95,7 +94,4 @@ def named(names: list[str] | None) -> list[Callable[[str], Inputs]]:
     """What makes the inputs of each case on a device; all without names. Raises InputError for an unknown name."""
     known: dict[str, Callable[[str], Inputs]] = {case.pattern: partial(Inputs.draw, case) for case in NEIGHBORHOODS}
     known |= {name: partial(inputs_of, name) for name in MODELS}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"bench: unknown case '{name}'; {nearest(name, known)}")
-    return [known[name] for name in names or known]
+    return pick(known, names)

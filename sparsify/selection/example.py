@@ -10,10 +10,11 @@ from torch import Tensor
 from sparsify.expr import FALSE, TRUE
 from sparsify.patterns.dense_mask import dense_mask
 from sparsify.patterns.head_choices import head_choices
+from sparsify.patterns.head_rules import Lifetimes
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.pattern import Pattern
 from sparsify.patterns.select import Choice
-from sparsify.patterns.selector import Lifetimes, Selector
+from sparsify.patterns.selector import Selector
 from sparsify.selection.choose import choose
 from sparsify.selection.lifetimes import expiry
 from sparsify.selection.permute import key_order
