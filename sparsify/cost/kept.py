@@ -7,13 +7,12 @@ import functools
 import numpy as np
 
 from sparsify.cost.spans import band_pieces, interior_pieces, listed, without
-from sparsify.cost.tiles import GOLDEN, Positions, corners
+from sparsify.cost.tiles import Positions, corners, spread, tile_rule
 from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
-from sparsify.patterns.tiles import analyse
 from sparsify.walk import evaluate
 
-ROWS = 2**15  # queries that are asked one by one; of more, half as many spread evenly
+ROWS = 2**14  # queries that are asked one by one; of more, a quarter as many spread evenly
 PAIRS = 2**21  # pairs in tiles of no known class that are asked one by one; of more, so many spread evenly
 TILE = 64
 
@@ -30,15 +29,15 @@ def _by_rows(keep: Pred, head: int, at: Positions) -> float:
     env = corners(keep, head, at, 1)
     share = 1.0
     if at.q_slots > ROWS:
-        rows = np.unique((np.arange(ROWS // 2) * GOLDEN % 1 * at.q_slots).astype(np.int64))
+        rows = spread(at.q_slots, ROWS // 4)
         env, share = env | {name: env[name][rows] for name in ("q0", "q1")}, at.q_slots / rows.size
-    found = band_pieces([(analyse(keep).without_data(), env)], env["q0"].size, at.k_slots)
+    found = band_pieces([(tile_rule(keep), env)], env["q0"].size, at.k_slots)
     return float(found.lengths.sum()) * share
 
 
 def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     """Whole tiles by their class, and the others pair by pair."""
-    rule, env = analyse(keep).without_data(), corners(keep, head, at, TILE)
+    rule, env = tile_rule(keep), corners(keep, head, at, TILE)
     count = env["q0"].size
     spans = band_pieces([(rule, env)], count, at.k_slots, TILE)
     sure = interior_pieces(rule, env, count, at.k_slots, TILE)
@@ -46,7 +45,7 @@ def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - without(spans, sure).lengths)).sum())
     most, share = max(1, PAIRS // TILE**2), 1.0
     if tile.size > most:
-        some = np.unique((np.arange(most) * GOLDEN % 1 * tile.size).astype(np.int64))
+        some = spread(tile.size, most)
         tile, key, share = tile[some], key[some], tile.size / some.size
     inside = np.arange(TILE)
     kept = 0
@@ -66,6 +65,9 @@ def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
 @functools.lru_cache(maxsize=1024)
 def kept_by_any(rules: tuple[tuple[Pred, int], ...], at: Positions) -> float:
     """Keys of which some query of some head keeps a pair: what is read where few queries share their keys."""
+    if at.q_slots == 1 and all(by_intervals(keep) for keep, _ in rules):
+        pairs = [(tile_rule(keep), corners(keep, head, at, 1)) for keep, head in rules]
+        return float(band_pieces(pairs, 1, at.k_slots).lengths.sum())
     total = np.zeros(at.k_slots, bool)
     k = np.arange(at.k_slots)
     for keep, head in rules:

@@ -53,7 +53,8 @@ class Site:
 
     def pairs_rule(self, head: int) -> tuple[Pred, int]:
         """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""
-        return rule_of(conjunction([self.heads[head].static, self.filled]), head)
+        static = self.heads[head].static
+        return rule_of(static if self.filled == TRUE else conjunction([static, self.filled]), head)
 
     def rules(self, heads: range) -> tuple[tuple[Pred, int], ...]:
         """The distinct static rules of some heads, each with a head that has it."""
@@ -62,13 +63,23 @@ class Site:
 
 def rule_of(keep: Pred, head: int) -> tuple[Pred, int]:
     """A predicate and the head that it is of, 0 where that makes no difference."""
-    return keep, head if "h" in variables(keep) else 0
+    return keep, head if _names_head(keep) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_head(keep: Pred) -> bool:
+    return "h" in variables(keep)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head(pattern: Pattern) -> Head:
+    return head_of(pattern.keep())
 
 
 def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
     """The site of these patterns. Raises InputError for what no kernel can do."""
     try:
-        heads = tuple(map(head_of, (one.keep() for one in patterns)))
+        heads = tuple(map(_head, patterns))
     except PatternError as error:
         raise InputError(f"cost: patterns: {error}") from None
     for one in heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from sparsify.cost.machine import Rates
 from sparsify.cost.nest import Nest
 from sparsify.cost.site import Site, rule_of
 from sparsify.cost.spans import Array, Pieces
-from sparsify.cost.tiles import Tiles, tiles_of
+from sparsify.cost.tiles import Positions, Tiles, tiles_of
 from sparsify.expr import TRUE, Pred
 from sparsify.patterns.pattern import K, Q
 
@@ -93,20 +94,29 @@ class Group:
     listed: Array
 
 
+@functools.lru_cache(maxsize=4096)
+def _static(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Group:
+    tiles = tiles_of(rules, heads, at, nest)
+    steps = _direct(rules, at, tiles) if nest.direct else _blocks(tiles)
+    zero = tiles.visited * 0
+    return Group(steps, tiles.visited, tiles.pieces, zero, zero)
+
+
 def group_of(site: Site, nest: Nest, heads: range) -> Group:
     """Those of query heads that are in the same query tiles."""
-    tiles = tiles_of(site.rules(heads), len(heads), site.at, nest)
-    steps = _direct(site, nest, heads, tiles) if nest.direct else _blocks(tiles)
-    visited, gathered, listed = tiles.visited, tiles.visited * 0, tiles.visited * 0
+    static = _static(site.rules(heads), len(heads), site.at, nest)
+    if not any(site.heads[h].selector for h in heads):
+        return static
+    steps, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed
     for h, sharing in _lists(site, heads).items():
         found = listing(site, site.heads[h], h, nest)
         assert found is not None
-        rows = tiles.rows * sharing / len(heads)
+        rows = static.steps.row * sharing / len(heads)
         steps = steps + _list_steps(found, rows, nest)
         visited = visited + found.tiles
         gathered = gathered + found.gathered
         listed = listed + np.maximum(found.tiles - found.gathered / nest.keys, 0)
-    return Group(steps, visited, tiles.pieces, gathered, listed)
+    return Group(steps, visited, static.pieces, gathered, listed)
 
 
 def _lists(site: Site, heads: range) -> dict[int, int]:
@@ -127,10 +137,10 @@ def _blocks(tiles: Tiles) -> Steps:
     )
 
 
-def _direct(site: Site, nest: Nest, heads: range, tiles: Tiles) -> Steps:
+def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) -> Steps:
     """Of the one query tile of a group whose keys are read where they lie."""
     zero = tiles.rows * 0.0
-    keys = zero + kept_by_any(site.rules(heads), site.at)
+    keys = zero + kept_by_any(rules, at)
     rows = tiles.rows * 1.0
     return Steps(zero, zero, zero, tiles.partial * rows, tiles.visited, rows, keys, keys * rows)
 

@@ -16,7 +16,7 @@ from sparsify.sizes import size_values
 from sparsify.walk import evaluate, variables
 
 MANY = 2**18  # key tiles that are asked for their class one by one; of more, those of some query tiles
-LOOKED_INTO = 512  # partial tiles whose blocks are counted; of more, so many spread evenly
+LOOKED_INTO = 256  # partial tiles whose blocks are counted; of more, so many spread evenly
 GOLDEN = 0.6180339887498949
 
 
@@ -59,9 +59,21 @@ def corners(keep: Pred, head: int, at: Positions, rows: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
+def tile_rule(keep: Pred) -> TileRule:
+    """What a predicate does on tiles, as far as that is known without data."""
+    return analyse(keep).without_data()
+
+
+def spread(count: int, wanted: int) -> Array:
+    """So many numbers below `count`, one from each of as many equal parts, none in step with another's place."""
+    places = np.arange(wanted)
+    return ((places + places * GOLDEN % 1) * count / wanted).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=4096)
 def tiles_of(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Tiles:
     """Those of `heads` heads that share their query tiles; rules: their distinct predicates, each with a head."""
-    pairs = [(analyse(keep).without_data(), corners(keep, head, at, nest.rows)) for keep, head in rules]
+    pairs = [(tile_rule(keep), corners(keep, head, at, nest.rows)) for keep, head in rules]
     q0, q1 = pairs[0][1]["q0"], pairs[0][1]["q1"]
     spans = band_pieces(pairs, q0.size, at.k_slots, nest.keys)
     sure = Pieces(np.zeros_like(spans.low[:1]), np.zeros_like(spans.low[:1]))
@@ -89,8 +101,7 @@ def _some(rest: Pieces) -> tuple[Pieces, float]:
     total, count = int(rest.lengths.sum()), rest.low.shape[1]
     if total <= MANY:
         return rest, 1.0
-    wanted = max(16, count * MANY // total)
-    chosen = np.unique((np.arange(wanted) * GOLDEN % 1 * count).astype(np.int64))
+    chosen = spread(count, min(count, max(16, count * MANY // total)))
     high = rest.low.copy()
     high[:, chosen] = rest.high[:, chosen]
     looked = Pieces(rest.low, high)
@@ -127,7 +138,7 @@ class _Classes:
         at, nest = self.at, self.nest
         which = np.flatnonzero(self.partial)
         if which.size > LOOKED_INTO:
-            which = which[np.unique((np.arange(LOOKED_INTO) * GOLDEN % 1 * which.size).astype(np.int64))]
+            which = which[spread(which.size, LOOKED_INTO)]
         if not which.size or len(self.rules) > 1:
             return 0.0, 1.0, 1.0
         rule, env = self.rules[0]

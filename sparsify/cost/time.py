@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sparsify.cost.site import Site, rule_of
 from sparsify.cost.spans import Array, merged
 from sparsify.cost.steps import Group, group_of, listing
 from sparsify.cost.tiles import Positions, tiles_of
+from sparsify.expr import Pred
 from sparsify.patterns.select import Choice
 
 
@@ -200,24 +202,31 @@ def _parts(
 def _counted(site: Site, nest: Nest, h: int) -> Part:
     """The tiles and pairs of one head by itself."""
     shape, head = site.shape, site.heads[h]
-    tiles = tiles_of((rule_of(head.static, h),), 1, site.at, nest)
-    visited, full, partial = tiles.visited, tiles.full, tiles.partial
+    visited, full, partial, run = _totals(rule_of(head.static, h), site.at, nest)
     pairs = kept_pairs(*site.pairs_rule(h), site.at)
     lists = listing(site, head, h, nest)
     if lists is not None:
-        visited, full, partial = visited + lists.tiles, full + lists.run - lists.partial, partial + lists.partial
-        pairs += lists.pairs
-    run = float(((full + partial) * tiles.rows).sum()) * nest.keys
+        visited, full = visited + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
+        partial, pairs = partial + float(lists.partial.sum()), pairs + lists.pairs
+        run += float((lists.run * nest.rows).sum()) * nest.keys
     return Part(
         pairs=min(pairs, run) * shape.batch,
         visited=run * shape.batch,
-        full=float(full.sum()) * shape.batch,
-        partial=float(partial.sum()) * shape.batch,
-        empty=float((visited - full - partial).sum()) * shape.batch,
+        full=full * shape.batch,
+        partial=partial * shape.batch,
+        empty=(visited - full - partial) * shape.batch,
         kv_bytes=_kept_keys(site, range(h, h + 1)) * 2 * shape.head_dim * shape.size * shape.batch,
         select_seconds=0.0,
         seconds=0.0,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _totals(rule: tuple[Pred, int], at: Positions, nest: Nest) -> tuple[float, float, float, float]:
+    """(visited, full, partial) tiles of a static rule, and the pairs of those that run."""
+    tiles = tiles_of((rule,), 1, at, nest)
+    run = float(((tiles.full + tiles.partial) * tiles.rows).sum()) * nest.keys
+    return float(tiles.visited.sum()), float(tiles.full.sum()), float(tiles.partial.sum()), run
 
 
 def _kept_keys(site: Site, heads: range) -> float:
