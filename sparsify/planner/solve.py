@@ -127,7 +127,7 @@ def _knapsack(values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed:
 
 
 def _beaten(values: np.ndarray, rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """(units, candidates): whether another candidate of the unit is at least as good in all, the first of equals left."""
+    """(units, candidates): whether another candidate of the unit is as good in all; the first of equals is left."""
     all_of = np.concatenate([values[None], rows])
     all_of = np.where(allowed, all_of, np.inf)
     beaten = np.zeros(values.shape, dtype=bool)
@@ -170,7 +170,9 @@ def _limited(
     links = sparse.hstack([sparse.eye(size), -sparse.csr_matrix((np.ones(size), (np.arange(size), used)),
                                                                (size, count * candidates))])  # fmt: skip
     rules = sparse.hstack([sparse.csr_matrix((count, size)), sparse.kron(sparse.eye(count), np.ones((1, candidates)))])
-    closed = sparse.hstack([sparse.csr_matrix(~allowed.reshape(1, -1) * 1.0), sparse.csr_matrix((1, count * candidates))])
+    closed = sparse.hstack(
+        [sparse.csr_matrix(~allowed.reshape(1, -1) * 1.0), sparse.csr_matrix((1, count * candidates))]
+    )
     more = [LinearConstraint(links.tocsr(), -np.inf, 0), LinearConstraint(rules.tocsr(), 0, most),
             LinearConstraint(closed.tocsr(), 0, 0)]  # fmt: skip
     cost = np.concatenate([values.reshape(-1), np.zeros(count * candidates)])
