@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsify.errors import InputError, SparsifyError, nearest
 from sparsify.planner.plan import DENSE, Candidate
@@ -27,62 +26,66 @@ def elastic(longest: int = 16384) -> Iterator[Candidate]:
 
 
 def windows(causal: bool, longest: int) -> Iterator[Candidate]:
-    """The last 64, 128, ... keys and 4 sinks; to both sides, so many in all, with the first token or with both ends."""
-    size = 64 if causal else 8
+    """The last 64, 128, ... keys and 4 sinks; to both sides so many in all, with both ends, or the ends alone."""
+    if not causal:
+        yield Candidate("ends", ENDS)
+    size = 64 if causal else 4
     while size < longest:
         if causal:
             yield Candidate(f"window{size}", {"sinks": 4, "window": size})
         else:
             span = {"size": size // 2 + 1, "ahead": size // 2}
-            yield Candidate(f"window{size}", {"sinks": 1, "window": span})
-            yield Candidate(f"ends{size}", {"any": [ENDS, {"window": span}]})
+            yield Candidate(f"window{size}", {"any": [ENDS, {"window": span}]})
         size *= 2
 
 
-ENDS = {"expr": "k < 1 or k >= N - 1"}  # the tokens that many encoders let heads rest on
+ENDS = {"expr": "k < 1 or k >= N - 1"}  # the tokens that encoders let heads rest on
 
 
-def ends() -> Iterator[Candidate]:
-    """For attention to both sides: hardly anything, and every so many keys for heads that take averages."""
-    yield Candidate("ends", ENDS)
-    for every in (4, 8, 16, 32):
-        yield Candidate(f"every{every}", {"expr": f"k < 1 or k >= N - 1 or k % {every} == 0"})
+def strides(causal: bool, longest: int, by_pair: bool) -> Iterator[Candidate]:
+    """Blocks of 64 in vertical strides beside a local window (S2-Attention); blocks by themselves, to both sides.
 
-
-def strides(causal: bool, longest: int) -> Iterator[Candidate]:
-    """Blocks of 64 in vertical strides beside a local window (S2-Attention); every so many keys of the query's own kind
-    and the nearest, for attention to both sides (Longformer's dilation)."""
-    if causal:
-        for every in (4, 8, 16):
-            if 64 * every < longest:
-                form = {"window": 256, "column_stride": {"every": every}, "block": 64, "sinks": 1}
-                yield Candidate(f"stride{every}", _blocked(form))
-        return
-    for every in (2, 4, 8, 16):
-        near = {"window": {"size": 3, "ahead": 2}}
-        yield Candidate(f"dilated{every}", {"any": [ENDS, {"dilated": every}, near]})
-
-
-def _blocked(form: Mapping[str, Any]) -> dict[str, Any]:
-    blocked = {key: form[key] for key in ("window", "column_stride", "block")}
-    return {"any": [{"sinks": form["sinks"]}, blocked]}
+    by_pair: also every so many keys of the query's own residue, which are an even sample for a head that averages, with
+    or without the first token. They meet every tile, so they are for budgets of pairs.
+    """
+    for every in (4, 8, 16) if causal else ():
+        if 64 * every < longest:
+            blocked = {"window": 256, "column_stride": {"every": every}, "block": 64}
+            yield Candidate(f"stride{every}", {"any": [{"sinks": 1}, blocked]})
+    for size in () if causal else (32, 64, 128):
+        if size < longest:
+            yield Candidate(f"block{size}", {"any": [ENDS, {"same_block": size}]})
+    for every in (2, 4, 8, 16, 32) if by_pair else ():
+        yield Candidate(f"dilated{every}", {"dilated": every})
+        yield Candidate(f"first_dilated{every}", {"sinks": 1, "dilated": every})
 
 
 def selectors(causal: bool, longest: int) -> Iterator[Candidate]:
-    """The best blocks of keys by their means, at several budgets, chosen for each block of queries."""
+    """The best blocks of keys by their means, at several budgets, chosen for each block of queries; of short texts to
+    both sides also small blocks."""
     unit = 64 if longest >= 2048 else 16
     keep = 2
     while keep * unit <= longest // 2:
-        near = {"sinks": 4} if causal else ENDS
-        chosen = {
-            "budget": {"rule": "topk", "value": keep},
-            "unit": {"q": unit, "k": unit},
-            "score": {"qview": "mean", "kview": "mean"},
-            "force": {"local": 1, "counted": True},
-            "phase": "prefill",
-        }
-        yield Candidate(f"top{keep}x{unit}", {"any": [near, {"select": chosen}]})
+        yield _best(keep, unit, unit, causal)
         keep *= 2
+    if not causal and unit == 16:
+        keep = 4
+        while keep * 4 <= longest // 2:
+            yield _best(keep, unit, 4, causal)
+            keep *= 2
+
+
+def _best(keep: int, queries: int, unit: int, causal: bool) -> Candidate:
+    """The best `keep` units for so many queries, their own among them, with sinks, or with ends and neighbours."""
+    near = [{"sinks": 4}] if causal else [ENDS, {"window": {"size": 2, "ahead": 1}}]
+    chosen = {
+        "budget": {"rule": "topk", "value": keep},
+        "unit": {"q": queries, "k": unit},
+        "score": {"qview": "mean", "kview": "mean"},
+        "force": {"local": 1, "counted": True} if unit == queries else {"local": 0},
+        "phase": "prefill",
+    }
+    return Candidate(f"top{keep}x{unit}", {"any": [*near, {"select": chosen}]})
 
 
 def neighborhoods(shape: Sequence[int]) -> Iterator[Candidate]:
@@ -97,11 +100,15 @@ KINDS = ("elastic", "windows", "strides", "selectors", "neighborhoods")
 
 
 def default(
-    causal: bool, longest: int, kinds: Sequence[str] | None = None, shape: Sequence[int] | None = None
+    causal: bool,
+    longest: int,
+    of: str = "time",
+    kinds: Sequence[str] | None = None,
+    shape: Sequence[int] | None = None,
 ) -> tuple[Candidate, ...]:
     """Dense, and the candidates of these kinds: all that fit the attention, if none are named.
 
-    longest: the longest length that is profiled. shape: of a grid of tokens, for neighborhoods. Raises InputError.
+    longest: the longest length that is profiled. of: what the budget is one of. shape: of a grid of tokens, for neighborhoods. Raises InputError.
     """
     for kind in kinds or ():
         if kind not in KINDS:
@@ -114,9 +121,8 @@ def default(
         found += elastic()
     if "windows" in wanted:
         found += windows(causal, longest)
-        found += () if causal else ends()
     if "strides" in wanted:
-        found += strides(causal, longest)
+        found += strides(causal, longest, of == "pairs")
     if "selectors" in wanted:
         found += selectors(causal, longest)
     if "neighborhoods" in wanted and shape is not None:

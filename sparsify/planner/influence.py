@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from sparsify.planner.probe import Key
+from sparsify.planner.progress import Progress
 from sparsify.planner.rig import Rig
 from sparsify.planner.samples import Sample
 from sparsify.planner.site_call import SiteCall
-from sparsify.planner.state import Arrays
+from sparsify.planner.state import Arrays, State, digest
 from sparsify.planner.study import projections
 
 
@@ -102,3 +103,19 @@ class frozen:
     def __exit__(self, *failure: object) -> None:
         for one in self.parameters:
             one.requires_grad_(True)
+
+
+def sketched(
+    rig: Rig, samples: Sequence[Sample], chosen: np.ndarray, probes: int, state: State, progress: Progress
+) -> Sketch:
+    """The sketch of some samples at an assignment (heads,)."""
+    progress.expect([sample.length for sample in samples])
+    found = []
+    for number, sample in enumerate(samples):
+        progress.tell(f"influence of {len(rig.candidates)} candidates on {sample.length} tokens of {sample.kind}")
+        key = "sketch", chosen.tolist(), sample.digest(), probes, number
+        seed = int(digest(key)[:8], 16)
+        arrays = state.of(key, lambda sample=sample, seed=seed: sketch(rig, sample, chosen, probes, seed))
+        found.append(Sketch(arrays["residual"], arrays["effects"], rig.dense))
+        progress.advance()
+    return Sketch.joined(found)
