@@ -62,7 +62,10 @@ def plan(
     choice is validated on text and at a length that no profile saw. A run that was killed goes on where it was.
     """
     from sparsify.cli.output import console
+    from sparsify.planner.memory import keep_freed
     from sparsify.planner.terminal import Bar, summary
+
+    keep_freed()
 
     settings = {
         "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,
