@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-slow zoo wheel-check lint gpu clean
+.PHONY: help demo plans test test-slow zoo wheel-check lint gpu clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -19,6 +19,10 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
 	$(BIN)/python -m examples.demo
+
+plans: $(STAMP) ## plan a pattern for every head of two trained models, beside one window for all
+	$(BIN)/python -m examples.plan_reader
+	$(BIN)/python -m examples.plan_minilm
 
 test: $(STAMP) ## the tests, on two cores
 	$(BIN)/ruff check .
