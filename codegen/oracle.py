@@ -91,7 +91,7 @@ def oracle_rows(launch: Launch, rows: torch.Tensor | None = None) -> tuple[torch
     scores = scores + bias.evaluate(program.bias, env)
     scores = scores.masked_fill(~keep, -torch.inf)
     if program.sink is not None:
-        logit = bias.evaluate(program.sink, env).expand(*scores.shape[:3], 1)
+        logit = bias.evaluate(program.sink, env).to(scores).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logit], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : v.shape[2]]
     v = v.masked_fill(~keep.any(2).unsqueeze(-1), 0)  # not even a NaN is read of what nobody keeps

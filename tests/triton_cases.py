@@ -157,7 +157,7 @@ def _rows(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kee
     scores = q @ k.transpose(-1, -2) * launch.scale
     scores = (scores if cap is None else cap * torch.tanh(scores / cap)) + bias  # as model code spells it
     if sink is not None:
-        logit = biases.evaluate(sink, env).to(scores.dtype).expand(*scores.shape[:3], 1)
+        logit = biases.evaluate(sink, env).to(scores).expand(*scores.shape[:3], 1)
         out = torch.softmax(torch.cat([scores, logit], -1), dim=-1)[..., :-1] @ v
     elif cap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=launch.scale)

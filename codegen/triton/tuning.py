@@ -26,6 +26,7 @@ class Shape:
 
     queries, heads: what is in the `block_m` rows where that is not one query a row: so many queries, each with so many
     heads, and rows that nothing is in.
+    described: whether keys and values are read by tensor descriptors, where their layout allows it.
     """
 
     block_m: int
@@ -34,6 +35,7 @@ class Shape:
     num_stages: int
     queries: int = 0
     heads: int = 1
+    described: bool = False
 
     @property
     def rows(self) -> int:
@@ -69,13 +71,15 @@ def chip_class(arch: int | str) -> str:
 
 def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
     """The shape to launch with; `arch` None is the interpreter. Few queries (decode) take a low tile."""
+    described = dtype != "float32" and (arch is None or (isinstance(arch, int) and arch >= 90))
     if arch is None:
-        return replace(INTERPRETED, block_m=16) if q_len <= 16 else INTERPRETED
-    table = (_FLOAT if dtype == "float32" else _HALF)[chip_class(arch)]
-    shape = next(shape for limit, shape in table.items() if max(padded(head_dim), padded(value_dim)) <= limit)
+        shape = INTERPRETED
+    else:
+        table = (_FLOAT if dtype == "float32" else _HALF)[chip_class(arch)]
+        shape = next(shape for limit, shape in table.items() if max(padded(head_dim), padded(value_dim)) <= limit)
     if isinstance(arch, int) and arch in (86, 89, 120):  # about 100 KB of shared memory
         shape = replace(shape, num_stages=min(shape.num_stages, 2))
-    return replace(shape, block_m=16) if q_len <= 16 else shape
+    return replace(shape, block_m=16 if q_len <= 16 else shape.block_m, described=described)
 
 
 def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
