@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from sparsify import __version__
 from sparsify.bias import to_data
 from sparsify.codegen.names import program_name, size_name
 from sparsify.codegen.target import DTYPES
+from sparsify.errors import InputError, nearest
 from sparsify.text import to_text
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 FEW = 16  # queries, at most, of what is tuned apart from many, as in decoding
 
 
+@functools.lru_cache(maxsize=1024)
 def kernel_key(program: Program, dtype: str, head_dim: int, value_dim: int, q_len: int) -> str:
     """`window512__fp32__d64__many__` and a hash of all rules; which head has which rule makes no other kernel."""
     data = {
@@ -34,6 +37,15 @@ def kernel_key(program: Program, dtype: str, head_dim: int, value_dim: int, q_le
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:10]
     size, rows = size_name(head_dim, value_dim), "few" if q_len <= FEW else "many"
     return f"{program_name(program)}__{DTYPES[dtype]}__{size}__{rows}__{digest}"
+
+
+def check_values(values: Mapping[str, int], allowed: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError for a field that isn't there, or a value that it can't have."""
+    for name, value in values.items():
+        if name not in allowed:
+            raise InputError(f"tuned kernel: unknown field '{name}'; {nearest(str(name), allowed)}")
+        if type(value) is not int or value not in allowed[name]:
+            raise InputError(f"tuned kernel: {name}: found {value!r}; allowed: {', '.join(map(str, allowed[name]))}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 from sparsify.codegen.cpp.rows import KEYS
-from sparsify.errors import InputError, nearest
+from sparsify.codegen.tuned import check_values
 from sparsify.runtime import Isa
 
 # What each field may be: also what a store from elsewhere may ask for, since it ends up in code.
@@ -72,12 +72,7 @@ class Tuning:
 
 def check(values: Mapping[str, int]) -> None:
     """Raises InputError for a field that isn't there, or a value that it can't have."""
-    for name, value in values.items():
-        if name not in ALLOWED:
-            raise InputError(f"tuned kernel: unknown field '{name}'; {nearest(str(name), ALLOWED)}")
-        if type(value) is not int or value not in ALLOWED[name]:
-            allowed = ", ".join(map(str, ALLOWED[name]))
-            raise InputError(f"tuned kernel: {name}: found {value!r}; allowed: {allowed}")
+    check_values(values, ALLOWED)
 
 
 def register_blocks(isa: Isa) -> Iterable[tuple[int, int]]:
