@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def kernel_key(program: Program, dtype: str, head_dim: int, value_dim: int, q_le
     }
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:10]
     size, rows = size_name(head_dim, value_dim), "few" if q_len <= FEW else "many"
-    return f"{program_name(program)}__{DTYPES[dtype]}__{size}__{rows}__{digest}"
+    ordered = replace(program, keep=tuple(sorted(program.keep, key=to_text)))
+    return f"{program_name(ordered)}__{DTYPES[dtype]}__{size}__{rows}__{digest}"
 
 
 def check_values(values: Mapping[str, int], allowed: Mapping[str, tuple[int, ...]]) -> None:

@@ -133,7 +133,7 @@ def test_a_child_says_why_it_is_lost_and_starts_again(tmp_path):
     child = Child(Runner)
     child.open(tmp_path / "job.pt")
     try:
-        with pytest.raises(Failed, match="^kernel x: the compiler failed$"):
+        with pytest.raises(Failed, match=r"^kernel x: the compiler failed$"):
             child.ask("build", {"tile": 103}, seconds=60)
         process = child.process
         with pytest.raises(Lost, match=r"^crashed \(SIGSEGV\)$"):

@@ -79,7 +79,7 @@ def test_0_is_no_store(store, monkeypatch):
     tuned.keep([ENTRY])
     monkeypatch.setenv("SPARSIFY_TUNED", "0")
     assert tuned.lookup(ENTRY.key) == {}
-    with pytest.raises(InputError, match="^environment variable SPARSIFY_TUNED: found '0', so there is no store"):
+    with pytest.raises(InputError, match=r"^environment variable SPARSIFY_TUNED: found '0', so there is no store"):
         tuned.keep([ENTRY])
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_file_is_refused_in_words_and_ignored_by_kernels(store, name):
 
 
 def test_a_file_that_is_not_there(store):
-    with pytest.raises(InputError, match="can't be read: No such file or directory$"):
+    with pytest.raises(InputError, match=r"can't be read: No such file or directory$"):
         tunings.read(store)
     assert tuned.held() == ({}, "")
 
