@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from sparsify.codegen.target import Launch
 
-L2_BYTES = 24 << 20  # for the keys and values of neighbouring programs; chips have 32 MB and more
-
 
 def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
     """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0.
@@ -56,7 +54,7 @@ def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -
         "q_offset": launch.q_offset,
         "q_tiles": -(-q_slots // shape.rows),
         "all_heads": batch * heads // shape.heads,
-        "section": max(1, _section(launch) // shape.heads),
+        "section": max(1, _section(launch, shape) // shape.heads),
     }
     values |= {"q_slots": q_slots} if program.queries else {}
     values |= {"k_slots": k_slots} if program.keys else {"DESCRIBED": _described(launch, shape)}
@@ -126,9 +124,9 @@ def _load_numbers(launch: Launch) -> dict[str, int]:
     return found
 
 
-def _section(launch: Launch) -> int:
+def _section(launch: Launch, shape: Shape) -> int:
     """How many query heads run side by side: as many as have keys and values that fit the L2 cache together."""
     batch, heads, _, head_dim = launch.q.shape
     kv_heads, k_len = launch.k.shape[1:3]
     bytes_per_head = k_len * (head_dim + launch.v.shape[3]) * launch.k.element_size()
-    return min(batch * heads, max(1, L2_BYTES // bytes_per_head) * (heads // kv_heads))
+    return min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))

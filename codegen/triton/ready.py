@@ -13,6 +13,7 @@ from sparsify.codegen.triton.arguments import arguments, tensor_arguments
 from sparsify.codegen.triton.kernels import architecture, kernel
 from sparsify.codegen.triton.tuning import Shape, tiled
 from sparsify.program import Program
+from sparsify.runtime import tuned
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def run(launch: Launch, out: torch.Tensor) -> None:
 def _key(launch: Launch) -> tuple:
     """What the numbers and the compiled kernel follow from. The output's strides follow from the shapes."""
     tensors = [_about(tensor) for tensor in (launch.q, launch.k, launch.v, *launch.loads)]
-    return launch.program, launch.q_offset, launch.scale, launch.lse is None, launch.q.device, *tensors
+    return launch.program, tuned.token(), launch.q_offset, launch.scale, launch.lse is None, launch.q.device, *tensors
 
 
 def _about(tensor: torch.Tensor) -> tuple:

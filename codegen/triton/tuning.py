@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sparsify.codegen.target import dtype_name
 from sparsify.codegen.triton.listing import packed, packs, rounds
 from sparsify.codegen.triton.ranges import slots
+from sparsify.codegen.triton.tuned import tuned_shape
 from sparsify.errors import InputError
 from sparsify.expr import FloorDiv
 from sparsify.patterns.lists import lists, tile_rows
@@ -27,6 +28,8 @@ class Shape:
     queries, heads: what is in the `block_m` rows where that is not one query a row: so many queries, each with so many
     heads, and rows that nothing is in.
     described: whether keys and values are read by tensor descriptors, where their layout allows it.
+    l2_mib: of keys and values that query tiles which run side by side read, about; chips have an L2 cache of 32 MB and
+    more.
     """
 
     block_m: int
@@ -36,6 +39,7 @@ class Shape:
     queries: int = 0
     heads: int = 1
     described: bool = False
+    l2_mib: int = 24
 
     @property
     def rows(self) -> int:
@@ -90,14 +94,21 @@ def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
     return replace(shape, block_n=min(shape.block_n, BLOCK))
 
 
+def untuned(launch: Launch, arch: int | str | None) -> Shape:
+    """The shape of a launch by default, before what its program asks of a tile."""
+    shape_of = listed_shape if rounds(launch.program) else launch_shape
+    return shape_of(dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3], slots(launch)[0], arch)
+
+
 def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     """The shape of a launch, and the launch as it runs so: a query tile never has queries of two lists.
 
     Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they share their lists.
     """
     program, q_len = launch.program, slots(launch)[0]
-    sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
-    shape = (listed_shape if rounds(program) else launch_shape)(*sizes, q_len, arch)
+    shape = tuned_shape(launch, arch, untuned(launch, arch))
+    if rounds(program):
+        shape = replace(shape, block_n=min(shape.block_n, BLOCK))
     if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
         shape = INTERPRETED_SLOTS if arch is None else shape
         shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
@@ -105,6 +116,7 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
         return launch, shape
     heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
     if min(queries, q_len) <= 16 and packs(program, group):
+        sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
         most = listed_shape(*sizes, MANY, arch).block_m
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
         queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))

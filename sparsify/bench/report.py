@@ -21,6 +21,7 @@ from sparsify.bench.summary import Summary
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import SparsifyError
 from sparsify.runtime import machine_isa
+from sparsify.runtime.machine import cpu_name
 
 RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table; NATTEN joins where it ran
 MEMORY = ("sparsify", "dense", "mask", "flex")
@@ -124,7 +125,7 @@ def remarks(results: Sequence[Result], summaries: Sequence[Summary]) -> Iterator
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on, and with what."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "machine": name,
         "cores": os.cpu_count(),
@@ -155,14 +156,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_json(results: Sequence[Result], summaries: Sequence[Summary], device: str, path: Path) -> Path:
