@@ -143,7 +143,8 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
         launch = replace(launch, program=packed(program)) if heads > 1 else launch
     _check_starts(launch, queries)
     shape = replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
-    return launch, replace(shape, splits=_splits(launch, shape) if q_len <= FEW and program.queries is None else 1)
+    few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
+    return launch, replace(shape, splits=_splits(launch, shape) if few else 1)
 
 
 def _splits(launch: Launch, shape: Shape) -> int:
