@@ -11,7 +11,7 @@ from sparsify import op
 from sparsify.codegen import Launch
 from sparsify.codegen.oracle import kept_tokens
 from sparsify.errors import InputError
-from sparsify.functional_plan import plan
+from sparsify.functional_plan import least_tokens, plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids as grids_of
@@ -109,7 +109,10 @@ def _planned(
     loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
     whole = laid_out and q.shape[2] == k.shape[2] and q_offset in (None, 0)
     grids = (found, int(k.shape[2])) if found and whole else ((), 0)
-    text, asks, dropped = plan(rules, where, grids, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    heads, kv_heads = len(rules), len((None,) * k.shape[1])  # under Dynamo constants, as a program's heads are
+    by_head = 1 if whole and q.shape[2] >= least_tokens(rules, kv_heads) else 0  # a branch is a guard to Dynamo
+    one_query = 1 if q.shape[2] == 1 else 0
+    text, asks, dropped = plan(rules, where, grids, heads, kv_heads, bool(one_query), q.device.type, bool(by_head))
     usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
     for ask in asks:
         loads += select(q, k, usable, None, offset, factor, ask)
