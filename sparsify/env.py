@@ -24,7 +24,7 @@ def cache_dir() -> Path:
 
 def target() -> str:
     """SPARSIFY_TARGET: auto (default), cpp, triton or null."""
-    return _one_of("SPARSIFY_TARGET", "auto", TARGETS)
+    return _one_of("SPARSIFY_TARGET", "auto", TARGETS) if _TARGET in _DATA else "auto"
 
 
 def crossover() -> bool:
@@ -47,9 +47,16 @@ def compiler() -> str | None:
     return os.environ.get("SPARSIFY_CXX") or os.environ.get("CXX") or None
 
 
-def build_variables() -> tuple[str | None, ...]:
+def build_variables() -> tuple[object, ...]:
     """The values of all variables that decide how a kernel is built and where it is kept: the key of what is built."""
-    return tuple(map(os.environ.get, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR")))
+    return tuple([_DATA.get(name) for name in _BUILD])
+
+
+# Asked at every call of a kernel. What lies behind os.environ says ten times as fast that a name isn't there.
+_DATA = getattr(os.environ, "_data", os.environ)
+_KEY = getattr(os.environ, "encodekey", str)
+_BUILD = tuple(map(_KEY, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR")))
+_TARGET = _KEY("SPARSIFY_TARGET")
 
 
 def _one_of(name: str, default: str, allowed: tuple[str, ...]) -> str:

@@ -65,7 +65,7 @@ def attention(
     elif return_lse:
         out, lse = op.attention_lse(q, k, v, loads, *numbers, text)
     else:
-        return op.attention(q, k, v, loads, *numbers, text)
+        return op.called(q, k, v, loads, *numbers, text)
     return (out, lse) if return_lse else out
 
 
@@ -165,12 +165,19 @@ def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tu
     """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
     found: tuple[GridFields, ...] = ()
     for one in [pattern] if isinstance(pattern, Pattern) else pattern:
-        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids_of(one)])
+        mine = _own_grids(one) if torch.compiler.is_compiling() else one.__dict__.get("grids")
+        if mine is None:
+            mine = _own_grids(one)
+            one.__dict__["grids"] = mine  # a pattern never changes, and is asked at every call
         wrong = one.fits(int(keys)) if mine else ""
         if wrong:
             raise InputError(f"attention: pattern: {wrong}")
         found += mine
     return found
+
+
+def _own_grids(pattern: Pattern) -> tuple[GridFields, ...]:
+    return tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids_of(pattern)])
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
