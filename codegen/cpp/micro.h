@@ -72,6 +72,7 @@ template <int NV, bool SOME = false>
 static inline __attribute__((always_inline)) void
 multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* b, int stride, int first, int last,
          const uint8_t* steps = nullptr) {
+#pragma GCC unroll UNROLL
     for (int i = first; i < last; i++) {
         int step = SOME ? steps[i] : i;
         Floats lanes[NV];
