@@ -19,6 +19,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "neighborhood": CASES,
     "selection": (*CASES, "dtype"),
     "decode": (*CASES, "dtype"),
+    "simulate": ("count", "seed", "dtype", "json"),
     "preparation": (),
 }
 
