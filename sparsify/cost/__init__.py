@@ -24,7 +24,8 @@ from sparsify.cost.find import machine, names, save
 from sparsify.cost.machine import Machine
 
 __all__ = [
-    "Estimate", "HeadCost", "Machine", "calibrate", "crossover", "dense_seconds", "estimate", "machine", "names", "save",
+    "Estimate", "HeadCost", "Machine", "calibrate", "crossover", "dense_seconds", "estimate", "machine", "names",
+    "save",
 ]  # fmt: skip
 
 
