@@ -49,7 +49,7 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
     monkeypatch.setattr(dense_rates, "seconds", lambda run, cold, budget: 1e-3)
     monkeypatch.setattr(selection_rates, "seconds", lambda run, cold, budget: (run(), 1e-3)[1])
     built = []
-    monkeypatch.setattr(calibration, "_build", lambda some, tell: built.extend(some))
+    monkeypatch.setattr(calibration, "build", lambda some, tell: built.extend(some))
     found = cost.calibrate(lambda what, done, every: told.append((what, done, every)))
     assert built == given and found.measured and found.memory == TRUTH.memory and found.cores == torch.get_num_threads()
     assert {(one.dtype, one.head_dim) for one in found.rates} == {("float32", 64), ("bfloat16", 64)}

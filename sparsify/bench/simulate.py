@@ -14,9 +14,11 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from sparsify.bench.draws import Crossing
+from sparsify.bench.progress import Steps
 from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.cost import Machine, crossover, estimate
+from sparsify.cost import sample as samples
 from sparsify.cost.sample import Sample, seconds
 
 MEDIAN, NINETIETH, RANKS, FACTOR = 0.12, 0.30, 0.97, 1.5  # what a calibrated machine is to keep
@@ -100,6 +102,18 @@ class Accuracy:
             f" ({NINETIETH:.0%}); rank correlation {self.ranks:.4f} (at least {RANKS}); worst crossover within a factor"
             f" of {self.factor:.2f} ({FACTOR})"
         )
+
+
+def build(jobs: Sequence[Sample | Crossing]) -> None:
+    """Builds the kernels of all jobs."""
+    with Steps([1.0] * len(jobs)) as steps, torch.inference_mode():
+        steps.tell("building kernels")
+
+        def tell(done: int) -> None:
+            while steps.done < done:
+                steps.advance()
+
+        samples.build([one.at(one.shortest) if isinstance(one, Crossing) else one for one in jobs], tell)
 
 
 def measured(job: Sample | Crossing, given: Machine, tell: Callable[[str], None]) -> Predicted | Crossed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
@@ -16,12 +14,10 @@ from sparsify.cost.dense_rates import dense_rates
 from sparsify.cost.fit import fitted
 from sparsify.cost.machine import Machine, Rates
 from sparsify.cost.nest import Shape, cpp_nest
-from sparsify.cost.sample import Sample, seconds
+from sparsify.cost.sample import Sample, build, seconds
 from sparsify.cost.selection_rates import selection_rates
 from sparsify.errors import InputError
-from sparsify.functional import planned
 from sparsify.patterns import Pattern
-from sparsify.program import Program
 
 DTYPES, HEAD_DIMS = ("float32", "bfloat16"), (64, 128)
 READ_BYTES = 2**28  # of the tensor whose sum tells how fast memory is read
@@ -58,7 +54,7 @@ def calibrate(progress: Progress | None = None) -> Machine:
     tell, given = progress or (lambda what, done, every: None), samples()
     steps = len(given) * (1 + PASSES) + 2
     with torch.inference_mode():
-        _build(given, lambda done: tell("building kernels", done, steps))
+        build(given, lambda done: tell("building kernels", done, steps))
         times = _timed(given, lambda done: tell("timing attention", len(given) + done, steps))
         tell("timing dense attention", steps - 2, steps)
         first = Machine(
@@ -105,22 +101,6 @@ def _guess(dtype: str, size: int) -> Rates:
         dtype=dtype, head_dim=size, tile=(nest.rows, nest.keys), full=pair, masked=0.5, live=pair, partial=20.0,
         visit=300.0, pack=size / 4, row=size / 2, read=size / 3, direct=size / 12, item=1000.0,
     )  # fmt: skip
-
-
-def _build(given: Sequence[Sample], tell: Callable[[int], None]) -> None:
-    """Builds the kernels of all samples that aren't there yet, side by side: compilers are processes of their own."""
-    target, asked = codegen.target("cpp"), {}
-    for one in given:
-        q, k, _ = one.tensors()
-        text = planned(q, k, list(one.patterns), None, None, None, laid_out=True)[0]
-        asked.setdefault((text, q.dtype, one.shape.head_dim), []).append(one)
-    done = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(target.kernel, Program.parse(text), dtype, size, size) for text, dtype, size in asked]
-        for job, some in zip(jobs, asked.values(), strict=True):
-            job.result()
-            done += len(some)
-            tell(done)
 
 
 def _timed(given: Sequence[Sample], tell: Callable[[int], None]) -> list[float]:

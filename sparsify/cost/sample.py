@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from sparsify import op
+from sparsify import codegen, op
 from sparsify.cost.machine import FEW
 from sparsify.cost.nest import Shape
 from sparsify.functional import planned
 from sparsify.patterns import Pattern
 from sparsify.patterns.causal import is_causal
+from sparsify.program import Program
 
 EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a cache, as when layers follow each other
 
@@ -46,6 +49,11 @@ class Sample:
         kind = getattr(torch, shape.dtype)
         return [torch.randn(shape.batch, *size, shape.head_dim, generator=generator).to(kind) for size in sizes]
 
+    def program(self) -> str:
+        """The canonical text of the program that its kernel is of."""
+        q, k, _ = self.tensors()
+        return planned(q, k, list(self.patterns), None, None, None, laid_out=True)[0]
+
     def run(self) -> Run:
         """The op as a compiled model calls it: everything that doesn't depend on numbers is done, and built."""
         q, k, v = self.tensors()
@@ -60,6 +68,25 @@ class Sample:
         grouped = self.shape.heads != self.shape.kv_heads
         causal = self.causal and self.shape.q_len == self.shape.k_len
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+
+def build(samples: Sequence[Sample], tell: Callable[[int], None]) -> None:
+    """Builds the kernels of all samples that aren't there yet, side by side: compilers are processes of their own.
+
+    tell: called with how many samples have their kernel.
+    """
+    target = codegen.target("cpp")
+    asked: dict[tuple[str, torch.dtype, int], int] = {}
+    for one in samples:
+        key = one.program(), getattr(torch, one.shape.dtype), one.shape.head_dim
+        asked[key] = asked.get(key, 0) + 1
+    done = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(target.kernel, Program.parse(text), dtype, size, size) for text, dtype, size in asked]  # type: ignore[attr-defined]
+        for job, count in zip(jobs, asked.values(), strict=True):
+            job.result()
+            done += count
+            tell(done)
 
 
 def seconds(run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40) -> float:
