@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def kept(launch: Launch) -> torch.Tensor:
+def kept(launch: Launch, env: dict[str, Any] | None = None) -> torch.Tensor:
     """What the program's predicates keep, evaluated at every pair: bool (B, Hq, Nq, Nk), over slots where it has a
-    layout."""
+    layout. env: another than the launch's own `environment`."""
     import torch
 
-    program, env = launch.program, environment(launch)
+    program, env = launch.program, environment(launch) if env is None else env
     shape = (*launch.q.shape[:2], env["q"].shape[-2], env["k"].shape[-1])
     rules = [torch.as_tensor(evaluate(keep, env), device=launch.q.device).expand(shape) for keep in program.keep]
     return torch.stack([rules[rule][:, h] for h, rule in enumerate(program.heads)], dim=1)
@@ -59,28 +59,40 @@ def oracle_lse(launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the lse (B, Hq, Nq) in float64 (see `Target.run`)."""
     import torch
 
-    program, group, q_len = launch.program, launch.q.shape[1] // launch.k.shape[1], launch.q.shape[2]
+    program, q_len = launch.program, launch.q.shape[2]
+    out, lse = oracle_rows(launch)
+    if program.queries is None:
+        return out, lse
+    token, filled = tokens(program.queries, "q", q_len, environment(launch))
+    where = token.masked_fill(~filled, q_len).expand(*lse.shape)  # what empty slots have goes behind the last token
+    rows = lse.new_full((*lse.shape[:2], q_len + 1), -torch.inf).scatter(-1, where, lse)[..., :q_len]
+    return scattered(out, token, filled, q_len), rows
+
+
+def oracle_rows(launch: Launch, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (B, Hq, rows, Dv) and the lse (B, Hq, rows) in float64, of some queries or of all; of slots where
+    queries have a layout."""
+    import torch
+
+    program, group = launch.program, launch.q.shape[1] // launch.k.shape[1]
     q, k, v = launch.q.double(), *(t.double().repeat_interleave(group, dim=1) for t in (launch.k, launch.v))
-    env, keep = environment(launch), kept(launch)
+    env = environment(launch)
+    if program.queries is not None:
+        q = gathered(q, *tokens(program.queries, "q", q.shape[2], env))
+    if rows is not None:
+        q, env = q[:, :, rows], env | {"q": env["q"][..., rows, :]}
+    keep = kept(launch, env)
     if program.keys is not None:
         token, filled = tokens(program.keys, "k", k.shape[2], env)
         k, v, keep = gathered(k, token, filled), gathered(v, token, filled), keep & filled[:, :, None]
-    if program.queries is not None:
-        token, filled = tokens(program.queries, "q", q_len, env)
-        q = gathered(q, token, filled)
     scores, cap = q @ k.transpose(-1, -2) * launch.scale, program.softcap
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     scores = scores + bias.evaluate(program.bias, env)
     scores = scores.masked_fill(~keep, -torch.inf)
     if program.sink is not None:
-        logit = bias.evaluate(program.sink, env).expand(*scores.shape[:3], 1)
+        logit = bias.evaluate(program.sink, env).to(scores).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logit], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : v.shape[2]]
     v = v.masked_fill(~keep.any(2).unsqueeze(-1), 0)  # not even a NaN is read of what nobody keeps
-    out, lse = weights.nan_to_num(nan=0.0) @ v, torch.logsumexp(scores, dim=-1)
-    if program.queries is None:
-        return out, lse
-    where = token.masked_fill(~filled, q_len).expand(*lse.shape)  # what empty slots have goes behind the last token
-    rows = lse.new_full((*lse.shape[:2], q_len + 1), -torch.inf).scatter(-1, where, lse)[..., :q_len]
-    return scattered(out, token, filled, q_len), rows
+    return weights.nan_to_num(nan=0.0) @ v, torch.logsumexp(scores, dim=-1)

@@ -26,11 +26,12 @@ def tokens(layout: Layout, name: str, length: int, env: Mapping[str, Any]) -> tu
     import torch
 
     slots = slot_count(layout, length, env)
-    here = dict(env) | {name: torch.arange(slots, device=env["b"].device)}
+    device = env["b"].device
+    here = dict(env) | {name: torch.arange(slots, device=device)}
     here |= {axis: env[axis].reshape(-1, 1, 1) if axis == "b" else env[axis].reshape(1, -1, 1) for axis in ("b", "h")}
-    filled = torch.as_tensor(evaluate(layout.filled, here)).broadcast_to((1, 1, slots))
+    filled = torch.as_tensor(evaluate(layout.filled, here), device=device).broadcast_to((1, 1, slots))
     clipped = {k: v for k, v in here.items() if k != name} | {name: torch.where(filled, here[name], 0)}
-    token = torch.as_tensor(evaluate(layout.token, clipped))
+    token = torch.as_tensor(evaluate(layout.token, clipped), device=device)
     token = token.expand(*((1,) * (3 - token.dim())), *token.shape)
     return torch.where(filled, token, 0), filled
 

@@ -22,6 +22,14 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("sparsify"))
 
 
+def tuned() -> Path | None:
+    """SPARSIFY_TUNED: the file of tuned kernels, by default tuned.json in the cache folder; 0 (None) for none."""
+    found = os.environ.get("SPARSIFY_TUNED")
+    if found == "0":
+        return None
+    return Path(found) if found else cache_dir() / "tuned.json"
+
+
 def target() -> str:
     """SPARSIFY_TARGET: auto (default), cpp, triton or null."""
     return _one_of("SPARSIFY_TARGET", "auto", TARGETS)
@@ -49,7 +57,10 @@ def compiler() -> str | None:
 
 def build_variables() -> tuple[str | None, ...]:
     """The values of all variables that decide how a kernel is built and where it is kept: the key of what is built."""
-    return tuple(map(os.environ.get, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR")))
+    return tuple(map(os.environ.get, _BUILD))
+
+
+_BUILD = ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR", "SPARSIFY_TUNED")
 
 
 def _one_of(name: str, default: str, allowed: tuple[str, ...]) -> str:

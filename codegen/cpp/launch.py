@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.source import Shape, render
+from sparsify.codegen.cpp.tuned import tuning
 from sparsify.codegen.slots import slot_count
 from sparsify.codegen.target import Launch, dtype_name
+from sparsify.codegen.tuned import FEW
 from sparsify.errors import BuildError, Refusal
+from sparsify.runtime import tuned
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +57,7 @@ class Kernel:
         if isinstance(compiler, Refusal):
             raise BuildError(str(compiler))
         name, source = render(program, shape, isa)
-        self.function = runtime.load_library(name, source, isa.flags, compiler).sparsify_run
+        self.function = runtime.load_library(name, source, (*isa.flags, *shape.tuning.flags()), compiler).sparsify_run
         self.function.argtypes, self.function.restype = [ctypes.POINTER(Call)], ctypes.c_int
         self.program = program
         self.softcap = program.softcap or 0.0
@@ -101,21 +105,26 @@ class Kernel:
 
 
 # By the program's identity, as hashing one walks all of its predicates; a kernel keeps its program, and so its id.
-_BUILT: dict[tuple[int, torch.dtype, int, int, tuple[str | None, ...]], Kernel] = {}
+_BUILT: dict[tuple[Hashable, ...], Kernel] = {}
 
 
-def built(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel | None:
-    """The kernel for this machine, environment and cache folder, if this process has it."""
-    return _BUILT.get((id(program), dtype, head_dim, value_dim, env.build_variables()))
+def built(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel | None:
+    """The kernel for this machine, environment, cache folder and store of tuned kernels, if this process has it."""
+    return _BUILT.get(_key(program, dtype, head_dim, value_dim, q_len))
 
 
-def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
+def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel:
     """Builds the kernel, or loads it from the cache folder. Raises BuildError."""
     if len(_BUILT) >= MAX_BUILT:
         _BUILT.clear()
-    found = Kernel(program, Shape.of(dtype, head_dim, value_dim))
-    _BUILT[id(program), dtype, head_dim, value_dim, env.build_variables()] = found
+    how = tuning(program, dtype, head_dim, value_dim, q_len)
+    found = Kernel(program, Shape.of(dtype, head_dim, value_dim, how))
+    _BUILT[_key(program, dtype, head_dim, value_dim, q_len)] = found
     return found
+
+
+def _key(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> tuple[Hashable, ...]:
+    return id(program), dtype, head_dim, value_dim, q_len <= FEW, tuned.token(), env.build_variables()
 
 
 def _source(load: torch.Tensor) -> tuple[Source, torch.Tensor]:

@@ -71,6 +71,7 @@ static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes,
 template <int NV>
 static inline __attribute__((always_inline)) void
 multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* b, int stride, int first, int last) {
+#pragma GCC unroll UNROLL
     for (int step = first; step < last; step++) {
         Floats lanes[NV];
 #pragma GCC unroll 8
