@@ -50,7 +50,7 @@ def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]
     visited = [sum((group.visited for group in some), start=np.zeros(1)) for some in groups]
     costs = np.tile(np.concatenate(visited), shape.batch)
     threads = cpp_threads(costs, nest, machine.cores)
-    step, order = step_of(costs.size, threads), about(costs, costs.size / threads)
+    step, order = step_of(costs.size, threads, nest.step), about(costs, costs.size / threads)
     found = []
     for some, cost in zip(groups, visited, strict=True):
         done = sum((group.steps for group in some), start=np.zeros((len(STEPS), 1)))
@@ -58,7 +58,7 @@ def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]
         done[ITEM] += 1
         found.append(done)
     done = np.tile(np.concatenate(found, axis=1), (1, shape.batch))
-    if nest.split and splits(costs, threads):
+    if nest.whole_group and splits(costs, threads):
         times = rates_vector(rates) @ done
         span = float(times.sum()) / threads
     else:
@@ -90,15 +90,16 @@ def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, s
 def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Launch:
     """A GPU's: an item is a query tile of some heads, and sections of heads follow each other. While the products of
     one key tile are made, the next one is read."""
-    from sparsify.codegen.triton.arguments import L2_BYTES
-
     shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
     found = [group.steps.copy() for some in groups for group in some]
     for done, group in zip(found, (group for some in groups for group in some), strict=True):
         done[READ], done[ITEM] = group.visited * nest.keys, 1
     line = np.tile(np.stack(found), (shape.batch, 1, 1))
+    if nest.splits > 1:
+        line = np.repeat(line, nest.splits, axis=2) / nest.splits
+        line[:, ITEM] = 1
     per_head = site.at.k_slots * 2 * shape.head_dim * shape.size
-    section = max(1, max(1, L2_BYTES // per_head) * shape.group // nest.heads)
+    section = max(1, max(1, nest.near // per_head) * shape.group // nest.heads)
     heads = [line[start : start + section, :, ::-1] for start in range(0, len(line), section)]
     done = np.concatenate([some.transpose(1, 2, 0).reshape(len(STEPS), -1) for some in heads], axis=1)
     vector = rates_vector(rates)

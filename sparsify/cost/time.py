@@ -55,7 +55,11 @@ def site_cost(site: Site, machine: Machine) -> SiteCost:
     row = shape.head_dim * shape.size
     moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
     choosing = _choosing(site, machine)
-    time = machine.launch_of(shape.q_len) + sum(choosing.values()) + max(launch.span, moved / machine.memory * 1e9)
+    time = (
+        machine.launch_of(shape.q_len) * (2 if nest.splits > 1 else 1)
+        + sum(choosing.values())
+        + max(launch.span, moved / machine.memory * 1e9)
+    )
     heads = _parts(site, nest, machine, choosing, time)
     kv = [_kept_keys(site, range(j * shape.group, (j + 1) * shape.group)) for j in range(shape.kv_heads)]
     return SiteCost(
@@ -64,7 +68,7 @@ def site_cost(site: Site, machine: Machine) -> SiteCost:
         heads=heads,
         kv_bytes=sum(kv) * 2 * row * shape.batch,
         select=sum(choosing.values()),
-        launches=1 + len(choosing),
+        launches=(2 if nest.splits > 1 else 1) + len(choosing),
         permutations=site.orders,
         tile=(nest.rows, nest.keys),
         items=launch.times.size,
