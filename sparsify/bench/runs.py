@@ -235,12 +235,14 @@ def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) ->
     from sparsify import cost
     from sparsify.bench import draws, simulate
     from sparsify.bench.cases import DTYPES as USUAL
+    from sparsify.runtime import tuned
 
     _check_dtypes(dtype)
     seed, kinds, given = secrets.randbelow(10**6) if seed is None else seed, tuple(dtype or USUAL), cost.machine()
     jobs = [*draws.draw(seed, count, kinds), *draws.draw_crossings(seed, max(1, count // 8), kinds)]
-    simulate.build(jobs)
-    found = _each(jobs, lambda job, tell: simulate.measured(job, given, tell))
+    with tuned.forced({}):
+        simulate.build(jobs)
+        found = _each(jobs, lambda job, tell: simulate.measured(job, given, tell))
     results, crossed = (
         [one for one in found if isinstance(one, kind)] for kind in (simulate.Predicted, simulate.Crossed)
     )

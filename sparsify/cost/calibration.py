@@ -18,6 +18,8 @@ from sparsify.cost.sample import Sample, build, seconds
 from sparsify.cost.selection_rates import selection_rates
 from sparsify.errors import InputError
 from sparsify.patterns import Pattern
+from sparsify.runtime import tuned
+from sparsify.runtime.machine import cpu_model
 
 DTYPES, HEAD_DIMS = ("float32", "bfloat16"), (64, 128)
 READ_BYTES = 2**28  # of the tensor whose sum tells how fast memory is read
@@ -45,21 +47,21 @@ def calibrate(progress: Progress | None = None) -> Machine:
     """This machine, measured: the rates of its kernels by dtype and head size, of dense attention and of choosing.
 
     progress: called with what is going on, and how many of how many steps are done. It takes one to two minutes, most
-    of it for building kernels. `save` keeps the result, and `machine(None)` then finds it. Raises InputError where the
-    C++ target can't run, with the reason.
+    of it for building kernels, which are those that run by default, whatever was tuned. `save` keeps the result, and
+    `machine(None)` then finds it. Raises InputError where the C++ target can't run, with the reason.
     """
     refusal = codegen.target("cpp").unavailable()
     if refusal is not None:
         raise InputError(f"calibrate: {refusal}")
     tell, given = progress or (lambda what, done, every: None), samples()
     steps = len(given) * (1 + PASSES) + 2
-    with torch.inference_mode():
+    with torch.inference_mode(), tuned.forced({}):
         build(given, lambda done: tell("building kernels", done, steps))
         times = _timed(given, lambda done: tell("timing attention", len(given) + done, steps))
         tell("timing dense attention", steps - 2, steps)
         first = Machine(
             name=find.this_name(),
-            about=f"{find.processor()}, {find.cores()} threads",
+            about=f"{cpu_model()}, {find.cores()} threads",
             target="cpp",
             arch=find.isa(),
             cores=find.cores(),

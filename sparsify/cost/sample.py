@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sparsify import codegen, op
+from sparsify import op
+from sparsify.codegen.cpp import CppTarget
+from sparsify.codegen.tuned import FEW as TUNED_FEW
 from sparsify.cost.machine import FEW
 from sparsify.cost.nest import Shape
 from sparsify.functional import planned
@@ -21,6 +23,8 @@ from sparsify.patterns.causal import is_causal
 from sparsify.program import Program
 
 EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a cache, as when layers follow each other
+
+MANY = TUNED_FEW + 1  # queries: all kernels of so many or more are one
 
 Run = Callable[[], object]
 
@@ -75,18 +79,21 @@ def build(samples: Sequence[Sample], tell: Callable[[int], None]) -> None:
 
     tell: called with how many samples have their kernel.
     """
-    target = codegen.target("cpp")
-    asked: dict[tuple[str, torch.dtype, int], int] = {}
+    asked: dict[tuple[str, torch.dtype, int, int], int] = {}
     for one in samples:
-        key = one.program(), getattr(torch, one.shape.dtype), one.shape.head_dim
+        key = one.program(), getattr(torch, one.shape.dtype), one.shape.head_dim, min(one.shape.q_len, MANY)
         asked[key] = asked.get(key, 0) + 1
-    done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(target.kernel, Program.parse(text), dtype, size, size) for text, dtype, size in asked]  # type: ignore[attr-defined]
+        jobs = [pool.submit(_build, *key) for key in asked]
+        done = 0
         for job, count in zip(jobs, asked.values(), strict=True):
             job.result()
             done += count
             tell(done)
+
+
+def _build(text: str, dtype: torch.dtype, size: int, queries: int) -> None:
+    CppTarget().kernel(Program.parse(text), dtype, size, size, queries)
 
 
 def seconds(run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40) -> float:
