@@ -10,8 +10,8 @@ from sparsify.cost.machine import Selection
 from sparsify.cost.sample import seconds
 
 # What a compiled selection takes for each thing that `Work` counts, in these operations' times: fitted once to eight
-# selections (blocks by means, sorted and by share, anti-diagonals, lines, pages and tokens at decode) on an AMD EPYC with
-# AVX2, torch 2.13. A choice is some two hundred small operations; scores are masked, normed and pooled in several passes.
+# selections (blocks by means, sorted and by share, anti-diagonals, lines, pages and tokens at decode) on an AMD EPYC
+# with AVX2, torch 2.13. A choice is some two hundred small operations, and scores are masked, normed and pooled.
 LAUNCH, PRODUCT, SCORE, ORDER, VIEW = 190.0, 1.1, 14.5, 0.05, 4.8
 
 
