@@ -32,7 +32,7 @@ def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[fl
 def _row(site, machine: Machine) -> Array:
     """What is multiplied with the launch and with the rates of each dtype and head size of the machine, one after the
     other, and comes to the time of a site."""
-    launch, shape = launch_of(site, machine), site.shape
+    launch, shape = launch_of(site, machine, site.nest(machine)), site.shape
     span = launch.span / max(float(launch.times.sum()), 1e-9)
     done = launch.steps.sum(1) * span
     parts = [np.array([1.0, float(shape.q_len < FEW)])]

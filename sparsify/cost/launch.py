@@ -30,9 +30,8 @@ class Launch:
     keys: float
 
 
-def launch_of(site: Site, machine: Machine) -> Launch:
-    """That of a site on a machine."""
-    nest = site.nest(machine)
+def launch_of(site: Site, machine: Machine, nest: Nest) -> Launch:
+    """That of a site on a machine, whose target has this nest for it."""
     groups = [list(_groups(site, nest, kv_head)) for kv_head in range(site.shape.kv_heads)]
     return (_on_cores if machine.target == "cpp" else _on_chip)(site, machine, nest, groups)
 

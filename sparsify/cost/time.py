@@ -51,7 +51,7 @@ class SiteCost:
 def site_cost(site: Site, machine: Machine) -> SiteCost:
     """What a call of a site's attention costs."""
     nest, shape = site.nest(machine), site.shape
-    launch = launch_of(site, machine)
+    launch = launch_of(site, machine, nest)
     row = shape.head_dim * shape.size
     moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
     choosing = _choosing(site, machine)
