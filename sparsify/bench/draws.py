@@ -12,6 +12,7 @@ from sparsify.cost.sample import Sample
 from sparsify.patterns import Pattern
 
 CAUSAL = p.causal()
+SCOPES = ("head", "kv_group")
 SHORTEST, LONGEST = 384, 8192  # keys of a prefill
 CACHE = 65536  # most keys of a decode step
 PAIRS = 2**27  # most pairs of all heads, so that no sample takes much longer than others
@@ -103,6 +104,7 @@ def _pattern(source: random.Random, length: int) -> Pattern:
             lambda: (p.window(reach) | p.column_stride(source.randint(2, 12), block=block)) & CAUSAL,
             lambda: p.same_block(reach) & CAUSAL,
             lambda: p.dilated(source.randint(2, 9)) & p.window(reach),
+            lambda: p.topk(source.randint(2, 12), unit=source.choice((16, 64)), scope=source.choice(SCOPES)) & CAUSAL,
             lambda: (p.global_tokens(f"0-{_log(source, 1, 100)}") | p.window(reach)) & CAUSAL,
         )
     )()
