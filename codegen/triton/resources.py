@@ -18,16 +18,22 @@ from sparsify.errors import BuildError
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
+MATRIX = ("wgmma", "tcgen05.mma", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
+
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes."""
+    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes.
+
+    matrix: what multiplies its tiles, "" for ordinary instructions.
+    """
 
     kernel: str
     arch: str
     registers: int
     spills: int
     shared: int
+    matrix: str = ""
 
 
 def kernel_resources(
@@ -70,7 +76,8 @@ def build(entry: Entry, arch: int | str) -> Row:
         registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
     except Exception as error:
         raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
-    return Row(name, arch if isinstance(arch, str) else f"sm_{arch}", registers, spills, compiled.metadata.shared)
+    chip = arch if isinstance(arch, str) else f"sm_{arch}"
+    return Row(name, chip, registers, spills, compiled.metadata.shared, _matrix(compiled))
 
 
 def compile_for(launch: Launch, arch: int | str) -> Any:
@@ -124,6 +131,13 @@ def _amd(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
     # Scalar registers spill into lanes of a vector register, never to memory: what counts is the scratch memory.
     return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+
+
+def _matrix(compiled: Any) -> str:
+    """The instructions of the matrix units, by the name of their family, and that tiles are copied by descriptors."""
+    text = compiled.asm.get("ptx", "") or compiled.asm.get("amdgcn", "")
+    units = next((name for name in MATRIX if name in text), "")
+    return f"{units}, by descriptors" if "cp.async.bulk.tensor" in text else units
 
 
 def _number(pattern: str, text: str) -> int:
