@@ -52,7 +52,8 @@ def made_up_plan(layers: int = 4, heads: int = 8, kv_heads: int = 4, seed: int =
     ranked = tuple((layer, head) for _, layer, head in sorted(retrieval, reverse=True))
     return Plan(
         Model("made/up-model <8B>", "0123456789abcdef"), "a machine, 2 threads", LENGTHS, "time", "25 %",
-        "second moment", "bits per byte", CANDIDATES, tuple(sites), tuple(front), 1, tuple(rows), 0.01, 0.004, ranked, 123,
+        "second moment", "bits per byte", CANDIDATES, tuple(sites), tuple(front), 1, tuple(rows), 0.01, 0.004,
+        ranked, 123,
     )  # fmt: skip
 
 

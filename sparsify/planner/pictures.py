@@ -1,4 +1,4 @@
-"""What a plan's heads attend to and what they keep of it, as small grids; made blockwise, with memory O(N)."""
+"""What heads attend to and what they keep of it, as small grids: values that `look` makes and the evidence draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CELLS = 96  # at most, along each side of a grid
 GAMMA = 0.45  # attention spans decades: shares are drawn by this power
 
 

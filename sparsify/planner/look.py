@@ -1,0 +1,113 @@
+"""Looks at what a plan's heads attend to and keep, row block by row block, with memory O(N)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sparsify.errors import InputError
+from sparsify.patterns import Pattern
+from sparsify.planner.blocks import Block
+from sparsify.planner.pictures import GAMMA, Pictures, SitePicture
+from sparsify.planner.plan import Plan
+from sparsify.planner.probe import Probe
+from sparsify.planner.site_call import SiteCall
+from sparsify.planner.study import Rows, studied
+
+CELLS = 96  # at most, along each side of a grid
+
+
+def pictures_of(plan: Plan, probe: Probe, run: Callable[[], Any]) -> Pictures:
+    """Looks at all sites while `run` calls the probed model on one text, as it is, with dense attention.
+
+    The first text of a batch is pictured. Raises InputError where a site of the plan isn't reached.
+    """
+    found: dict[tuple[str, int], SitePicture] = {}
+    patterns = {(site.address, site.use): _patterns(plan, number) for number, site in enumerate(plan.sites)}
+
+    def watch(call: SiteCall, out: torch.Tensor) -> torch.Tensor:
+        if call.key in patterns and call.key not in found:
+            found[call.key] = _Picture(call, patterns[call.key]).made()
+        return out
+
+    with torch.no_grad(), probe.under({}, watch):
+        run()
+    for site in plan.sites:
+        if (site.address, site.use) not in found:
+            raise InputError(f"plan: pictures: the model did not reach '{site.address}', of which there is a plan")
+    return Pictures(tuple(found[site.address, site.use] for site in plan.sites))
+
+
+def _patterns(plan: Plan, site: int) -> list[Pattern]:
+    made = {head.candidate: plan.candidates[head.candidate].pattern() for head in plan.sites[site].heads}
+    return [made[head.candidate] for head in plan.sites[site].heads]
+
+
+class _Picture:
+    """The picture of one call, summed up row block by row block."""
+
+    def __init__(self, call: SiteCall, patterns: Sequence[Pattern]) -> None:
+        self.call = call
+        self.queries, self.keys = call.at.q_len, call.at.k_len
+        self.cell = max(1, -(-max(self.queries, self.keys) // CELLS))
+        self.heads: dict[Any, list[int]] = {}
+        for head, pattern in enumerate(patterns):
+            self.heads.setdefault(call.keep(pattern), []).append(head)
+        shape = len(patterns), -(-self.queries // self.cell), -(-self.keys // self.cell)
+        device = call.launch.q.device
+        self.attention = torch.zeros(shape, device=device)
+        self.kept = torch.zeros(shape, device=device)
+        self.mass = torch.zeros(2, len(patterns), device=device)  # of attention that is kept, and of all
+
+    def made(self) -> SitePicture:
+        """The picture."""
+        for rows in studied(self.call):
+            self.look(rows)
+        queries = self.sizes(self.queries).view(1, -1, 1)
+        attention = (self.attention / queries) ** GAMMA
+        kept = self.kept / (queries * self.sizes(self.keys))
+        grids = [(255 * grid.clamp(0, 1)).round().byte().cpu().numpy() for grid in (attention, kept)]
+        recall = (self.mass[0] / self.mass[1].clamp_min(1e-30)).cpu().numpy()
+        return SitePicture(self.queries, self.keys, self.cell, *grids, recall)
+
+    def sizes(self, length: int) -> torch.Tensor:
+        """How many tokens each cell along a side of so many tokens has."""
+        starts = torch.arange(0, length, self.cell, device=self.mass.device)
+        return (length - starts).clamp_max(self.cell)
+
+    def look(self, rows: Rows) -> None:
+        """Adds a block of rows."""
+        shares = (rows.weights[:1] / rows.total[:1].clamp_min(1e-30))[0]
+        self.add(self.attention, range(shares.shape[0]), shares, rows.first, rows.found)
+        self.mass[1] += shares.sum((1, 2))
+        for keep, heads in self.heads.items():
+            block = self.call.block(keep, heads, (rows.first, rows.last))
+            if block.columns is None:
+                continue
+            self.mass[0, heads] += rows.under(keep)[1][0, heads].sum(-1)
+            self.add(self.kept, heads, self.mask(block, len(heads)), rows.first, block)
+
+    def mask(self, block: Block, heads: int) -> torch.Tensor:
+        """float (heads, rows, columns): what a block keeps of the first text."""
+        wide = self.columns(block).numel()
+        if block.mask is None:
+            return self.mass.new_ones(1, 1, 1).expand(heads, block.last - block.first, wide)
+        mask = block.mask[:1].to(torch.float32)[0]
+        return mask.expand(heads, block.last - block.first, wide)
+
+    def add(self, grid: torch.Tensor, heads: Sequence[int], values: torch.Tensor, first: int, block: Block) -> None:
+        """Sums values (heads, rows, columns) into the cells of a grid (H, rows, columns)."""
+        rows = torch.arange(first, first + values.shape[1], device=values.device) // self.cell
+        columns = self.columns(block) // self.cell
+        wide = values.new_zeros(*values.shape[:2], grid.shape[2]).index_add_(2, columns, values)
+        tall = values.new_zeros(len(heads), *grid.shape[1:]).index_add_(1, rows, wide)
+        grid[list(heads)] += tall
+
+    def columns(self, block: Block) -> torch.Tensor:
+        """The numbers of a block's keys."""
+        if isinstance(block.columns, slice):
+            return torch.arange(block.columns.start, block.columns.stop, device=self.mass.device)
+        assert block.columns is not None
+        return block.columns
