@@ -100,3 +100,9 @@ def _solve(expr: Expr) -> Interval | None:
     """The keys where expr >= 0 for every query of the tile."""
     found = solve(expr, every=True)
     return None if found == (None, None) else found
+
+
+def by_intervals(pred: Pred) -> bool:
+    """Whether the keys of each single query are all of those in its bands: nothing in them is left out."""
+    found, complete = _alternatives(pred)
+    return complete and all("k" not in variables(p) or limits(p) != (None, None) for parts in found for p in parts)

@@ -1,0 +1,117 @@
+"""Where machines are kept: those that ship with sparsify, and those that were calibrated here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from sparsify import env
+from sparsify.cost.machine import Machine, read
+from sparsify.errors import InputError, SparsifyError, nearest
+
+FOLDER = "machines"
+
+
+def machine(name: str | Path | Machine | None = None) -> Machine:
+    """A machine by its name or by the path of its JSON file.
+
+    None is this machine: as it was calibrated here (`sparsify tune --calibrate`), else the shipped one nearest to it.
+    Names are those of shipped machines and of calibrated ones. Raises InputError naming the nearest.
+    """
+    if isinstance(name, Machine):
+        return name
+    if name is None:
+        own = calibrated_path()
+        return read(own) if own.exists() else _nearest()
+    if isinstance(name, Path) or name.endswith(".json") or os.sep in name:
+        return read(Path(name))
+    shipped = _shipped()
+    if name in shipped:
+        return shipped[name]
+    own = {path.stem: path for path in (env.cache_dir() / FOLDER).glob("*.json")}
+    if name in own:
+        return read(own[name])
+    raise InputError(f"unknown machine '{name}'; {nearest(name, [*shipped, *own])}")
+
+
+def names() -> tuple[str, ...]:
+    """The names of the machines that ship with sparsify."""
+    return tuple(_shipped())
+
+
+def save(machine: Machine, path: Path | None = None) -> Path:
+    """Writes a machine, by default as what was calibrated for this one; returns where. Raises InputError.
+
+    The file is there as a whole or not at all, whoever writes at the same time.
+    """
+    to = path or calibrated_path()
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=to.parent, suffix=".part", delete=False) as file:
+            file.write(machine.text())
+        os.replace(file.name, to)
+    except OSError as error:
+        raise InputError(f"{to}: can't be written: {error.strerror} (set SPARSIFY_CACHE_DIR)") from None
+    return to
+
+
+def calibrated_path() -> Path:
+    """Where the calibrated machine of this processor, with so many threads, is kept."""
+    return env.cache_dir() / FOLDER / f"{this_name()}.json"
+
+
+def this_name() -> str:
+    """A name for this machine: its processor, cores, instruction set, and a hash of these."""
+    about = f"{processor()} {isa()} {cores()} cores"
+    short = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")
+    return f"{short}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+
+
+def processor() -> str:
+    """The processor's model as the system calls it, with family and model where it says these."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    parts = [found.get("model name", platform.machine())]
+    parts += [f"{name} {found[key]}" for key, name in (("cpu family", "family"), ("model", "model")) if key in found]
+    return " ".join(parts)
+
+
+def isa() -> str:
+    """The instruction set of the kernels here."""
+    from sparsify.runtime import machine_isa
+
+    return machine_isa().name
+
+
+def cores() -> int:
+    """Threads that kernels run on."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@functools.lru_cache(maxsize=1)
+def _shipped() -> dict[str, Machine]:
+    folder = files("sparsify.cost") / FOLDER
+    found = [Machine.parse(file.read_text(), file.name) for file in folder.iterdir() if file.name.endswith(".json")]
+    return {one.name: one for one in sorted(found, key=lambda one: one.name)}
+
+
+def _nearest() -> Machine:
+    """The shipped processor with this one's instruction set, or any; with this one's number of cores."""
+    try:
+        here = isa()
+    except SparsifyError:
+        here = ""
+    processors = [one for one in _shipped().values() if one.target == "cpp"]
+    found = next((one for one in processors if one.arch == here), processors[0])
+    return found.model_copy(update={"cores": cores()})

@@ -1,0 +1,78 @@
+"""How many pairs a head keeps, and how many keys its last query: by closed forms where the rule has them."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from sparsify.cost.spans import band_pieces, interior_pieces, listed, without
+from sparsify.cost.tiles import Positions, corners, spread, tile_rule
+from sparsify.expr import Pred
+from sparsify.patterns.interior import by_intervals
+from sparsify.walk import evaluate
+
+ROWS = 2**14  # queries that are asked one by one; of more, a quarter as many spread evenly
+PAIRS = 2**21  # pairs in tiles of no known class that are asked one by one; of more, so many spread evenly
+TILE = 64
+
+
+@functools.lru_cache(maxsize=4096)
+def kept_pairs(keep: Pred, head: int, at: Positions) -> float:
+    """Exact up to the sizes above, and beyond them an estimate from as many as they say."""
+    if not at.q_slots or not at.k_slots:
+        return 0.0
+    return _by_rows(keep, head, at) if by_intervals(keep) else _by_tiles(keep, head, at)
+
+
+def _by_rows(keep: Pred, head: int, at: Positions) -> float:
+    env = corners(keep, head, at, 1)
+    share = 1.0
+    if at.q_slots > ROWS:
+        rows = spread(at.q_slots, ROWS // 4)
+        env, share = env | {name: env[name][rows] for name in ("q0", "q1")}, at.q_slots / rows.size
+    found = band_pieces([(tile_rule(keep), env)], env["q0"].size, at.k_slots)
+    return float(found.lengths.sum()) * share
+
+
+def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
+    """Whole tiles by their class, and the others pair by pair."""
+    rule, env = tile_rule(keep), corners(keep, head, at, TILE)
+    count = env["q0"].size
+    spans = band_pieces([(rule, env)], count, at.k_slots, TILE)
+    sure = interior_pieces(rule, env, count, at.k_slots, TILE)
+    tile, key = listed(without(spans, sure))
+    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - without(spans, sure).lengths)).sum())
+    most, share = max(1, PAIRS // TILE**2), 1.0
+    if tile.size > most:
+        some = spread(tile.size, most)
+        tile, key, share = tile[some], key[some], tile.size / some.size
+    inside = np.arange(TILE)
+    kept = 0
+    for start in range(0, tile.size, 512):
+        part = slice(start, start + 512)
+        q = env["q0"][tile[part], None, None] + inside[:, None]
+        k = key[part, None, None] * TILE + inside
+        there = (q <= env["q1"][tile[part], None, None]) & (k < at.k_slots)
+        held = {name: value for name, value in env.items() if name not in ("q0", "q1")}
+        found = evaluate(
+            keep, held | {"q": np.minimum(q, at.offset + at.q_slots - 1), "k": np.minimum(k, at.k_slots - 1)}
+        )
+        kept += int(np.count_nonzero(there & found))
+    return total + kept * share
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_by_any(rules: tuple[tuple[Pred, int], ...], at: Positions) -> float:
+    """Keys of which some query of some head keeps a pair: what is read where few queries share their keys."""
+    if at.q_slots == 1 and all(by_intervals(keep) for keep, _ in rules):
+        pairs = [(tile_rule(keep), corners(keep, head, at, 1)) for keep, head in rules]
+        return float(band_pieces(pairs, 1, at.k_slots).lengths.sum())
+    total = np.zeros(at.k_slots, bool)
+    k = np.arange(at.k_slots)
+    for keep, head in rules:
+        env = corners(keep, head, at, 1)
+        q = env["q0"][:, None]
+        found = evaluate(keep, {name: v for name, v in env.items() if name not in ("q0", "q1")} | {"q": q, "k": k})
+        total |= np.broadcast_to(found, (at.q_slots, at.k_slots)).any(0)
+    return float(np.count_nonzero(total))

@@ -1,0 +1,222 @@
+"""A machine: what its kernels' steps take, as data that can be measured, shipped and sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsify.codegen.target import DTYPES
+from sparsify.errors import InputError, nearest
+from sparsify.runtime.toolchain import ISAS
+
+VERSION = 1
+CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
+
+Cost = float  # nanoseconds of one core, never negative
+_Positive = Field(gt=0)
+_Cost = Field(ge=0)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rates(_Strict):
+    """Nanoseconds of one core that a kernel's steps take, for one dtype and head size.
+
+    tile: queries by keys of the tiles that they hold for. full: a pair (row, key) of a full tile. masked: a pair of a
+    block that runs with a mask, live: one of those of its keys that are multiplied at all. partial: a row of a partial
+    tile, to know what it keeps. visit: a key tile that a loop comes to. pack: a key and its value, copied for many
+    queries. row: a row of a query tile, to start and to store. read: a key and its value read where they lie, direct: a
+    pair of such a key and a row.
+    """
+
+    dtype: str
+    head_dim: int = Field(ge=1)
+    tile: tuple[int, int]
+    full: Cost = _Positive
+    masked: Cost = _Cost
+    live: Cost = _Cost
+    partial: Cost = _Cost
+    visit: Cost = _Cost
+    pack: Cost = _Cost
+    row: Cost = _Cost
+    read: Cost = _Positive
+    direct: Cost = _Cost
+
+
+class Dense(_Strict):
+    """Nanoseconds that dense attention (`scaled_dot_product_attention`) takes on the whole machine, for one dtype and
+    head size.
+
+    pair: a pair (row, key); causal: one of all pairs under a causal mask, those that it leaves out too. few, key: a
+    pair, and a key of each key head, with fewer than 8 queries, as in decoding. launch: a call.
+    """
+
+    dtype: str
+    head_dim: int = Field(ge=1)
+    pair: Cost = _Positive
+    causal: Cost = _Positive
+    few: Cost = _Cost
+    key: Cost = _Cost
+    launch: Cost = _Cost
+
+
+class Selection(_Strict):
+    """Nanoseconds of the whole machine that choosing keys takes.
+
+    launch: a choice. product: a product of two elements in scores. score: a score, made, normed and pooled. order: a
+    unit's place among those of its row. view: an element of keys and queries that is read for the units' views.
+    """
+
+    launch: Cost = _Cost
+    product: Cost = _Positive
+    score: Cost = _Positive
+    order: Cost = _Positive
+    view: Cost = _Positive
+
+
+class Machine(_Strict):
+    """A processor or GPU. `str(machine)` says which; `machine.text()` is JSON that `Machine.parse` reads.
+
+    name: a short one, in lower case. about: what it is, for people. target: which kernels it runs. arch: their
+    instruction set (avx512, avx2, portable), a CUDA capability ("90") or gfx942. cores: of a processor, or
+    multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does. item:
+    nanoseconds of one core for each query tile that it is given. measured: whether the rates are; if not, `sources`
+    says where they are from.
+    """
+
+    version: Literal[1] = VERSION
+    name: str = Field(min_length=1)
+    about: str
+    target: Literal["cpp", "triton"]
+    arch: str
+    cores: int = Field(ge=1)
+    memory: float = _Positive
+    launch: Cost = _Cost
+    item: Cost = _Cost
+    measured: bool
+    sources: tuple[str, ...] = ()
+    rates: tuple[Rates, ...] = Field(min_length=1)
+    dense: tuple[Dense, ...] = Field(min_length=1)
+    selection: Selection
+
+    @model_validator(mode="after")
+    def _known(self) -> Machine:
+        archs = tuple(ISAS) if self.target == "cpp" else CHIPS
+        if self.arch not in archs:
+            raise ValueError(f"arch: found '{self.arch}'; {nearest(self.arch, archs)}")
+        for entry in (*self.rates, *self.dense):
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"rates: found the dtype '{entry.dtype}'; {nearest(entry.dtype, DTYPES)}")
+        return self
+
+    def __str__(self) -> str:
+        how = "measured" if self.measured else "not measured"
+        return f"{self.name}: {self.about} ({how})"
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: str = "machine") -> Machine:
+        """Reads `text()` back. Raises InputError naming the field; `where` is what the text is of."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: expected an object with the fields of a machine, found {type(data).__name__}")
+        found = data.get("version")
+        if found != VERSION:
+            raise InputError(f"{where}: version: found {found!r}, and this sparsify reads {VERSION}; calibrate it anew")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{where}: {_first(error)}") from None
+
+    def rates_of(self, dtype: str, head_dim: int, tile: tuple[int, int] | None = None) -> Rates:
+        """The rates for a dtype and head size, of the nearest tile, between and beyond measured head sizes in
+        proportion. A dtype that has none takes another's of its width."""
+        found = _of_dtype(self.rates, dtype)
+        if tile is not None:
+            nearest_tile = min({one.tile for one in found}, key=lambda other: _apart(tile, other))
+            found = [one for one in found if one.tile == nearest_tile]
+        return _at_size(found, dtype, head_dim)
+
+    def dense_of(self, dtype: str, head_dim: int) -> Dense:
+        """Dense attention's, in the same way."""
+        return _at_size(_of_dtype(self.dense, dtype), dtype, head_dim)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one sentence."""
+    one = error.errors()[0]
+    place = ".".join(map(str, one["loc"]))
+    if one["type"] == "extra_forbidden":
+        fields = _fields_at(one["loc"][:-1])
+        return f"{place}: unknown field; {nearest(str(one['loc'][-1]), fields)}"
+    if one["type"] == "missing":
+        return f"{place}: this field is missing"
+    if one["type"] == "value_error":
+        return str(one["ctx"]["error"])
+    return f"{place}: {one['msg'][0].lower()}{one['msg'][1:]}, found {one['input']!r}"
+
+
+def _fields_at(place: tuple[Any, ...]) -> Iterable[str]:
+    kinds = {"rates": Rates, "dense": Dense, "selection": Selection}
+    return (kinds[place[0]] if place else Machine).model_fields
+
+
+def _of_dtype(entries: Iterable[Any], dtype: str) -> list[Any]:
+    found = list(entries)
+    if dtype not in DTYPES:
+        raise InputError(f"cost: dtype: found '{dtype}'; {nearest(dtype, DTYPES)}")
+    names = {one.dtype for one in found}
+    others = [dtype, *({"bfloat16", "float16"} if dtype != "float32" else ()), *sorted(names)]
+    taken = next(name for name in others if name in names)
+    return [one for one in found if one.dtype == taken]
+
+
+def _apart(tile: tuple[int, int], other: tuple[int, int]) -> float:
+    return sum(max(a / b, b / a) for a, b in zip(tile, other, strict=True))
+
+
+def _at_size(found: list[Any], dtype: str, head_dim: int) -> Any:
+    """Linear between the two sizes around it; outside them in proportion to the nearest."""
+    sizes = sorted({one.head_dim for one in found})
+    by_size = {one.head_dim: one for one in found}
+    below, above = (
+        max((s for s in sizes if s <= head_dim), default=None),
+        min((s for s in sizes if s >= head_dim), default=None),
+    )
+    if below is None or above is None:
+        one = by_size[above if below is None else below]
+        return _mixed(one, one, 0.0, dtype, head_dim, head_dim / one.head_dim)
+    part = 0.0 if below == above else (head_dim - below) / (above - below)
+    return _mixed(by_size[below], by_size[above], part, dtype, head_dim, 1.0)
+
+
+GROWS = {"full", "live", "pack", "row", "read", "direct", "pair", "causal", "few", "key"}  # with the head size
+
+
+def _mixed(one: Any, other: Any, part: float, dtype: str, head_dim: int, times: float) -> Any:
+    values = one.model_dump()
+    for name, value in other.model_dump().items():
+        if isinstance(value, float) and name != "head_dim":
+            values[name] = (values[name] * (1 - part) + value * part) * (times if name in GROWS else 1.0)
+    return type(one).model_construct(**values | {"dtype": dtype, "head_dim": head_dim})
+
+
+def read(path: Path) -> Machine:
+    """The machine of a file. Raises InputError."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror}") from None
+    return Machine.parse(text, str(path))

@@ -1,0 +1,81 @@
+"""Query tiles handed out to the cores or multiprocessors of a machine, in the order in which the kernels take them."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from sparsify.cost.nest import MANY_ITEMS, WORTH_A_SPLIT, Nest
+from sparsify.cost.spans import Array, Pieces
+
+SIMULATED = 2048  # items that are handed out one by one, the last ones; before them all cores are busy
+
+# Work that a thread is worth, as in codegen/cpp/driver.h (a test reads it there).
+WORTH_A_THREAD, DIRECT_WORK = 64, 12
+
+
+def about(cost: Array, items_per_core: float) -> Array:
+    """Costs by their leading bits, as the C++ driver sorts by them."""
+    limit = 1 if items_per_core >= MANY_ITEMS else 7
+    whole = np.maximum(cost.astype(np.int64), 0)
+    bits = np.frexp(np.maximum(whole, 1).astype(float))[1]
+    shift = np.maximum(bits - limit.bit_length(), 0)
+    return whole >> shift << shift
+
+
+def step_of(count: int, cores: int) -> int:
+    """How many items a core takes at once."""
+    return max(1, min(8, count // (cores * 8)))
+
+
+def makespan(times: Array, cores: int, step: int = 1) -> float:
+    """When the last of the cores is done that take items in this order, `step` at a time, whenever they are free."""
+    if cores == 1 or times.size == 0:
+        return float(times.sum())
+    if step > 1:
+        times = np.add.reduceat(times, np.arange(0, times.size, step))
+    early = times[:-SIMULATED] if times.size > SIMULATED else times[:0]
+    busy = [float(early.sum()) / cores] * cores
+    for time in times[early.size :].tolist():
+        heapq.heappush(busy, heapq.heappop(busy) + time)
+    return max(busy)
+
+
+def cpp_threads(visited: Array, nest: Nest, cores: int) -> int:
+    """How many threads take part in a launch with so many key tiles in each item."""
+    blocks = DIRECT_WORK if nest.direct else 4 + -(-nest.rows * nest.heads // nest.block)
+    return max(1, min(cores, int(visited.sum()) * blocks // WORTH_A_THREAD))
+
+
+def splits(visited: Array, threads: int) -> bool:
+    """Whether a launch like decoding shares the key tiles of one item out."""
+    return threads > 1 and float(visited.max(initial=0)) * threads * WORTH_A_SPLIT > float(visited.sum())
+
+
+def packed(pieces: Pieces, visited: Array, order: Array, cores: int, step: int, held: int) -> Array:
+    """How many key tiles each query tile packs that finds none of an earlier one's.
+
+    A core keeps `held` tiles. It takes runs of `step` query tiles in `order` (classes of one cost, each in its own
+    order), and every other run is another core's.
+    """
+    found = np.zeros(visited.shape)
+    lengths = pieces.high - pieces.low
+    for cost in np.unique(order):
+        some = np.flatnonzero(order == cost)
+        starts = np.arange(0, some.size, step)
+        there = lengths[:, some] > 0
+        low = np.minimum.reduceat(np.where(there, pieces.low[:, some], 2**60), starts, axis=1)
+        high = np.maximum.reduceat(np.where(there, pieces.high[:, some], 0), starts, axis=1)
+        high = np.maximum(high, np.where(low < 2**60, low, 0))
+        low = np.minimum(low, high)
+        new = high - low
+        if starts.size > cores:
+            common = np.minimum(high[:, cores:], high[:, :-cores]) - np.maximum(low[:, cores:], low[:, :-cores])
+            keeps = (high - low).sum(0)[:-cores] <= held
+            new[:, cores:] -= np.where(keeps, np.maximum(common, 0), 0)
+        met = np.add.reduceat(visited[some], starts)
+        beyond = np.add.reduceat(np.clip(2 * (visited[some] - held), 0, visited[some]), starts)
+        run = np.minimum(np.maximum(new.sum(0), beyond), met)
+        found[some] = np.repeat(run / np.maximum(met, 1), np.diff(np.append(starts, some.size))) * visited[some]
+    return found

@@ -1,0 +1,104 @@
+"""One attention as its kernels see it: what each head keeps over slots, and which heads share query tiles."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from sparsify.codegen.slots import slot_count
+from sparsify.cost.choosing import Head, head_of
+from sparsify.cost.machine import Machine
+from sparsify.cost.nest import Nest, Shape, cpp_nest, triton_nest
+from sparsify.cost.tiles import Positions
+from sparsify.errors import InputError, PatternError
+from sparsify.expr import TRUE, Pred, conjunction
+from sparsify.patterns import Pattern
+from sparsify.patterns.grid import grids
+from sparsify.patterns.head_choices import complaint
+from sparsify.patterns.layouts.lay_out import lay_out
+from sparsify.walk import variables
+
+
+@dataclass(frozen=True)
+class Site:
+    """heads: of each query head. at: where queries and keys stand, over slots; tokens: over tokens, without a layout.
+    keeps: of each head over tokens, None where a selection decides. filled: which slots of queries hold a token.
+    orders: of tokens by which kernels read rows."""
+
+    shape: Shape
+    heads: tuple[Head, ...]
+    at: Positions
+    tokens: Positions
+    keeps: tuple[Pred | None, ...]
+    filled: Pred = TRUE
+    orders: int = 0
+
+    @property
+    def placed(self) -> bool:
+        """Whether there is a layout of the queries."""
+        return self.at.q_slots != self.tokens.q_slots or self.orders == 2
+
+    @property
+    def list_rows(self) -> int:
+        """How many queries share a list in all heads, 0 without lists."""
+        return functools.reduce(math.gcd, (one.selector.unit.q for one in self.heads if one.selector is not None), 0)
+
+    def nest(self, machine: Machine) -> Nest:
+        """The loop nest that a machine's target makes of it."""
+        slots = self.at.q_slots if self.placed else 0
+        if machine.target == "triton":
+            return triton_nest(self.shape, machine.arch, self.list_rows, slots)
+        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots)
+
+    def pairs_rule(self, head: int) -> tuple[Pred, int]:
+        """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""
+        static = self.heads[head].static
+        return rule_of(static if self.filled == TRUE else conjunction([static, self.filled]), head)
+
+    def rules(self, heads: range) -> tuple[tuple[Pred, int], ...]:
+        """The distinct static rules of some heads, each with a head that has it."""
+        return tuple(dict.fromkeys(rule_of(self.heads[h].static, h) for h in heads))
+
+
+def rule_of(keep: Pred, head: int) -> tuple[Pred, int]:
+    """A predicate and the head that it is of, 0 where that makes no difference."""
+    return keep, head if _names_head(keep) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_head(keep: Pred) -> bool:
+    return "h" in variables(keep)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head(pattern: Pattern) -> Head:
+    return head_of(pattern.keep())
+
+
+def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
+    """The site of these patterns. Raises InputError for what no kernel can do."""
+    try:
+        heads = tuple(map(_head, patterns))
+    except PatternError as error:
+        raise InputError(f"cost: patterns: {error}") from None
+    for one in heads:
+        reason = (
+            "" if one.selector is None else complaint(one.selector, shape.q_len == 1, one.causal or shape.q_len == 1)
+        )
+        if reason:
+            raise InputError(f"cost: patterns: {reason}")
+    whole = shape.q_len == shape.k_len
+    tokens = Positions(shape.q_len, shape.k_len, shape.k_len - shape.q_len, shape.q_len, shape.k_len)
+    keeps = tuple(one.static if one.selector is None else None for one in heads)
+    found = [grid for one in patterns for grid in grids(one)] if whole else []
+    listed = any(one.selector is not None for one in heads)
+    placed = lay_out([one.static for one in heads], [] if listed else found, shape.k_len if found else 0)
+    if placed.chosen is None:
+        sorts = any(one.selector is not None and one.selector.permute is not None for one in heads)
+        return Site(shape, heads, tokens, tokens, keeps, orders=int(sorts))
+    env = {"N": shape.k_len, "Nq": shape.q_len}
+    slots = slot_count(placed.queries, shape.q_len, env), slot_count(placed.keys, shape.k_len, env)
+    at = Positions(*slots, 0, shape.q_len, shape.k_len)
+    assert placed.queries is not None
+    return Site(shape, tuple(map(Head, placed.keeps)), at, tokens, keeps, placed.queries.filled, 2)

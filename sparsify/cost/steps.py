@@ -1,0 +1,157 @@
+"""How often the query tiles of some heads do each step of a kernel: counted tiles, in the words of `Rates`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsify.cost.choosing import Head, kept_units, rows_of
+from sparsify.cost.kept import kept_by_any, kept_pairs
+from sparsify.cost.machine import Rates
+from sparsify.cost.nest import Nest
+from sparsify.cost.site import Site, rule_of
+from sparsify.cost.spans import Array, Pieces
+from sparsify.cost.tiles import Positions, Tiles, tiles_of
+from sparsify.expr import TRUE, Pred
+from sparsify.patterns.pattern import K, Q
+
+LIVE = 0.6  # of a tile at the diagonal: the share of its panels that some row keeps something of
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Arrays, one value for each query tile; the names are those of `Rates`, where whole is what `full` multiplies."""
+
+    whole: Array
+    masked: Array
+    live: Array
+    partial: Array
+    visit: Array
+    row: Array
+    read: Array
+    direct: Array
+
+    def __add__(self, other: Steps) -> Steps:
+        return Steps(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def times(self, rates: Rates, hidden: bool) -> Array:
+        """Nanoseconds of one core for each query tile. hidden: whether rows are read while others are multiplied."""
+        work = self.whole * rates.full + self.masked * rates.masked + self.live * rates.live
+        work = work + self.partial * rates.partial + self.direct * rates.direct
+        read = self.read * rates.read
+        return self.visit * rates.visit + self.row * rates.row + (np.maximum(work, read) if hidden else work + read)
+
+
+class Listing(NamedTuple):
+    """What a head's lists give its query tiles: key tiles, those that run, those of them with a mask, keys of lists
+    that are gathered, and pairs that the head keeps."""
+
+    tiles: Array
+    run: Array
+    partial: Array
+    gathered: Array
+    pairs: float
+
+
+def listing(site: Site, head: Head, number: int, nest: Nest) -> Listing | None:
+    """That of one head, or None without a selection."""
+    selector, at = head.selector, site.at
+    if selector is None:
+        return None
+    sees = head.causal or at.q_len == 1
+    rows, share = rows_of(selector, at, sees), _share(head, number, site, sees)
+    row, queries = np.arange(0, at.q_len, nest.rows) // selector.unit.q, rows.last - rows.first + 1
+    tiles, gathered, pairs = np.zeros(row.size), np.zeros(row.size), 0.0
+    for unit, kept in kept_units(selector, rows):
+        keys = np.minimum(kept * unit, at.k_len)
+        cut = (unit - 1) / 2 if sees and at.q_len > 1 else 0  # of the unit that the query stands in
+        pairs += float((np.clip(np.minimum(keys, rows.last + 1) - cut, 0, None) * queries).sum()) * share
+        tiles += np.ceil(keys / nest.keys)[row]
+        gathered += keys[row] if unit % nest.keys else 0
+    run = tiles * share
+    return Listing(tiles, run, np.minimum(run, 1.0) if sees else run * 0, gathered, pairs)
+
+
+def _share(head: Head, number: int, site: Site, sees: bool) -> float:
+    """Of the pairs that a selection can choose, those that the rest of the pattern keeps: as if it chose evenly."""
+    base: Pred = Q >= K if sees else TRUE
+    whole = kept_pairs(base, 0, site.at)
+    return min(1.0, kept_pairs(*rule_of(head.listed, number), site.at) / whole) if whole else 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The heads that share query tiles. visited: the key tiles that each comes to. pieces: those of the static rules;
+    lists: how many key tiles of lists are packed for this tile alone, and found among packed ones."""
+
+    steps: Steps
+    visited: Array
+    pieces: Pieces
+    gathered: Array
+    listed: Array
+
+
+@functools.lru_cache(maxsize=4096)
+def _static(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Group:
+    tiles = tiles_of(rules, heads, at, nest)
+    steps = _direct(rules, at, tiles) if nest.direct else _blocks(tiles)
+    zero = tiles.visited * 0
+    return Group(steps, tiles.visited, tiles.pieces, zero, zero)
+
+
+def group_of(site: Site, nest: Nest, heads: range) -> Group:
+    """Those of query heads that are in the same query tiles."""
+    static = _static(site.rules(heads), len(heads), site.at, nest)
+    if not any(site.heads[h].selector for h in heads):
+        return static
+    steps, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed
+    for h, sharing in _lists(site, heads).items():
+        found = listing(site, site.heads[h], h, nest)
+        assert found is not None
+        rows = static.steps.row * sharing / len(heads)
+        steps = steps + _list_steps(found, rows, nest)
+        visited = visited + found.tiles
+        gathered = gathered + found.gathered
+        listed = listed + np.maximum(found.tiles - found.gathered / nest.keys, 0)
+    return Group(steps, visited, static.pieces, gathered, listed)
+
+
+def _lists(site: Site, heads: range) -> dict[int, int]:
+    """A head for each list among heads that share query tiles, and how many have it."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for h in heads:
+        selector = site.heads[h].selector
+        if selector is not None:
+            own = h if selector.heads.scope == "head" else -1
+            found.setdefault((site.heads[h].text, own), []).append(h)
+    return {hs[0]: len(hs) for hs in found.values()}
+
+
+def _blocks(tiles: Tiles) -> Steps:
+    zero = tiles.rows * 0.0
+    return Steps(
+        tiles.whole, tiles.masked, tiles.live, tiles.partial * tiles.rows, tiles.visited, tiles.rows * 1.0, zero, zero
+    )
+
+
+def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) -> Steps:
+    """Of the one query tile of a group whose keys are read where they lie."""
+    zero = tiles.rows * 0.0
+    keys = zero + kept_by_any(rules, at)
+    rows = tiles.rows * 1.0
+    return Steps(zero, zero, zero, tiles.partial * rows, tiles.visited, rows, keys, keys * rows)
+
+
+def _list_steps(found: Listing, rows: Array, nest: Nest) -> Steps:
+    zero = rows * 0.0
+    if nest.direct:
+        keys = found.run * nest.keys
+        return Steps(zero, zero, zero, found.partial * rows, found.tiles, zero, keys, keys * rows)
+    pairs = np.ceil(rows / nest.block) * nest.block * nest.keys
+    masked = found.partial * pairs
+    return Steps(
+        (found.run - found.partial) * pairs, masked, masked * LIVE, found.partial * rows, found.tiles, zero, zero, zero
+    )

@@ -1,0 +1,291 @@
+"""Counting: what the simulator says of tiles and pairs, beside the kernels' own loop and the dense mask."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import composed, shapes
+
+from sparsify import cost
+from sparsify import patterns as p
+from sparsify.codegen.null import key_tiles
+from sparsify.cost import nest as nests
+from sparsify.cost import schedule
+from sparsify.cost.kept import kept_by_any, kept_pairs
+from sparsify.cost.nest import Nest, Shape, cpp_nest
+from sparsify.cost.spans import listed
+from sparsify.cost.tiles import Positions, tiles_of
+from sparsify.errors import InputError
+from sparsify.patterns.tiles import analyse
+from sparsify.sizes import size_values
+from sparsify.walk import evaluate, variables
+
+CPP = Path(__file__).parents[1] / "codegen" / "cpp"
+HEAD = 3
+CLOSED = (
+    p.dense(),
+    p.causal(),
+    p.window(50, ahead=9),
+    (p.sinks(8) | p.window("N/4 + 3")) & p.causal(),
+    p.same_block(70),
+    p.same_block(30, shift=4) & p.causal(),
+    p.block_window(48, 2) & p.causal(),
+)
+
+
+def _at(q_len, k_len, offset):
+    return Positions(q_len, k_len, k_len - q_len if offset is None else offset, q_len, k_len)
+
+
+def _by_loop(keep, at, nest):
+    """(visited, full, partial) of each query tile, by the loop that the null target prints."""
+    rule, found = analyse(keep).without_data(), []
+    names = {"b": 0, "h": HEAD, "N": at.k_len, "Nq": at.q_len} | size_values(variables(keep), at.k_len)
+    for start in range(0, at.q_slots, nest.rows):
+        env = names | {"q0": start + at.offset, "q1": min(start + nest.rows, at.q_slots) - 1 + at.offset}
+        tiles = key_tiles(rule, env, at.k_slots, nest.keys)
+        full = partial = 0
+        for low, high in tiles:
+            corners = env | {"k0": low, "k1": high - 1}
+            if not evaluate(rule.empty, corners):
+                whole = bool(evaluate(rule.full, corners)) and high - low == nest.keys
+                full, partial = full + whole, partial + (not whole)
+        found.append((len(tiles), full, partial))
+    return np.array(found).reshape(-1, 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(composed(), shapes, st.sampled_from([Nest(4, 1, 8, 2, 4), Nest(16, 1, 16, 16, 16), Nest(6, 1, 5, 6, 5)]))
+def test_tiles_are_those_of_the_kernels_loop(drawn, shape, nest):
+    keep, at = drawn[0].keep(), _at(*shape)
+    found = tiles_of(((keep, HEAD),), 1, at, nest)
+    assert np.array_equal(np.stack([found.visited, found.full, found.partial], 1), _by_loop(keep, at, nest))
+
+
+@settings(max_examples=150, deadline=None)
+@given(composed(), shapes)
+def test_pairs_are_those_of_the_dense_mask(drawn, shape):
+    keep, at = drawn[0].keep(), _at(*shape)
+    mask = drawn[0].mask(HEAD + 1, at.q_len, at.k_len, at.offset)[HEAD].numpy()
+    assert kept_pairs(keep, HEAD, at) == mask.sum()
+    assert kept_by_any(((keep, HEAD),), at) == mask.any(0).sum()
+    nest = Nest(16, 1, 16, 4, 8)
+    found = tiles_of(((keep, HEAD),), 1, at, nest)
+    assert ((found.full + found.partial) * found.rows).sum() * nest.keys >= mask.sum()
+    assert found.whole.sum() + found.live.sum() >= mask.sum() - 1e-6
+
+
+@pytest.mark.parametrize("pattern", CLOSED, ids=str)
+@pytest.mark.parametrize("shape", [(400, 400, None), (391, 391, None), (130, 517, None), (97, 300, 40), (1, 333, None)])
+def test_classes_and_blocks_of_closed_forms_are_those_of_the_mask(pattern, shape):
+    at, nest = _at(*shape), Nest(24, 1, 16, 6, 8)
+    mask = pattern.mask(1, at.q_len, at.k_len, at.offset)[0].numpy()
+    found = tiles_of(((pattern.keep(), 0),), 1, at, nest)
+    full = partial = whole = masked = live = 0
+    for q in range(0, at.q_len, nest.rows):
+        for k in range(0, at.k_len, nest.keys):
+            tile = mask[q : q + nest.rows, k : k + nest.keys]
+            every = tile.all() and tile.shape[1] == nest.keys
+            full, partial = full + every, partial + (tile.any() and not every)
+            for row in range(0, len(tile), nest.block):
+                block = tile[row : row + nest.block]
+                all_here = block.all() and block.shape[1] == nest.keys
+                whole += all_here
+                masked += block.any() and not all_here
+                panels = [block[:, i : i + nest.panel] for i in range(0, block.shape[1], nest.panel)]
+                live += 0 if all_here else sum(bool(panel.any()) for panel in panels)
+    assert (found.full.sum(), found.partial.sum()) == (full, partial)
+    area = nest.block * nest.keys
+    # A tile at the end has fewer blocks than others: the counts spread its share over the tile's whole height.
+    assert found.masked.sum() / area == pytest.approx(masked, rel=0.1, abs=1)
+    assert found.whole.sum() / area == pytest.approx(whole, rel=0.1, abs=1)
+    assert found.live.sum() / (nest.block * nest.panel) == pytest.approx(live, rel=0.1, abs=2)
+
+
+def test_many_tiles_are_estimated_from_some(monkeypatch):
+    pattern, at = p.dilated(8) & p.causal(), _at(3000, 3000, None)
+    nest = Nest(96, 1, 64, 6, 16)
+    exact = tiles_of.__wrapped__(((pattern.keep(), 0),), 1, at, nest)
+    pairs = kept_pairs.__wrapped__(pattern.keep(), 0, at)
+    monkeypatch.setattr("sparsify.cost.tiles.MANY", 300)
+    monkeypatch.setattr("sparsify.cost.kept.PAIRS", 2**18)
+    monkeypatch.setattr("sparsify.cost.kept.ROWS", 500)
+    found = tiles_of.__wrapped__(((pattern.keep(), 0),), 1, at, nest)
+    assert found.visited.sum() == exact.visited.sum()
+    assert found.partial.sum() == pytest.approx(exact.partial.sum(), rel=0.02)
+    assert kept_pairs.__wrapped__(pattern.keep(), 0, at) == pytest.approx(pairs, rel=0.02)
+    window = p.window(100).keep()
+    assert kept_pairs.__wrapped__(window, 0, at) == pytest.approx(3000 * 100 - 99 * 100 / 2, rel=0.01)
+
+
+def test_the_drivers_numbers_are_those_of_its_headers():
+    text = "\n".join((CPP / name).read_text() for name in ("parts.h", "worker.h", "driver.h"))
+    found = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([^,;]+)[,;]", text))
+    for module in (nests, schedule):
+        for name in (
+            "CACHE_BYTES",
+            "TOTAL_CACHE_BYTES",
+            "MANY_ITEMS",
+            "WORTH_A_SPLIT",
+            "WORTH_A_THREAD",
+            "DIRECT_WORK",
+        ):
+            if name in vars(module):
+                assert eval(found[name]) == getattr(module, name), name
+    assert found["DIRECT_ROWS"] == "4 * MR" and nests.DIRECT_ROWS == 4 * nests.BLOCK_ROWS
+
+
+def test_few_queries_are_read_where_keys_lie_and_share_tiles():
+    one = cpp_nest(Shape(8, 2, 1, 4096, 64), "avx2", 2)
+    assert (one.rows, one.heads, one.direct, one.split) == (1, 4, True, True)
+    many = cpp_nest(Shape(8, 2, 4096, 4096, 64), "avx2", 2)
+    assert (many.rows, many.heads, many.direct, many.held) == (96, 1, False, 256)
+    assert not cpp_nest(Shape(8, 2, 1, 4096, 40), "avx512", 2).direct  # rows are no whole panels
+    assert cpp_nest(Shape(8, 2, 512, 512, 64), "avx2", 2, list_rows=128).rows == 64
+
+
+NATTEN = (
+    # What Generalized Neighborhood Attention's table says a fully block-sparse case saves: all tiles by visited ones.
+    (p.neighborhood(32768, 2048, 256), 32768, 16.0),
+    (p.neighborhood(32768, 2048, 2048), 32768, 16.0),
+    (p.neighborhood([256, 256], [80, 80], 16), 65536, 10.24),
+    (p.neighborhood([30, 48, 80], [18, 24, 24], [16, 8, 8]), 115200, 11.11),
+)
+
+
+@pytest.mark.parametrize("name", ["h100", "epyc-zen3"])
+@pytest.mark.parametrize(("pattern", "tokens", "saved"), NATTEN, ids=lambda x: str(x)[:40])
+def test_fully_block_sparse_neighborhoods_visit_what_natten_published(pattern, tokens, saved, name):
+    found = cost.estimate([pattern], length=tokens, head_dim=128, dtype="bfloat16", machine=name)
+    assert tokens**2 / found.visited == pytest.approx(saved, rel=0.1)
+    assert found.pairs <= found.visited
+
+
+@pytest.mark.parametrize("name", cost.names())
+@pytest.mark.parametrize(
+    "sizes", [{"length": 700}, {"length": 900, "q_len": 1}, {"length": 513, "q_len": 200, "batch": 3}]
+)
+def test_an_estimate_adds_up_on_every_shipped_machine(name, sizes):
+    heads = [p.causal(), (p.sinks(4) | p.window(64)) & p.causal(), p.column_stride(4, block=16) & p.causal()] * 4
+    found = cost.estimate(heads, kv_heads=3, head_dim=64, machine=name, **sizes)
+    batch, queries = sizes.get("batch", 1), sizes.get("q_len", sizes["length"])
+    assert found.seconds == pytest.approx(sum(head.seconds for head in found.heads))
+    masks = [one.mask(12, queries, sizes["length"])[h] for h, one in enumerate(heads)]
+    assert [head.pairs for head in found.heads] == [batch * int(mask.sum()) for mask in masks]
+    assert all(head.visited >= head.pairs for head in found.heads) and 0 < found.useful <= 1
+    assert [head.kv_bytes for head in found.heads] == [batch * int(mask[-1].sum()) * 2 * 64 * 4 for mask in masks]
+    joined = [mask[-1] for mask in masks]
+    held = sum(int(sum(joined[g : g + 4]).bool().sum()) for g in (0, 4, 8))
+    assert found.kv_bytes == batch * held * 2 * 64 * 4
+    assert 0 < found.busy <= 1 + 1e-9 and found.launches == 1 and found.permutations == 0
+    assert name in str(found)
+
+
+def test_selections_count_by_their_budget():
+    one = p.topk(4, unit=64, sinks=1, local=1) & p.causal()
+    found = cost.estimate([one] * 4, length=2048, head_dim=64, machine="epyc-zen3")
+    import torch
+
+    import sparsify
+
+    q, k = torch.randn(2, 1, 4, 2048, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    kept = sparsify.kept(q, k, one)
+    assert found.pairs == pytest.approx(int(kept.sum()), rel=0.05)
+    assert found.launches == 2 and found.select_seconds > 0
+    assert all(head.select_seconds == pytest.approx(found.select_seconds / 4) for head in found.heads)
+    decode = cost.estimate([p.topk(8, unit=16)] * 4, kv_heads=1, length=4096, q_len=1, head_dim=64, machine="epyc-zen3")
+    assert decode.heads[0].pairs == pytest.approx(9 * 16) and decode.kv_bytes == 4096 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"length": 0}, "cost: length: expected an integer >= 1, found 0"),
+        ({"length": 64, "q_len": 65}, "cost: q_len: expected an integer from 1 to the length 64, found 65"),
+        ({"length": 64, "kv_heads": 3}, "cost: kv_heads: 4 query heads are no multiple of 3"),
+        ({"length": 64, "dtype": "bfloat"}, "cost: dtype: found 'bfloat'; did you mean 'bfloat16'?"),
+        ({"length": 64, "machine": "epyc-zen2"}, "unknown machine 'epyc-zen2'; did you mean 'epyc-zen3'?"),
+        ({"length": 64, "machine": "h10"}, "unknown machine 'h10'; did you mean 'h100'?"),
+    ],
+)
+def test_what_does_not_fit_is_said(given, says):
+    with pytest.raises(InputError, match=f"^{re.escape(says)}"):
+        cost.estimate([p.causal()] * 4, **{"head_dim": 64, "machine": "h100"} | given)
+
+
+def test_patterns_that_no_kernel_can_run_are_refused():
+    with pytest.raises(
+        InputError, match=r"cost: patterns: neighborhood.shape: 8 x 8 is 64 tokens, but there are 60 keys"
+    ):
+        cost.estimate([p.neighborhood([8, 8], 3)], length=60, head_dim=64, machine="h100")
+    with pytest.raises(InputError, match="cost: patterns: the selection serves prefill, and this is decode"):
+        cost.estimate([p.topp(0.9)], length=60, q_len=1, head_dim=64, machine="h100")
+    with pytest.raises(InputError, match="cost: patterns: expected one pattern for each query head"):
+        cost.estimate([], length=60, head_dim=64, machine="h100")
+
+
+def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
+    machine = cost.machine("h100")
+    assert cost.Machine.parse(machine.text()) == machine and not machine.measured and machine.sources
+    path = cost.save(machine, tmp_path / "mine.json")
+    assert cost.machine(path) == machine and cost.machine(str(path)) == machine
+    data = json.loads(machine.text())
+    for change, says in (
+        ({"version": 2}, "version: found 2, and this sparsify reads 1; calibrate it anew"),
+        ({"corse": 3}, "corse: unknown field; did you mean 'cores'?"),
+        ({"cores": 0}, "cores: input should be greater than or equal to 1, found 0"),
+        ({"arch": "9"}, "arch: found '9'; did you mean '90'?"),
+        ({"rates": [{**data["rates"][0], "ful": 1}]}, "rates.0.ful: unknown field; did you mean 'full'?"),
+    ):
+        path.write_text(json.dumps(data | change))
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {re.escape(says)}"):
+            cost.machine(path)
+    path.write_text(json.dumps({name: value for name, value in data.items() if name != "memory"}))
+    with pytest.raises(InputError, match=r"mine.json: memory: this field is missing"):
+        cost.machine(path)
+    path.write_text("[1")
+    with pytest.raises(InputError, match=r"mine.json: not JSON"):
+        cost.machine(path)
+    with pytest.raises(InputError, match=r"none.json: can't be read: No such file"):
+        cost.machine(tmp_path / "none.json")
+
+
+def test_a_calibrated_machine_is_found_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_CACHE_DIR", str(tmp_path))
+    assert cost.machine().name == cost.machine(None).name in cost.names()
+    mine = cost.machine("epyc-zen3").model_copy(update={"name": "mine"})
+    path = cost.save(mine)
+    assert cost.machine() == mine and cost.machine(path.stem) == mine
+
+
+def test_counting_needs_no_torch():
+    code = (
+        "import sys; from sparsify import cost, patterns as p\n"
+        "cost.estimate([p.causal()], length=300, head_dim=64, machine='h100')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_pieces_name_every_tile_once():
+    found = tiles_of(
+        ((((p.sinks(40) | p.window(100)) & p.causal()).keep(), 0),), 1, _at(500, 500, None), Nest(24, 1, 16, 6, 8)
+    )
+    tile, key = listed(found.pieces)
+    assert len(set(zip(tile.tolist(), key.tolist(), strict=True))) == len(tile) == found.visited.sum()
+
+
+def test_cores_take_the_next_items_when_they_are_free():
+    assert schedule.makespan(np.array([4.0, 3.0, 3.0, 2.0]), 2) == 6.0
+    assert schedule.makespan(np.array([4.0, 3.0, 3.0, 2.0]), 2, step=2) == 7.0
+    assert schedule.makespan(np.full(5000, 1.0), 3) == pytest.approx(5000 / 3, abs=1)
+    assert list(schedule.about(np.array([1, 5, 130, 255, 256]), 2)) == [1, 5, 128, 224, 256]
+    assert list(schedule.about(np.array([1, 5, 130, 255, 256]), 100)) == [1, 4, 128, 128, 256]
