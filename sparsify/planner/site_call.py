@@ -85,7 +85,9 @@ class SiteCall:
         source = choice.reuse.source_of(self.info.layer)
         name = f"_{len(self.env) - 1}"
         known = self.tables.get((source if source is not None else self.info.layer, chosen.text))
-        table = known if known is not None else self._table(choice.selector, sees_no_future(keep, chosen, self.position))
+        table = (
+            known if known is not None else self._table(choice.selector, sees_no_future(keep, chosen, self.position))
+        )
         if source is None:
             self.tables[self.info.layer, chosen.text] = table
         self.env[name] = table

@@ -170,7 +170,9 @@ def _limited(
     links = sparse.hstack([sparse.eye(size), -sparse.csr_matrix((np.ones(size), (np.arange(size), used)),
                                                                (size, count * candidates))])  # fmt: skip
     rules = sparse.hstack([sparse.csr_matrix((count, size)), sparse.kron(sparse.eye(count), np.ones((1, candidates)))])
-    closed = sparse.hstack([sparse.csr_matrix(~allowed.reshape(1, -1) * 1.0), sparse.csr_matrix((1, count * candidates))])
+    closed = sparse.hstack(
+        [sparse.csr_matrix(~allowed.reshape(1, -1) * 1.0), sparse.csr_matrix((1, count * candidates))]
+    )
     more = [LinearConstraint(links.tocsr(), -np.inf, 0), LinearConstraint(rules.tocsr(), 0, most),
             LinearConstraint(closed.tocsr(), 0, 0)]  # fmt: skip
     cost = np.concatenate([values.reshape(-1), np.zeros(count * candidates)])

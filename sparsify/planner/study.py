@@ -55,8 +55,10 @@ class Rows:
         """Columns of all keys as columns of those that are held."""
         mine = self.found.columns
         if isinstance(mine, slice):
-            return slice(columns.start - mine.start, columns.stop - mine.start) if isinstance(columns, slice) else (
-                columns - mine.start
+            return (
+                slice(columns.start - mine.start, columns.stop - mine.start)
+                if isinstance(columns, slice)
+                else (columns - mine.start)
             )
         assert isinstance(mine, torch.Tensor)
         asked = torch.arange(columns.start, columns.stop, device=mine.device) if isinstance(columns, slice) else columns

@@ -1,0 +1,113 @@
+"""The pictures of heads against attention computed whole, and against what patterns keep of the model's own tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from plan_cases import CANDIDATES, made_up_plan
+from torch import nn
+
+import sparsify
+from sparsify.errors import InputError
+from sparsify.patterns import causal
+from sparsify.planner.look import CELLS, pictures_of
+from sparsify.planner.pictures import GAMMA
+from sparsify.planner.probe import Probe
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+CHOICES = ((0, 2, 7, 11), (11, 10, 10, 3))  # dense, windows, spans, a stride and a selection
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(16, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        self.out = nn.Linear(HEADS * SIZE, 16)
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for part in self.parts]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        made = nn.functional.scaled_dot_product_attention(3 * q, 3 * k, v, is_causal=True, enable_gqa=True)
+        return x + self.out(made.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def planned(probe: Probe):
+    plan = made_up_plan(2, HEADS, KV_HEADS)
+    sites = [
+        replace(site, address=address, use=use, heads=tuple(
+            replace(head, candidate=choice) for head, choice in zip(site.heads, choices, strict=True)
+        ))
+        for site, (address, use), choices in zip(plan.sites, probe.sites, CHOICES, strict=True)
+    ]  # fmt: skip
+    return replace(plan, sites=tuple(sites))
+
+
+@pytest.fixture(scope="module")
+def probed():
+    torch.manual_seed(0)
+    model = Model().eval()
+    probe = Probe(model)
+    with torch.no_grad():
+        probe(torch.randn(2, 40, 16))
+    return model, probe, planned(probe)
+
+
+def in_cells(values: torch.Tensor, cell: int) -> torch.Tensor:
+    """Sums over the cells of the last two axes."""
+    short = -values.shape[-1] % cell
+    whole = nn.functional.pad(values, (0, short, 0, short))
+    return whole.unflatten(-1, (-1, cell)).sum(-1).unflatten(-2, (-1, cell)).sum(-2)
+
+
+@pytest.mark.parametrize("length", [50, 700])
+def test_a_picture_is_the_attention_and_the_mask_summed_over_cells(length, probed):
+    model, probe, plan = probed
+    x = torch.randn(2, length, 16, generator=torch.Generator().manual_seed(length))
+    pictures = pictures_of(plan, probe, lambda: probe(x))
+    with torch.no_grad():
+        for layer, site, picture in zip(model.layers, plan.sites, pictures.sites, strict=True):
+            q, k, _ = (part[:1] for part in layer.split(x))
+            scores = 9 * q @ k.repeat_interleave(HEADS // KV_HEADS, 1).mT / SIZE**0.5
+            attention = scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf).softmax(-1)[0]
+            patterns = [CANDIDATES[head.candidate].pattern() & causal() for head in site.heads]
+            kept = sparsify.kept(3 * q, 3 * k, patterns)[0]
+            assert (picture.queries, picture.keys) == (length, length) and max(picture.attention.shape[1:]) <= CELLS
+            sizes = in_cells(torch.ones(length, length), picture.cell)
+            queries = sizes.diagonal().sqrt().view(-1, 1)
+            shares = (255 * (in_cells(attention, picture.cell) / queries) ** GAMMA).numpy()
+            np.testing.assert_allclose(picture.attention, shares, atol=0.51)
+            np.testing.assert_allclose(picture.kept, 255 * in_cells(kept.float(), picture.cell) / sizes, atol=0.51)
+            np.testing.assert_allclose(picture.recall, (attention * kept).sum((1, 2)) / length, rtol=1e-4)
+            x = layer(x)
+
+
+def test_the_first_text_of_a_batch_is_pictured(probed):
+    _, probe, plan = probed
+    x = torch.randn(3, 64, 16, generator=torch.Generator().manual_seed(5))
+    whole, alone = pictures_of(plan, probe, lambda: probe(x)), pictures_of(plan, probe, lambda: probe(x[:1]))
+    for one, other in zip(whole.sites, alone.sites, strict=True):
+        np.testing.assert_allclose(one.recall, other.recall, rtol=1e-5)
+        assert np.abs(one.attention.astype(int) - other.attention).max() <= 1 and np.array_equal(one.kept, other.kept)
+
+
+def test_a_plan_for_a_site_that_is_not_there_is_an_error(probed):
+    _, probe, plan = probed
+    absent = replace(plan, sites=(*plan.sites, replace(plan.sites[0], address="layers.7")))
+    with pytest.raises(InputError, match=r"^plan: pictures: the model did not reach 'layers.7', of which"):
+        pictures_of(absent, probe, lambda: probe(torch.randn(1, 40, 16)))
