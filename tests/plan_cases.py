@@ -63,7 +63,7 @@ def made_up_pictures(plan: Plan, cells: int = 64, tokens: int = 2048, seed: int 
     q, k = np.mgrid[:cells, :cells]
     sites = []
     for site in plan.sites:
-        attention, kept, recall = [], [], []
+        attention, kept, dropped, recall = [], [], [], []
         for head in site.heads:
             scores = -((q - k) / (1 + 12 * (head.score or 0))) * 1.0 + 4 * (k == 0)
             scores = scores + 3 * (head.score or 0) * (draw.random(cells) > 0.85) + draw.normal(0, 0.4, (cells, cells))
@@ -73,7 +73,8 @@ def made_up_pictures(plan: Plan, cells: int = 64, tokens: int = 2048, seed: int 
             mask = (k <= q) & ((q - k <= share * cells * 0.6) | (k == 0))
             attention.append(np.rint(255 * weights**GAMMA))
             kept.append(255 * mask)
+            dropped.append(255 * ((weights > 0) & ~mask))
             recall.append(float((weights * mask).sum() / cells))
-        grids = np.array(attention, np.uint8), np.array(kept, np.uint8)
+        grids = [np.array(grid, np.uint8) for grid in (attention, kept, dropped)]
         sites.append(SitePicture(tokens, tokens, size, *grids, np.array(recall)))
     return Pictures(tuple(sites))

@@ -21,10 +21,11 @@ DIGITS = 4
 
 def page(evidence: Evidence) -> bytes:
     """The page, UTF-8."""
-    attention, kept = _Images(), _Images()
-    panels = [_panels(evidence, site, attention, kept) for site in range(len(evidence.plan.sites))]
+    pools = _Images(), _Images(), _Images()
+    panels = [_panels(evidence, site, pools) for site in range(len(evidence.plan.sites))]
+    attention, kept, dropped = (pool.urls for pool in pools)
     text = _template().render(
-        e=evidence, plan=evidence.plan, panels=panels, attention=attention.urls, kept=kept.urls,
+        e=evidence, plan=evidence.plan, panels=panels, attention=attention, kept=kept, dropped=dropped,
         x=_x(evidence), y=_y(evidence),
         x_ticks=ticks(*evidence.x), y_ticks=ticks(*evidence.y, base=10.0), facts=_script(_facts(evidence)),
         measures=words.MEASURES, percent=words.percent, signed=words.signed, duration=words.duration,
@@ -61,12 +62,13 @@ class _Images:
         return self.known[key]
 
 
-def _panels(evidence: Evidence, site: int, attention: _Images, kept: _Images) -> list[tuple[int, int]]:
-    """The images of each head: of its attention and of what is kept; none without pictures."""
+def _panels(evidence: Evidence, site: int, pools: tuple[_Images, ...]) -> list[tuple[int, ...]]:
+    """The images of each head: of its attention, of what is kept, of what is dropped; none without pictures."""
     if evidence.pictures is None:
         return []
     picture = evidence.pictures.sites[site]
-    return [(attention.number(a), kept.number(k)) for a, k in zip(picture.attention, picture.kept, strict=True)]
+    grids = zip(picture.attention, picture.kept, picture.dropped, strict=True)
+    return [tuple(pool.number(grid) for pool, grid in zip(pools, head, strict=True)) for head in grids]
 
 
 def _x(evidence: Evidence) -> Any:

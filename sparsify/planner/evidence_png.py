@@ -266,8 +266,9 @@ class _Panels:
         picture = self.evidence.pictures.sites[head.site]
         attention = picture.attention[head.number][..., None] / 255.0
         kept = picture.kept[head.number][..., None] / 255.0
+        dropped = picture.dropped[head.number][..., None] / 255.0
         ground = 1 - 0.34 * kept * (1 - _tint(head))
-        colour = kept * _rgb(INK) + (1 - kept) * _rgb(LOST)
+        colour = _rgb(INK) + (_rgb(LOST) - _rgb(INK)) * dropped
         return ground + (colour - ground) * attention
 
 

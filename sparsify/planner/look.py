@@ -17,6 +17,7 @@ from sparsify.planner.site_call import SiteCall
 from sparsify.planner.study import Rows, studied
 
 CELLS = 96  # at most, along each side of a grid
+TRACE = 1e-20  # less attention than this is none
 
 
 def pictures_of(plan: Plan, probe: Probe, run: Callable[[], Any]) -> Pictures:
@@ -58,8 +59,8 @@ class _Picture:
         shape = len(patterns), -(-self.queries // self.cell), -(-self.keys // self.cell)
         device = call.launch.q.device
         self.attention = torch.zeros(shape, device=device)
-        self.kept = torch.zeros(shape, device=device)
-        self.mass = torch.zeros(2, len(patterns), device=device)  # of attention that is kept, and of all
+        self.mass = torch.zeros(shape, device=device)  # of attention that is kept
+        self.kept = torch.zeros(shape, device=device)  # pairs
 
     def made(self) -> SitePicture:
         """The picture."""
@@ -68,8 +69,9 @@ class _Picture:
         queries = self.sizes(self.queries).view(1, -1, 1)
         attention = (self.attention / queries) ** GAMMA
         kept = self.kept / (queries * self.sizes(self.keys))
-        grids = [(255 * grid.clamp(0, 1)).round().byte().cpu().numpy() for grid in (attention, kept)]
-        recall = (self.mass[0] / self.mass[1].clamp_min(1e-30)).cpu().numpy()
+        dropped = 1 - (self.mass + TRACE) / (self.attention + TRACE)
+        grids = [(255 * grid.clamp(0, 1)).round().byte().cpu().numpy() for grid in (attention, kept, dropped)]
+        recall = (self.mass.sum((1, 2)) / self.attention.sum((1, 2)).clamp_min(TRACE)).cpu().numpy()
         return SitePicture(self.queries, self.keys, self.cell, *grids, recall)
 
     def sizes(self, length: int) -> torch.Tensor:
@@ -80,33 +82,38 @@ class _Picture:
     def look(self, rows: Rows) -> None:
         """Adds a block of rows."""
         shares = (rows.weights[:1] / rows.total[:1].clamp_min(1e-30))[0]
-        self.add(self.attention, range(shares.shape[0]), shares, rows.first, rows.found)
-        self.mass[1] += shares.sum((1, 2))
+        found = self.columns(rows.found)
+        self.add(self.attention, range(shares.shape[0]), shares, rows.first, found)
         for keep, heads in self.heads.items():
             block = self.call.block(keep, heads, (rows.first, rows.last))
             if block.columns is None:
                 continue
-            self.mass[0, heads] += rows.under(keep)[1][0, heads].sum(-1)
-            self.add(self.kept, heads, self.mask(block, len(heads)), rows.first, block)
+            columns = self.columns(block)
+            mask = self.mask(block, len(heads), columns.numel())
+            here = shares[heads][..., torch.searchsorted(found, columns)]
+            self.add(self.mass, heads, here * mask, rows.first, columns)
+            self.add(self.kept, heads, mask, rows.first, columns)
 
-    def mask(self, block: Block, heads: int) -> torch.Tensor:
+    def mask(self, block: Block, heads: int, wide: int) -> torch.Tensor:
         """float (heads, rows, columns): what a block keeps of the first text."""
-        wide = self.columns(block).numel()
+        shape = heads, block.last - block.first, wide
         if block.mask is None:
-            return self.mass.new_ones(1, 1, 1).expand(heads, block.last - block.first, wide)
-        mask = block.mask[:1].to(torch.float32)[0]
-        return mask.expand(heads, block.last - block.first, wide)
+            return self.mass.new_ones(1, 1, 1).expand(shape)
+        return block.mask[:1].to(torch.float32)[0].expand(shape)
 
-    def add(self, grid: torch.Tensor, heads: Sequence[int], values: torch.Tensor, first: int, block: Block) -> None:
+    def add(
+        self, grid: torch.Tensor, heads: Sequence[int], values: torch.Tensor, first: int, columns: torch.Tensor
+    ) -> None:
         """Sums values (heads, rows, columns) into the cells of a grid (H, rows, columns)."""
-        rows = torch.arange(first, first + values.shape[1], device=values.device) // self.cell
-        columns = self.columns(block) // self.cell
-        wide = values.new_zeros(*values.shape[:2], grid.shape[2]).index_add_(2, columns, values)
-        tall = values.new_zeros(len(heads), *grid.shape[1:]).index_add_(1, rows, wide)
-        grid[list(heads)] += tall
+        rows = torch.arange(first, first + values.shape[1], device=values.device)
+        grid[list(heads)] += self.inside(rows, grid.shape[1]).T @ (values @ self.inside(columns, grid.shape[2]))
+
+    def inside(self, tokens: torch.Tensor, cells: int) -> torch.Tensor:
+        """float (tokens, cells): 1 where a token is in a cell."""
+        return (tokens[:, None] // self.cell == torch.arange(cells, device=tokens.device)).to(torch.float32)
 
     def columns(self, block: Block) -> torch.Tensor:
-        """The numbers of a block's keys."""
+        """The numbers of a block's keys, ascending."""
         if isinstance(block.columns, slice):
             return torch.arange(block.columns.start, block.columns.stop, device=self.mass.device)
         assert block.columns is not None

@@ -15,7 +15,8 @@ class SitePicture:
 
     attention: uint8 (H, rows, columns), 255 * s**GAMMA of the share s of the attention of a cell's queries that is on
     its keys, so that a row's shares sum to 1. kept: uint8 (H, rows, columns), 255 times the share of a cell's pairs
-    that the plan keeps. recall: float (H,), the share of all attention that is kept.
+    that the plan keeps. dropped: uint8 (H, rows, columns), 255 times the share of a cell's attention that it drops.
+    recall: float (H,), the share of all attention that is kept.
     """
 
     queries: int
@@ -23,6 +24,7 @@ class SitePicture:
     cell: int
     attention: np.ndarray
     kept: np.ndarray
+    dropped: np.ndarray
     recall: np.ndarray
 
 
