@@ -81,40 +81,40 @@ class _Picture:
 
     def look(self, rows: Rows) -> None:
         """Adds a block of rows."""
-        shares = (rows.weights[:1] / rows.total[:1].clamp_min(1e-30))[0]
-        found = self.columns(rows.found)
-        self.add(self.attention, range(shares.shape[0]), shares, rows.first, found)
+        shares = self.wide((rows.weights[:1] / rows.total[:1].clamp_min(TRACE))[0], rows.found)
+        every = list(range(shares.shape[0]))
+        self.add(self.attention, every, shares, rows.first)
         for keep, heads in self.heads.items():
             block = self.call.block(keep, heads, (rows.first, rows.last))
             if block.columns is None:
                 continue
-            columns = self.columns(block)
-            mask = self.mask(block, len(heads), columns.numel())
-            here = shares[heads][..., torch.searchsorted(found, columns)]
-            self.add(self.mass, heads, here * mask, rows.first, columns)
-            self.add(self.kept, heads, mask, rows.first, columns)
+            mask = self.mask(block)
+            self.add(self.kept, heads, mask, rows.first)
+            self.add(self.mass, heads, (shares if heads == every else shares[heads]) * mask, rows.first)
 
-    def mask(self, block: Block, heads: int, wide: int) -> torch.Tensor:
-        """float (heads, rows, columns): what a block keeps of the first text."""
-        shape = heads, block.last - block.first, wide
-        if block.mask is None:
-            return self.mass.new_ones(1, 1, 1).expand(shape)
-        return block.mask[:1].to(torch.float32)[0].expand(shape)
-
-    def add(
-        self, grid: torch.Tensor, heads: Sequence[int], values: torch.Tensor, first: int, columns: torch.Tensor
-    ) -> None:
-        """Sums values (heads, rows, columns) into the cells of a grid (H, rows, columns)."""
-        rows = torch.arange(first, first + values.shape[1], device=values.device)
-        grid[list(heads)] += self.inside(rows, grid.shape[1]).T @ (values @ self.inside(columns, grid.shape[2]))
-
-    def inside(self, tokens: torch.Tensor, cells: int) -> torch.Tensor:
-        """float (tokens, cells): 1 where a token is in a cell."""
-        return (tokens[:, None] // self.cell == torch.arange(cells, device=tokens.device)).to(torch.float32)
-
-    def columns(self, block: Block) -> torch.Tensor:
-        """The numbers of a block's keys, ascending."""
+    def mask(self, block: Block) -> torch.Tensor:
+        """float (heads or 1, rows, keys): what a block keeps of the first text."""
+        if block.mask is not None:
+            return self.wide(block.mask[:1].to(torch.float32)[0], block)
+        rows = block.last - block.first
         if isinstance(block.columns, slice):
-            return torch.arange(block.columns.start, block.columns.stop, device=self.mass.device)
-        assert block.columns is not None
-        return block.columns
+            whole = self.mass.new_zeros(1, rows, self.keys)
+            whole[..., block.columns] = 1
+            return whole
+        return self.wide(self.mass.new_ones(1, rows, block.columns.numel()), block)
+
+    def wide(self, values: torch.Tensor, block: Block) -> torch.Tensor:
+        """Values (heads, rows, columns) of a block as (heads, rows, keys), 0 elsewhere."""
+        if block.columns == slice(0, self.keys):
+            return values.expand(-1, block.last - block.first, -1)
+        whole = values.new_zeros(values.shape[0], block.last - block.first, self.keys)
+        whole[..., block.columns] = values
+        return whole
+
+    def add(self, grid: torch.Tensor, heads: list[int], values: torch.Tensor, first: int) -> None:
+        """Sums values (heads or 1, rows, keys), of the rows from `first` on, into the cells of a grid."""
+        before, after = first % self.cell, -(first + values.shape[1]) % self.cell
+        padded = torch.nn.functional.pad(values, (0, -self.keys % self.cell, before, after))
+        sums = padded.unflatten(1, (-1, self.cell)).sum(2).unflatten(2, (-1, self.cell)).sum(3)
+        at = first // self.cell
+        grid[heads, at : at + sums.shape[1]] += sums
