@@ -24,7 +24,9 @@ from sparsify.planner.blocks import Block, Where, block, rows_at_a_time, spans
 from sparsify.selection.site import Ask, select, usable_keys
 from sparsify.spec import SiteInfo
 from sparsify.text import parse_expr
-from sparsify.walk import substitute, variables
+from sparsify.walk import substitute
+
+MOST_WHOLE = 1024  # keys: beyond, no mask of all pairs is made, and a backward pass makes the weights again
 
 Tables = dict[tuple[int | None, str], torch.Tensor]  # units chosen, by layer and choice: bool (B, L, rows, units)
 
@@ -165,8 +167,11 @@ def attend(call: SiteCall, keeps: Sequence[Pred]) -> torch.Tensor:
     groups: dict[Pred, list[int]] = {}
     for head, keep in enumerate(keeps):
         groups.setdefault(keep, []).append(head)
-    if len(groups) == 1 and (fast := _whole(call, keeps[0])) is not None:
-        return fast
+    if _plain(call):
+        if len(groups) == 1 and (fast := _whole(call, keeps[0])) is not None:
+            return fast
+        if call.at.k_len <= MOST_WHOLE and call.at.q_len <= MOST_WHOLE:
+            return _masked(call, groups)
     parts, order = [], []
     for keep, heads in groups.items():
         rows = [_rows(call, keep, heads, span) for span in spans(call.at.q_len, call.step)]
@@ -176,16 +181,47 @@ def attend(call: SiteCall, keeps: Sequence[Pred]) -> torch.Tensor:
     return out if order == sorted(order) else out[:, torch.tensor(order).argsort().to(out.device)]
 
 
+def _plain(call: SiteCall) -> bool:
+    """Whether PyTorch's own attention has all that the model does to its scores."""
+    program = call.launch.program
+    return program.softcap is None and not program.bias and program.sink is None
+
+
 def _whole(call: SiteCall, keep: Pred) -> torch.Tensor | None:
-    """PyTorch's own attention, where it does the same."""
-    launch, program = call.launch, call.launch.program
-    if program.softcap is not None or program.bias or program.sink is not None:
-        return None
+    """PyTorch's own attention, where it does the same without a mask."""
     causal = keep == (Q >= K) and call.at.offset == 0
-    if keep != TRUE and not causal:
-        return None
+    return _theirs(call, is_causal=causal) if keep == TRUE or causal else None
+
+
+def _masked(call: SiteCall, groups: dict[Pred, list[int]]) -> torch.Tensor:
+    """PyTorch's own attention under one mask for all heads: for lengths at which that takes little memory."""
+    batch, heads = call.launch.q.shape[:2]
+    mask = torch.zeros(1, heads, call.at.q_len, call.at.k_len, dtype=torch.bool, device=call.launch.q.device)
+    for keep, of in groups.items():
+        for rows in spans(call.at.q_len, call.step):
+            found = call.block(keep, of, rows)
+            if found.columns is None:
+                continue
+            kept = torch.ones(1, dtype=torch.bool, device=mask.device) if found.mask is None else found.mask
+            if kept.dim() == 4 and kept.shape[0] > mask.shape[0]:
+                mask = mask.expand(batch, -1, -1, -1).clone()
+            wide = found.columns if isinstance(found.columns, slice) else found.columns[None, None, None, :]
+            if isinstance(wide, slice):
+                mask[:, of, slice(*rows), wide] = kept
+            else:
+                place = torch.tensor(of, device=mask.device)[None, :, None, None]
+                row = torch.arange(*rows, device=mask.device)[None, None, :, None]
+                each = torch.arange(mask.shape[0], device=mask.device)[:, None, None, None]
+                mask[each, place, row, wide] = kept
+    empty = ~mask.any(-1, keepdim=True)
+    out = _theirs(call, attn_mask=mask | empty)
+    return out.masked_fill(empty, 0.0) if bool(empty.any()) else out
+
+
+def _theirs(call: SiteCall, **how: Any) -> torch.Tensor:
+    launch = call.launch
     return torch.nn.functional.scaled_dot_product_attention(
-        launch.q, launch.k, launch.v, is_causal=causal, scale=launch.scale, enable_gqa=True
+        launch.q, launch.k, launch.v, scale=launch.scale, enable_gqa=True, **how
     )
 
 
@@ -193,9 +229,6 @@ def _rows(call: SiteCall, keep: Pred, heads: list[int], rows: tuple[int, int]) -
     if torch.is_grad_enabled() and call.at.k_len > MOST_WHOLE:
         return checkpoint(_rows_now, call, keep, heads, rows, use_reentrant=False)
     return _rows_now(call, keep, heads, rows)
-
-
-MOST_WHOLE = 1024  # keys: beyond, a backward pass makes the weights again instead of keeping them
 
 
 def _rows_now(call: SiteCall, keep: Pred, heads: list[int], rows: tuple[int, int]) -> torch.Tensor:
@@ -215,8 +248,3 @@ def _rows_now(call: SiteCall, keep: Pred, heads: list[int], rows: tuple[int, int
 def own_rows(call: SiteCall) -> Iterator[tuple[int, int]]:
     """The row blocks of a call."""
     return spans(call.at.q_len, call.step)
-
-
-def uses_query(pattern: Pattern) -> bool:
-    """Whether a pattern's rule depends on where the query is."""
-    return "q" in variables(pattern.keep())

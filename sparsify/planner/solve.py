@@ -127,7 +127,7 @@ def _knapsack(values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed:
 
 
 def _beaten(values: np.ndarray, rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """(units, candidates): whether another candidate of the unit is at least as good in all, the first of equals left."""
+    """(units, candidates): whether another candidate of the unit is as good in all; the first of equals is left."""
     all_of = np.concatenate([values[None], rows])
     all_of = np.where(allowed, all_of, np.inf)
     beaten = np.zeros(values.shape, dtype=bool)

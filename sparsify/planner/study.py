@@ -17,8 +17,9 @@ from sparsify.planner.site_call import SiteCall, own_rows
 class Rows:
     """A block of query rows of all heads. first, last: which (the last excluded).
 
-    weights: exp(score - its row's greatest) of the keys in `found`, 0 where the model drops (B, Hq, rows, columns);
-    total: their sums and the sink's part (B, Hq, rows, 1). values: v of those keys (B, Hq, columns, Dv).
+    weights: exp(score - top) of the keys in `found`, 0 where the model drops (B, Hq, rows, columns); total: their sums
+    and the sink's part (B, Hq, rows, 1); joined: the sink's part; top: the greatest score. values: v of those keys (B,
+    Hq, columns, Dv).
     """
 
     call: SiteCall
@@ -29,6 +30,24 @@ class Rows:
     total: torch.Tensor
     joined: torch.Tensor | None
     values: torch.Tensor
+    top: torch.Tensor
+
+    def shares(self) -> torch.Tensor:
+        """The weights as shares of their rows (B, Hq, rows, columns)."""
+        return self.weights / self.total.clamp_min(1e-30)
+
+    def keys(self) -> torch.Tensor:
+        """The keys of the columns."""
+        columns, device = self.found.columns, self.weights.device
+        return torch.arange(self.call.at.k_len, device=device)[columns]
+
+    def part(self, of: torch.Tensor, keep: Pred) -> torch.Tensor:
+        """What of numbers (B, Hq, rows, columns) is on pairs that `keep` keeps, added (B, Hq, rows)."""
+        kept = self.call.block(keep, range(self.weights.shape[1]), (self.first, self.last))
+        if kept.columns is None:
+            return of.new_zeros(of.shape[:3])
+        mine = of[..., self._inside(kept.columns)]
+        return (mine if kept.mask is None else mine * kept.mask).sum(-1)
 
     def dense(self) -> torch.Tensor:
         """The model's own output (B, Hq, rows, Dv)."""
@@ -50,6 +69,17 @@ class Rows:
         whole = mass if self.joined is None else mass + self.joined
         out = (weights @ self.values[:, :, where]) / whole.clamp_min(1e-30)
         return out, (mass / self.total.clamp_min(1e-30)).squeeze(-1)
+
+    def count(self, keep: Pred) -> torch.Tensor:
+        """How many keys of each query `keep` keeps (B or 1, Hq or 1, rows)."""
+        kept = self.call.block(keep, range(self.weights.shape[1]), (self.first, self.last))
+        if kept.columns is None:
+            return self.weights.new_zeros(1, 1, self.last - self.first)
+        if kept.mask is not None:
+            return kept.mask.sum(-1).to(self.weights)
+        columns = kept.columns
+        size = columns.stop - columns.start if isinstance(columns, slice) else columns.numel()
+        return self.weights.new_full((1, 1, self.last - self.first), size)
 
     def _inside(self, columns: slice | torch.Tensor) -> slice | torch.Tensor:
         """Columns of all keys as columns of those that are held."""
@@ -79,7 +109,7 @@ def studied(call: SiteCall) -> Iterator[Rows]:
         joined = None if sink is None else torch.exp(sink - top)
         total = weights.sum(-1, keepdim=True)
         total = total if joined is None else total + joined
-        yield Rows(call, *rows, found, weights, total, joined, call.values(heads, found))
+        yield Rows(call, *rows, found, weights, total, joined, call.values(heads, found), top)
 
 
 def projections(
