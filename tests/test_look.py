@@ -13,7 +13,7 @@ from torch import nn
 import sparsify
 from sparsify.errors import InputError
 from sparsify.patterns import causal
-from sparsify.planner.look import CELLS, pictures_of
+from sparsify.planner.look import CELLS, pictures, pictures_of
 from sparsify.planner.pictures import GAMMA
 from sparsify.planner.probe import Probe
 
@@ -79,9 +79,9 @@ def in_cells(values: torch.Tensor, cell: int) -> torch.Tensor:
 def test_a_picture_is_the_attention_and_the_mask_summed_over_cells(length, probed):
     model, probe, plan = probed
     x = torch.randn(2, length, 16, generator=torch.Generator().manual_seed(length))
-    pictures = pictures_of(plan, probe, lambda: probe(x))
+    found = pictures_of(plan, probe, lambda: probe(x))
     with torch.no_grad():
-        for layer, site, picture in zip(model.layers, plan.sites, pictures.sites, strict=True):
+        for layer, site, picture in zip(model.layers, plan.sites, found.sites, strict=True):
             q, k, _ = (part[:1] for part in layer.split(x))
             scores = 9 * q @ k.repeat_interleave(HEADS // KV_HEADS, 1).mT / SIZE**0.5
             attention = scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf).softmax(-1)[0]
@@ -101,9 +101,9 @@ def test_a_picture_is_the_attention_and_the_mask_summed_over_cells(length, probe
 
 
 def test_the_first_text_of_a_batch_is_pictured(probed):
-    _, probe, plan = probed
+    model, probe, plan = probed
     x = torch.randn(3, 64, 16, generator=torch.Generator().manual_seed(5))
-    whole, alone = pictures_of(plan, probe, lambda: probe(x)), pictures_of(plan, probe, lambda: probe(x[:1]))
+    whole, alone = pictures_of(plan, probe, lambda: probe(x)), pictures(plan, model, x[:1])
     for one, other in zip(whole.sites, alone.sites, strict=True):
         np.testing.assert_allclose(one.recall, other.recall, rtol=1e-5)
         assert np.abs(one.attention.astype(int) - other.attention).max() <= 1 and np.array_equal(one.kept, other.kept)

@@ -4,11 +4,12 @@
 
 It shows the front with the uniform patterns that it was compared with, what each head got and why, the heads'
 attention against their masks, the predicted time of each site and the validation. What is shown is worked out here, as
-values; `evidence.html` and `evidence_png` draw it, and `evidence_text` prints its short form.
+values; `evidence.html` and `evidence_png` draw it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,14 +260,9 @@ COSTS = {"time": "time", "tiles": "tiles", "pairs": "pairs", "memory": "memory f
 
 
 def kind_of(candidate: Candidate) -> str:
-    """Which kind of pattern it is, in the words of its form: `window and sinks`, `moa_head`."""
-    form = candidate.form
-    if candidate.name == DENSE or form == DENSE:
-        return DENSE
-    if isinstance(form, str):
-        return form
-    names = sorted((key for key in form if key != "block"), reverse=True)
-    return " and ".join(names) if names not in (["all"], ["any"], ["not"]) else candidate.name.partition(" ")[0]
+    """Which kind of pattern it is: the word that its name begins with, `window` of `window64`."""
+    found = re.match(r"[A-Za-z_]+", candidate.name)
+    return found[0] if found else candidate.name
 
 
 def percent(share: float | None) -> str:

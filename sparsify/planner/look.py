@@ -20,6 +20,12 @@ CELLS = 96  # at most, along each side of a grid
 TRACE = 1e-20  # less attention than this is none
 
 
+def pictures(plan: Plan, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Pictures:
+    """Looks at all sites of a plan while the model reads one text, `model(*args, **kwargs)`; see `pictures_of`."""
+    probe = Probe(model)
+    return pictures_of(plan, probe, lambda: probe(*args, **kwargs))
+
+
 def pictures_of(plan: Plan, probe: Probe, run: Callable[[], Any]) -> Pictures:
     """Looks at all sites while `run` calls the probed model on one text, as it is, with dense attention.
 
