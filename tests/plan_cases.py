@@ -47,7 +47,9 @@ def made_up_plan(layers: int = 4, heads: int = 8, kv_heads: int = 4, seed: int =
         for n, c, m in ((128, 0.13, 0.31), (256, 0.24, 0.12), (400, 0.36, 0.13), (512, 0.5, 0.03))
     ]
     rows = [
-        Validation(one.name, "wiki, last tenth", 4096, one.cost, 1.2 + one.validated, one.validated) for one in front
+        Validation(one.name, data, 4096, one.cost, 1.2 + one.validated * times, one.validated * times)
+        for one in front
+        for data, times in (("text", 1), ("recall", 2))
     ]
     ranked = tuple((layer, head) for _, layer, head in sorted(retrieval, reverse=True))
     return Plan(

@@ -131,7 +131,7 @@ def test_times_and_validation_are_those_of_the_plan(elements):
         for i in (0, 1)
         for site in PLAN.sites
     ]
-    assert rows == expected
+    assert rows == expected and len(PLAN.validation) == 14
     assert [("hidden" in a) for a, _ in elements.of("div", "at")] == [True, False]
     cells = [text for _, text in elements.of("td")]
     for row in PLAN.validation:

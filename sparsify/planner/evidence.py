@@ -21,9 +21,10 @@ from sparsify.errors import InputError
 from sparsify.pictures.axes import Ends, powers
 from sparsify.pictures.scene import COLOURS
 from sparsify.planner.pictures import Pictures
-from sparsify.planner.plan import DENSE, Candidate, HeadPlan, Plan, Point
+from sparsify.planner.plan import DENSE, Candidate, HeadPlan, Plan, Point, Validation
 
 ENDINGS = (".html", ".png")
+HUES = tuple(colour for colour in COLOURS[1:] if colour != "#d6336c")  # red is for attention that is dropped
 NEAR = 1.02  # a uniform pattern this much dearer than the plan is still compared with it
 MEASURES = {  # of a point's loss, the most telling first
     "validated": "on data and at a length that no profile saw",
@@ -129,7 +130,7 @@ class Evidence:
         heads = [head for site in self.plan.sites for head in site.heads]
         used = Counter(head.candidate for head in heads)
         kinds = dict.fromkeys(kind_of(one) for one in self.plan.candidates if one.name != DENSE)
-        colours = dict(zip(kinds, COLOURS[1:] * len(kinds), strict=False)) | {DENSE: COLOURS[0]}
+        colours = dict(zip(kinds, HUES * len(kinds), strict=False)) | {DENSE: COLOURS[0]}
         found = []
         for number, count in used.items():
             shares = [share for head in heads if head.candidate == number if (share := self.share(head)) is not None]
@@ -222,6 +223,20 @@ class Evidence:
             return 1e-3, 1.0
         return powers([max(min(losses), max(losses) * 1e-5), max(losses)], 10.0)
 
+    # -- validation --------------------------------------------------------------------------------------------------
+
+    @property
+    def texts(self) -> tuple[tuple[str, int], ...]:
+        """What was read for the validation: (data, tokens)."""
+        return tuple(dict.fromkeys((row.data, row.length) for row in self.plan.validation))
+
+    @property
+    def validated(self) -> list[tuple[str, float, list[Validation | None]]]:
+        """A row for each point: its name, its cost there, and what it loses on each of `texts`."""
+        found = {(row.name, row.data, row.length): row for row in self.plan.validation}
+        costs = {row.name: row.cost for row in self.plan.validation}
+        return [(name, cost, [found.get((name, *text)) for text in self.texts]) for name, cost in costs.items()]
+
     # -- time --------------------------------------------------------------------------------------------------------
 
     @property
@@ -271,8 +286,8 @@ def percent(share: float | None) -> str:
 
 
 def signed(loss: float | None) -> str:
-    """`+0.0123`; nothing for None."""
-    return "" if loss is None else f"{loss:+.3g}"
+    """`+0.0123`, `0`; nothing for None."""
+    return "" if loss is None else f"{loss:+.3g}" if loss else "0"
 
 
 def duration(seconds: float) -> str:
@@ -293,4 +308,6 @@ def form_text(form: Any) -> str:
     """A form as a spec writes it, in one line."""
     if isinstance(form, dict):
         return "{" + ", ".join(f"{key}: {form_text(value)}" for key, value in form.items()) + "}"
+    if isinstance(form, bool):
+        return str(form).lower()
     return f"[{', '.join(map(form_text, form))}]" if isinstance(form, list | tuple) else str(form)

@@ -16,7 +16,7 @@ from sparsify.planner.plan import SitePlan
 
 PLAN, UNIFORM, LOST, LINE = "#2f6fed", "#e8590c", "#e03131", "#d5dae1"
 WIDTH, MARGIN, HEAD = 12.0, 0.45, 1.4  # inches
-COLUMNS, MOST_PANELS, MOST_ROWS, MOST_LEGEND, MOST_BARS = 8, 64, 14, 18, 40
+COLUMNS, MOST_PANELS, MOST_ROWS, MOST_LEGEND, MOST_BARS, MOST_TEXTS = 8, 64, 24, 18, 40, 4
 
 
 def png(evidence: Evidence) -> bytes:
@@ -202,25 +202,27 @@ class _Table:
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.rows = evidence.plan.validation[:MOST_ROWS]
+        self.rows = evidence.validated[:MOST_ROWS]
         self.height = 0.75 + 0.24 * (1 + len(self.rows)) if self.rows else 0.0
 
     def draw(self, sheet: _Sheet, top: float) -> None:
-        plan = self.evidence.plan
+        plan, texts = self.evidence.plan, self.evidence.texts[:MOST_TEXTS]
         sheet.text(MARGIN, top, "Validation", size=11.5, weight="bold")
+        note = f"the loss in {plan.unit}, and how much more it is than dense attention's"
+        sheet.text(MARGIN + 1.05, top + 0.03, note, size=8, color=FAINT)
         mine = None if plan.chosen is None else plan.front[plan.chosen].name
-        columns = ((0.0, "left"), (3.6, "left"), (7.0, "right"), (8.1, "right"), (9.4, "right"), (11.1, "right"))
-        titles = "point", "data", "tokens", "cost", "loss", "more than dense"
-        lines = [titles] + [
-            (row.name, row.data, f"{row.length:,}", percent(row.cost), f"{row.loss:.4g}", signed(row.increase))
-            for row in self.rows
-        ]
+        titles = [f"{data}, {length:,} tokens" for data, length in texts]
+        lines = [("point", "cost", *[text for title in titles for text in (title, "")])]
+        for name, cost, row in self.rows:
+            losses = [(f"{one.loss:.4g}", signed(one.increase)) if one else ("", "") for one in row[:MOST_TEXTS]]
+            lines.append((name, percent(cost), *[text for pair in losses for text in pair]))
+        step = min(1.2, 7.3 / max(1, 2 * len(texts)))
+        places = [0.0, 3.4, *[3.8 + step * (number + 1) for number in range(2 * len(texts))]]
         for number, line in enumerate(lines):
-            y = top + 0.34 + 0.24 * number
             weight = "bold" if line[0] == mine else "normal"
-            for (x, side), text in zip(columns, line, strict=True):
-                colour = FAINT if number == 0 else INK
-                sheet.text(MARGIN + x, y, text, size=8.5, ha=side, color=colour, weight=weight)
+            for column, (x, text) in enumerate(zip(places, line, strict=True)):
+                style = {"ha": "right" if column else "left", "color": INK if number else FAINT, "weight": weight}
+                sheet.text(MARGIN + x, top + 0.34 + 0.24 * number, text, size=8.5, **style)
 
 
 class _Panels:
