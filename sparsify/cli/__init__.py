@@ -1,4 +1,4 @@
-"""The command line: `sparsify explain | show | bench | import | schema | doctor`.
+"""The command line: `sparsify explain | show | plan | import | bench | schema | doctor`.
 
 A command is a function in a module of its own, listed in `COMMANDS`. What a user did wrong is raised as a
 SparsifyError anywhere below, and becomes one line on stderr and exit code 2 here, in one place.
@@ -15,11 +15,12 @@ from sparsify.bench.command import bench
 from sparsify.cli.doctor import doctor
 from sparsify.cli.explain import explain
 from sparsify.cli.import_ import import_
+from sparsify.cli.plan import plan
 from sparsify.cli.schema import schema
 from sparsify.cli.show import show
 from sparsify.errors import SparsifyError
 
-COMMANDS = (explain, show, bench, import_, schema, doctor)
+COMMANDS = (explain, show, plan, import_, bench, schema, doctor)
 
 app = typer.Typer(
     name="sparsify",

@@ -108,7 +108,8 @@ def default(
 ) -> tuple[Candidate, ...]:
     """Dense, and the candidates of these kinds: all that fit the attention, if none are named.
 
-    longest: the longest length that is profiled. of: what the budget is one of. shape: of a grid of tokens, for neighborhoods. Raises InputError.
+    longest: the longest length that is profiled. of: what the budget is one of. shape: of a grid of tokens, for
+    neighborhoods. Raises InputError.
     """
     for kind in kinds or ():
         if kind not in KINDS:

@@ -51,8 +51,8 @@ def plan(
     since these are given as `input_ids`. data: texts, tokens or `Readings`; held_out: more, to validate with (else the
     end of the data). lengths: in tokens, that are profiled. budget: a share of the dense cost, or "loss +1%".
     tokenizer: how texts are read (bytes, by default). objective: what results are measured by (see `objective`). state:
-    a folder where what was found is kept until the plan is there, so that a killed run goes on. The other settings are those of
-    `Settings`. `plan(...).spec()` is for the backend, and stays good where only the text changes.
+    a folder where what was found is kept until the plan is there, so that a killed run goes on. The other settings are
+    those of `Settings`. `plan(...).spec()` is for the backend.
 
     Raises InputError for no data, a length beyond the model's, a budget that no candidates meet (with the nearest that
     is met), and a model none of whose attentions can be rewritten.

@@ -82,7 +82,8 @@ class Probe:
         call = SiteCall.read(site, launch, self._tables)
         self.sites.setdefault(call.key, call.info)
         patterns = self.assigned.get(call.key) or (None,) * launch.q.shape[1]
-        keeps = {pattern: call.keep(pattern) for pattern in dict.fromkeys(patterns)}
+        heads = {one: [head for head, other in enumerate(patterns) if other == one] for one in dict.fromkeys(patterns)}
+        keeps = {pattern: call.keep(pattern, of) for pattern, of in heads.items()}
         out = attend(call, [keeps[pattern] for pattern in patterns])
         return out if self.watch is None else self.watch(call, out)
 

@@ -13,6 +13,7 @@ from sparsify.errors import InputError
 from sparsify.planner.samples import Sample, Stream, Tokenizer, of_bytes
 from sparsify.planner.settings import Settings
 
+TOGETHER = 4  # rows that make one sample
 SEEN = 0.7  # the share of a text that is profiled and searched with, where none is given to validate with
 
 
@@ -28,7 +29,7 @@ class Readings:
 def readings(
     data: Any, held_out: Any, settings: Settings, tokenizer: Tokenizer | None, causal: bool, longest: int | None
 ) -> Readings:
-    """From `Readings` as they are, texts, or tokens: (N,) a stream, (rows, N) one sample a row.
+    """From `Readings` as they are, texts, or tokens: (N,) a stream, (rows, N) texts of one length.
 
     held_out: more of the same, to validate with; else the end of `data`. longest: that the model can read. Raises
     InputError for data that are none or too few, and for lengths beyond the model's.
@@ -75,8 +76,8 @@ def _rows(data: torch.Tensor, held_out: Any) -> Readings:
     if len(data) < 2 or not len(held_out):
         raise InputError(f"plan: data: {len(data)} rows are too few to profile, search and validate with; give more")
     half = max(1, len(data) // 2)
-    split = [tuple(Sample.of_tokens(row) for row in rows) for rows in (data[:half], data[half:], held_out)]
-    return Readings(*split)
+    parts = data[:half], data[half:], held_out
+    return Readings(*(tuple(Sample.of_tokens(rows) for rows in part.split(TOGETHER)) for part in parts))
 
 
 def _unseen_length(settings: Settings, longest: int | None, tokens: int) -> int:

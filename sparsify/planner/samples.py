@@ -153,3 +153,14 @@ def plant(
         found[asked : asked + span] = run
         needles.append((fact + cue, asked + cue, span - cue))
     return found, tuple(needles)
+
+
+def of_hugging_face(tokenizer: Any) -> Tokenizer:
+    """As a tokenizer of transformers reads text, with the special tokens that it puts around one."""
+    inner, whole = (tokenizer("text", add_special_tokens=special)["input_ids"] for special in (False, True))
+    at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return Tokenizer(_encoder(tokenizer), tuple(whole[:at]), tuple(whole[at + len(inner) :]))
+
+
+def _encoder(tokenizer: Any) -> Tokenize:
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsify import bias
 from sparsify.codegen import Launch
-from sparsify.expr import TRUE, Chosen, Expr, Load, Pred, Test, Var, as_expr, conjunction
+from sparsify.expr import TRUE, Chosen, Expr, Load, Pred, Test, Var, conjunction
 from sparsify.passes.recover_masks import K, Q
 from sparsify.patterns import Pattern
 from sparsify.patterns.head_choices import sees_no_future
@@ -29,6 +30,11 @@ from sparsify.walk import substitute
 MOST_WHOLE = 1024  # keys: beyond, no mask of all pairs is made, and a backward pass makes the weights again
 
 Tables = dict[tuple[int | None, str], torch.Tensor]  # units chosen, by layer and choice: bool (B, L, rows, units)
+
+
+@functools.lru_cache(maxsize=4096)
+def _combined(own: Pred, pattern: Pattern, position: Expr) -> Pred:
+    return conjunction([own, substitute(pattern.keep(), {"q": position})])
 
 
 @dataclass
@@ -72,40 +78,53 @@ class SiteCall:
         """What the model itself keeps."""
         return self.launch.program.keep[0]
 
-    def keep(self, pattern: Pattern | None) -> Pred:
-        """What a head keeps under a pattern; its choices are made here. None: what the model keeps."""
+    def keep(self, pattern: Pattern | None, heads: Sequence[int] | None = None) -> Pred:
+        """What heads keep under a pattern; its choices are made here. None: what the model keeps.
+
+        heads: those that are asked about, all by default: choices of heads by themselves are made for no others.
+        """
         if pattern is None:
             return self.own
-        keep = conjunction([self.own, substitute(pattern.keep(), {"q": self.position})])
-        return with_choices(keep, {chosen: self._chosen(chosen, keep) for chosen in choices(keep)})
+        keep = _combined(self.own, pattern, self.position)
+        return with_choices(keep, {chosen: self._chosen(chosen, keep, heads) for chosen in choices(keep)})
 
-    def _chosen(self, chosen: Chosen, keep: Pred) -> Pred:
+    def _chosen(self, chosen: Chosen, keep: Pred, heads: Sequence[int] | None) -> Pred:
         """The units of a choice as a test of a table, by the choice of the layer that it belongs to."""
         choice = Choice.parse(chosen.text)
         if not isinstance(choice.selector, Selector):
             return TRUE
-        source = choice.reuse.source_of(self.info.layer)
-        name = f"_{len(self.env) - 1}"
-        known = self.tables.get((source if source is not None else self.info.layer, chosen.text))
-        table = (
-            known if known is not None else self._table(choice.selector, sees_no_future(keep, chosen, self.position))
-        )
-        if source is None:
+        source, causal = choice.reuse.source_of(self.info.layer), sees_no_future(keep, chosen, self.position)
+        shared = bool(choice.reuse.layers) or choice.selector.heads.scope != "head"
+        asked = range(self.launch.q.shape[1]) if shared or heads is None else heads
+        known = self.tables.get((source, chosen.text)) if source is not None else None
+        table = known if known is not None else self._table(choice.selector, causal, asked)
+        if shared and source is None:
             self.tables[self.info.layer, chosen.text] = table
-        self.env[name] = table
-        selector, heads = choice.selector, self.launch.q.shape[1]
-        which = as_expr(0) if table.shape[1] == 1 else Var("h") // (heads // table.shape[1])
-        row = Q - self.at.offset
-        return Test(Load(name, (Var("b"), which, row // selector.unit.q, K // selector.unit.k)))
+        which = self._held(self._places(asked, table.shape[1]))
+        name, selector, row = self._held(table), choice.selector, Q - self.at.offset
+        unit = row // selector.unit.q, K // selector.unit.k
+        return Test(Load(name, (Var("b"), Load(which, (Var("h"),)), *unit)))
 
-    def _table(self, selector: Selector, causal: bool) -> torch.Tensor:
+    def _held(self, tensor: torch.Tensor) -> str:
+        """The name of one more load."""
+        name = f"_{len(self.env) - 1}"
+        self.env[name] = tensor
+        return name
+
+    def _places(self, asked: Sequence[int], lists: int) -> torch.Tensor:
+        """(Hq,) int64: the place in a table of so many lists of each head that is asked about, 0 of others."""
+        found = torch.zeros(self.launch.q.shape[1], dtype=torch.int64)
+        found[list(asked)] = torch.arange(len(asked)) * lists // len(asked)
+        return found.to(self.launch.q.device)
+
+    def _table(self, selector: Selector, causal: bool, heads: Sequence[int]) -> torch.Tensor:
         """bool (B, L, rows, units): whether a unit is in the row's list."""
         launch = self.launch
         ask = Ask(selector, self.position, usable_keys(self.own, False), causal)
+        few = len(heads) < launch.q.shape[1]
+        q, k = (self._of(launch.q, heads, 1), self._keys(launch.k, heads)) if few else (launch.q, launch.k)
         with torch.no_grad():
-            index, count = select(
-                launch.q, launch.k, list(launch.loads), None, launch.q_offset, launch.scale, ask.text()
-            )[:2]
+            index, count = select(q, k, list(launch.loads), None, launch.q_offset, launch.scale, ask.text())[:2]
             units = -(-launch.k.shape[2] // selector.unit.k)
             used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
             table = index.new_zeros(*index.shape[:-1], units + 1, dtype=torch.bool)

@@ -8,8 +8,11 @@ limit of two rules a layer makes its pairs enumerable, which is the pricing here
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -147,13 +150,28 @@ def _integers(
     scale = float(np.abs(cost).max()) or 1.0
     constraints = [LinearConstraint(one, 1, 1), LinearConstraint(spent, -np.inf, limits + 1e-12), *more]
     options = {"mip_rel_gap": GAP, "time_limit": 60.0}
-    found = milp(
-        cost / scale, constraints=constraints, integrality=np.ones(len(cost)), bounds=Bounds(0, 1), options=options
-    )
+    with _without_remarks():
+        found = milp(
+            cost / scale, constraints=constraints, integrality=np.ones(len(cost)), bounds=Bounds(0, 1), options=options
+        )
     if found.x is None:
         return None
     bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
     return found.x, float(min(bound, found.fun)) * scale
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """HiGHS prints a remark of its own on stdout now and then, whatever it is asked to."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _limited(
