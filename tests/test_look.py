@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,13 @@ from plan_cases import CANDIDATES, made_up_plan
 from torch import nn
 
 import sparsify
+from sparsify.cli.evidence import draw_evidence
 from sparsify.errors import InputError
 from sparsify.patterns import causal
 from sparsify.planner.look import CELLS, pictures, pictures_of
 from sparsify.planner.pictures import GAMMA
 from sparsify.planner.probe import Probe
+from sparsify.planner.samples import of_bytes
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 CHOICES = ((0, 2, 7, 11), (11, 10, 10, 3))  # dense, windows, spans, a stride and a selection
@@ -114,3 +117,19 @@ def test_a_plan_for_a_site_that_is_not_there_is_an_error(probed):
     absent = replace(plan, sites=(*plan.sites, replace(plan.sites[0], address="layers.7")))
     with pytest.raises(InputError, match=r"^plan: pictures: the model did not reach 'layers.7', of which"):
         pictures_of(absent, probe, lambda: probe(torch.randn(1, 40, 16)))
+
+
+def test_a_command_draws_the_page_and_the_png_beside_the_spec(tmp_path, monkeypatch, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=KV_HEADS, **sizes)).eval()
+    plan = replace(made_up_plan(2, HEADS, KV_HEADS), lengths=(64, 128))
+    given = plan, model, ["a text of some length, " * 20], of_bytes()
+    drawn = draw_evidence(*given, tmp_path / "out.yaml")
+    assert [path.name for path in drawn] == ["out.html", "out.png"] and all(path.is_file() for path in drawn)
+    assert drawn[0].read_text().count('class="pic ') == 2 * HEADS and "facts are planted" in drawn[0].read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert draw_evidence(*given, tmp_path / "bare.yaml") == [tmp_path / "bare.html"]
+    assert "bare.png: a PNG needs matplotlib" in capsys.readouterr().err.replace("\n", "")

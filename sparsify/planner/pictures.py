@@ -30,6 +30,7 @@ class SitePicture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """One picture a site, in the order of the plan's sites."""
+    """One picture a site, in the order of the plan's sites. text: what the model read, in words."""
 
     sites: tuple[SitePicture, ...]
+    text: str = ""
