@@ -304,6 +304,7 @@ static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high && number < part.to; tile++) {
             int kind = SUMMARIES || part.has(number) ? class_of(c, t, tile_of(c, tile)) : 0;
+            if (FETCHES && !w.direct && tile + 1 < w.spans[i].high) fetch_packed(w, t, tile + 1);
             if (kind && part.has(number)) meet_tile(c, w, t, tile_of(c, tile), kind, scoring);
             number += SUMMARIES ? kind != 0 : 1; // as costs are counted
         }

@@ -58,7 +58,7 @@ def _compile_mode() -> None:
 
 def build(entry: Entry, arch: int | str) -> Row:
     """One kernel for one chip. Needs a Triton that compiles (not one imported as an interpreter)."""
-    from sparsify.codegen.triton.target import interpreting
+    from sparsify.codegen.triton.kernels import interpreting
 
     if interpreting():
         raise BuildError("kernels can't be compiled while TRITON_INTERPRET=1 (unset it)")
@@ -80,7 +80,7 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     from triton.compiler import ASTSource
 
     from sparsify.codegen.triton.arguments import arguments
-    from sparsify.codegen.triton.target import kernel
+    from sparsify.codegen.triton.kernels import kernel
 
     launch, shape = tiled(launch, arch)
     values = arguments(launch, launch.empty_output(), shape, False)

@@ -1,4 +1,4 @@
-"""The command line: `sparsify explain | show | plan | import | bench | schema | doctor`.
+"""The command line: `sparsify explain | show | plan | import | bench | tune | schema | doctor`.
 
 A command is a function in a module of its own, listed in `COMMANDS`. What a user did wrong is raised as a
 SparsifyError anywhere below, and becomes one line on stderr and exit code 2 here, in one place.
@@ -18,9 +18,10 @@ from sparsify.cli.import_ import import_
 from sparsify.cli.plan import plan
 from sparsify.cli.schema import schema
 from sparsify.cli.show import show
+from sparsify.cli.tune import tune
 from sparsify.errors import SparsifyError
 
-COMMANDS = (explain, show, plan, import_, bench, schema, doctor)
+COMMANDS = (explain, show, plan, import_, bench, tune, schema, doctor)
 
 app = typer.Typer(
     name="sparsify",

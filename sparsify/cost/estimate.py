@@ -114,11 +114,12 @@ def estimate(
     given, queries = find_machine(machine), length if q_len is None else q_len
     heads = len(patterns)
     shape = Shape(heads, heads if kv_heads is None else kv_heads, queries, length, head_dim, dtype, batch)
-    _check(patterns, shape)
+    check(patterns, shape)
     return _estimate(tuple(patterns), shape, given)
 
 
-def _check(patterns: Sequence[Pattern], shape: Shape) -> None:
+def check(patterns: Sequence[Pattern], shape: Shape) -> None:
+    """Raises InputError for patterns and sizes that do not go together."""
     if not patterns or not all(isinstance(one, Pattern) for one in patterns):
         raise InputError(f"cost: patterns: expected one pattern for each query head, found {patterns!r}")
     for name, value in (("length", shape.k_len), ("head_dim", shape.head_dim), ("batch", shape.batch)):

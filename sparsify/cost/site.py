@@ -12,11 +12,13 @@ from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest, Shape, cpp_nest, triton_nest
 from sparsify.cost.tiles import Positions
 from sparsify.errors import InputError, PatternError
-from sparsify.expr import TRUE, Pred, conjunction
+from sparsify.expr import TRUE, Pred, as_expr, conjunction
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.head_choices import complaint
 from sparsify.patterns.layouts.lay_out import lay_out
+from sparsify.patterns.pattern import Q
+from sparsify.program import Layout, Program
 from sparsify.walk import variables
 
 
@@ -33,6 +35,7 @@ class Site:
     keeps: tuple[Pred | None, ...]
     filled: Pred = TRUE
     orders: int = 0
+    tuned: tuple[tuple[str, int], ...] = ()
 
     @property
     def placed(self) -> bool:
@@ -48,8 +51,15 @@ class Site:
         """The loop nest that a machine's target makes of it."""
         slots = self.at.q_slots if self.placed else 0
         if machine.target == "triton":
-            return triton_nest(self.shape, machine.arch, self.list_rows, slots)
-        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots)
+            scopes = {one.selector.heads.scope for one in self.heads if one.selector is not None}
+            sizes = self.list_rows, "head" not in scopes, self.tuned
+            return triton_nest(self.shape, self.program(slots), machine.arch, machine.cores, *sizes)
+        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots, self.tuned)
+
+    def program(self, slots: int) -> Program:
+        """Of the static rules, with a layout of queries that has so many slots, none for 0."""
+        layout = Layout(as_expr(slots), Q) if slots else None
+        return Program.of([one.static for one in self.heads], queries=layout, target="triton")
 
     def pairs_rule(self, head: int) -> tuple[Pred, int]:
         """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""

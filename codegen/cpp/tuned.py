@@ -1,0 +1,90 @@
+"""What the store of tuned kernels says of C++ kernels, and what there is to try for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from sparsify import runtime
+from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, check, register_blocks
+from sparsify.codegen.target import dtype_name
+from sparsify.codegen.tuned import FEW, code_version, kernel_key
+from sparsify.errors import BuildError, InputError, Refusal
+from sparsify.runtime import tuned
+from sparsify.runtime.machine import cpu_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsify.codegen.target import Launch
+    from sparsify.program import Program
+    from sparsify.runtime.tunings import Tuned
+
+__all__ = ["check", "default", "groups", "holds", "key", "machine", "software", "tuning"]
+
+ROWS = (48, 64, 96, 144, 192, 288)  # of a query tile, about
+
+
+def machine() -> str:
+    """The processor and its vectors, as far as they make the same kernel as fast."""
+    isa = runtime.machine_isa()
+    return f"{cpu_model()}, {isa.name}{' with bf16 dot products' if isa.bf16_dot else ''}"
+
+
+def software() -> str:
+    """What prints and what compiles. Raises BuildError without a compiler."""
+    compiler = runtime.find_compiler()
+    if isinstance(compiler, Refusal):
+        raise BuildError(str(compiler))
+    return f"{code_version('sparsify.codegen.cpp')}, {compiler.version}"
+
+
+def key(launch: Launch) -> tuple[str, str, str, str]:
+    """Under which the store has a launch's kernel."""
+    sizes = launch.q.shape[3], launch.v.shape[3]
+    return machine(), software(), "cpp", kernel_key(launch.program, dtype_name(launch.q.dtype), *sizes, queries(launch))
+
+
+def holds(entry: Tuned) -> bool:
+    """Whether an entry of a store is for this machine and software."""
+    try:
+        return (entry.machine, entry.software) == (machine(), software())
+    except BuildError:
+        return False
+
+
+def queries(launch: Launch) -> int:
+    """How many there are."""
+    return launch.q.shape[2]
+
+
+def tuning(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Tuning:
+    """How a kernel works on this machine: as it was tuned, else as it does by default."""
+    kernel = kernel_key(program, dtype_name(dtype), head_dim, value_dim, q_len)
+    values, isa = tuned.lookup((machine(), software(), "cpp", kernel)), runtime.machine_isa()
+    try:
+        return Tuning.of(isa, values)
+    except InputError:
+        return Tuning.of(isa, {})  # `sparsify doctor` says what is wrong with the store
+
+
+def default(launch: Launch) -> dict[str, int]:
+    """Every field as it is by default on this machine."""
+    return asdict(Tuning.of(runtime.machine_isa(), {}))
+
+
+def groups(launch: Launch) -> list[list[Mapping[str, int]]]:
+    """What to try, group by group: each changes the best that was found in those before it."""
+    if queries(launch) <= FEW:
+        one_by_one = ("parts", "direct_rows", "native", "fetch")
+        return [[{name: value} for value in ALLOWED[name]] for name in one_by_one]
+    tiles = [
+        {"block_rows": rows, "block_vectors": vectors, "blocks": blocks}
+        for rows, vectors in register_blocks(runtime.machine_isa())
+        for blocks in sorted({min(ALLOWED["blocks"], key=lambda many: abs(many * rows - wanted)) for wanted in ROWS})
+    ]
+    return [
+        tiles,
+        *([{name: value} for value in ALLOWED[name]] for name in ("cache_kib", "items", "fetch", "unroll", "native")),
+    ]
