@@ -10,10 +10,10 @@ from sparsify.planner.plan import Candidate, HeadPlan, Model, Plan, Point, SiteP
 LENGTHS = (1024, 2048)
 CANDIDATES = (
     Candidate("dense", "dense"),
-    *(Candidate(f"window {n}", {"sinks": 4, "window": n}) for n in (16, 32, 64, 128, 256, 512)),
-    *(Candidate(f"span {b}", {"moa_head": {"beta": b, "max_new": 0}}) for b in (0.125, 0.25, 0.5)),
-    Candidate("stride 8", {"window": 64, "column_stride": {"every": 8, "block": 16}}),
-    Candidate("top 16", {"topk": {"unit": 16, "keep": 16}}),
+    *(Candidate(f"window{n}", {"sinks": 4, "window": n}) for n in (16, 32, 64, 128, 256, 512)),
+    *(Candidate(f"span{b}", {"moa_head": {"beta": b, "max_new": 0}}) for b in (0.125, 0.25, 0.5)),
+    Candidate("stride8", {"window": 64, "column_stride": {"every": 8, "block": 16}}),
+    Candidate("top16", {"topk": {"unit": 16, "keep": 16}}),
 )
 SHARES = (1.0, 0.03, 0.04, 0.07, 0.13, 0.26, 0.5, 0.16, 0.28, 0.55, 0.2, 0.3)
 

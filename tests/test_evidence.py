@@ -140,7 +140,7 @@ def test_times_and_validation_are_those_of_the_plan(elements):
 
 def test_the_script_is_given_each_head_and_its_alternatives(html):
     facts = json.loads(re.search(r"^const facts = (.*);$", html, re.MULTILINE)[1])
-    assert facts["candidates"][1] == ["window 16", "{sinks: 4, window: 16}"] and len(facts["heads"]) == 32
+    assert facts["candidates"][1] == ["window16", "{sinks: 4, window: 16}"] and len(facts["heads"]) == 32
     for found, head in zip(facts["heads"], (head for site in PLAN.sites for head in site.heads), strict=True):
         assert found["candidate"] == head.candidate
         np.testing.assert_allclose(found["shares"], SHARES, rtol=1e-3)
@@ -187,7 +187,7 @@ def test_entries_say_what_heads_spend():
     for entry in entries:
         assert entry.weight == pytest.approx(SHARES[entry.number], rel=1e-3)
     strengths = {entry.candidate.name: entry.strength for entry in entries}
-    assert strengths["dense"] == 1 > strengths["window 512"] > strengths["window 16"] > 0.25
+    assert strengths["dense"] == 1 > strengths["window512"] > strengths["window16"] > 0.25
     assert kind_of(CANDIDATES[1]) == kind_of(CANDIDATES[5]) == "window" != kind_of(CANDIDATES[10])
     assert kind_of(Candidate("elastic+1024+0.5N", {"moa_head": {"alpha": 1024}})) == "elastic"
     assert kind_of(Candidate("7", "causal")) == "7"

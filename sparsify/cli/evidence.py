@@ -16,6 +16,22 @@ if TYPE_CHECKING:
     from sparsify.planner.samples import Tokenizer
 
 
+def origin(found: Plan) -> str:
+    """Where a spec comes from, for its first lines."""
+    from sparsify import __version__
+    from sparsify.planner.evidence import Evidence, percent, signed, tokens
+
+    evidence, mark = Evidence(found), Evidence(found).chosen
+    lines = [
+        f"Planned by sparsify {__version__} for {found.model.name} ({found.model.fingerprint}).",
+        f"Budget: {evidence.budget}, on {found.machine}; profiled at {tokens(found.lengths)} tokens.",
+    ]
+    if mark is not None:
+        loss = f"{signed(mark.loss)} {found.unit} at {percent(mark.point.cost)} of the cost"
+        lines.append(f"{evidence.measure.capitalize()}: {loss}.")
+    return "\n".join(lines)
+
+
 def draw_evidence(found: Plan, model: Any, texts: Sequence[str], tokenizer: Tokenizer, out: Path) -> list[Path]:
     """Writes a plan's evidence beside its spec `out`, as a page and, where there is matplotlib, a PNG; their paths.
 

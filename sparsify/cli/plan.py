@@ -64,7 +64,7 @@ def plan(
     Its attentions are caught, candidates are profiled on the text, a budget is spent on the heads that need it, and the
     choice is validated on text and at a length that no profile saw. A run that was killed goes on where it was.
     """
-    from sparsify.cli.evidence import draw_evidence
+    from sparsify.cli.evidence import draw_evidence, origin
     from sparsify.cli.output import console
     from sparsify.planner.samples import read_texts
     from sparsify.planner.terminal import Bar, summary
@@ -80,7 +80,7 @@ def plan(
     texts = read_texts(data)
     with Bar() as progress:
         found = _planned(made, texts, validate, tokenizer, model, out, progress, settings)
-    found.spec().save(out)
+    found.spec().save(out, origin(found))
     found.save(out.with_suffix(".plan.json"))
     drawn = draw_evidence(found, made, texts, tokenizer, out) if evidence else []
     console().print(summary(found))

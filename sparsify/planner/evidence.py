@@ -9,6 +9,7 @@ values; `evidence.html` and `evidence_png` draw it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -68,11 +69,6 @@ class Entry:
     heads: int
 
     @property
-    def text(self) -> str:
-        """The pattern as it prints."""
-        return str(self.candidate.pattern())
-
-    @property
     def strength(self) -> float:
         """How much of its colour it shows, against paper."""
         return 1.0 if self.candidate.name == DENSE else 0.28 + 0.72 * min(1.0, self.weight) ** 0.6
@@ -98,7 +94,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Mark:
-    """One point of the front. loss: by the evidence's measure; shown: the loss where it is drawn (above 0)."""
+    """One point of the front. loss: by the evidence's measure; chosen: whether it is the plan."""
 
     point: Point
     loss: float
@@ -182,7 +178,7 @@ class Evidence:
         found = [
             Mark(point, loss, point is chosen)
             for point in self.plan.front
-            if (loss := getattr(point, self.measure)) is not None and point.cost > 0
+            if (loss := getattr(point, self.measure)) is not None and math.isfinite(loss) and point.cost > 0
         ]
         return tuple(sorted(found, key=lambda mark: mark.point.cost))
 
@@ -251,6 +247,12 @@ class Evidence:
         return sum(site.seconds[length] for site in sites), sum(site.dense_seconds[length] for site in sites)
 
     # -- words -------------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> str:
+        """`0.5 of dense time`, or a bound as the user gave it."""
+        plan = self.plan
+        return plan.budget if plan.budget.lstrip().startswith("loss") else f"{plan.budget} of dense {plan.of}"
 
     @property
     def facts(self) -> list[tuple[str, str, str]]:
