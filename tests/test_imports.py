@@ -205,6 +205,43 @@ def test_a_wrong_file_is_one_sentence_that_names_the_place(text, what, tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'plan.json'}: {what}") and "\n" not in str(caught.value)
 
 
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 2**40),
+    st.floats(-2, 2**40),
+    st.sampled_from(["vertical_and_slash", "0", ""]),
+)
+keys = st.sampled_from(["alphas", "betas", "0", "1", "0-0", "0-1", "1-0", "x"])
+trees = st.recursive(
+    leaves, lambda t: st.lists(t, max_size=4) | st.dictionaries(keys, t, max_size=4), max_leaves=20
+)  # fmt: skip
+heads = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=3), min_size=1, max_size=3)
+likely = st.one_of(
+    trees,
+    st.fixed_dictionaries({"alphas": heads | trees, "betas": heads | trees}),
+    st.lists(
+        st.dictionaries(keys, st.tuples(st.sampled_from(["stream_llm", "x"]), leaves, leaves, leaves), max_size=2)
+    ),
+    st.dictionaries(keys, st.lists(leaves, max_size=3), max_size=4),
+)
+
+
+@settings(max_examples=200)
+@given(value=likely)
+def test_any_json_is_a_plan_or_one_sentence(value, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "plan.json"
+    path.write_text(json.dumps(value))
+    try:
+        found = imports.load(path)
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        return
+    assert len(found.spec().resolve(sites(len(found.layers), len(found.layers[0])), complete=False)) == len(
+        found.layers
+    )
+
+
 @pytest.mark.parametrize(
     ("file", "text", "what"),
     [
@@ -268,19 +305,13 @@ def test_a_plan_for_another_model_says_how_it_differs(heads, what, files):
         imports.load(files["moa"]).for_heads(heads, "llama")
 
 
-@pytest.fixture(autouse=True)
-def lengths_stay_as_given():
-    """Dynamo takes a length that it has seen with two values as a symbol; other tests' captures begin anew."""
-    yield
-    torch._dynamo.reset()
-
-
 def run(monkeypatch, capsys, line: str) -> tuple[int, str, str]:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", ["sparsify", *shlex.split(line)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
         raise SystemExit(0)
+    torch._dynamo.reset()  # it takes a length that it has seen with two values as a symbol, in other tests, too
     out, err = capsys.readouterr()
     return ended.value.code or 0, out, err
 
