@@ -305,6 +305,13 @@ def test_a_plan_for_another_model_says_how_it_differs(heads, what, files):
         imports.load(files["moa"]).for_heads(heads, "llama")
 
 
+def test_gates_for_other_kv_heads_are_an_error(files):
+    found = imports.load(files["duo_attention"])
+    assert found.for_heads({0: 8, 1: 8}, "llama", {0: 2}).layers[0] == ("dense",) * 4 + ("streaming",) * 4
+    with pytest.raises(InputError, match=r"tsv: layer 1 is planned for 2 KV heads, but has 4 in llama$"):
+        found.for_heads({0: 8, 1: 8}, "llama", {0: 2, 1: 4})
+
+
 def run(monkeypatch, capsys, line: str) -> tuple[int, str, str]:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", ["sparsify", *shlex.split(line)])
@@ -321,7 +328,9 @@ LLAMA = "--model llama --set num_hidden_layers=2 --set num_attention_heads=4 --s
 
 def test_the_command_writes_a_spec_that_the_backend_takes(monkeypatch, capsys, files, tmp_path):
     out = tmp_path / "spec.yaml"
-    code, said, err = run(monkeypatch, capsys, f"import {files['duo_attention']} {LLAMA} -o {out}")
+    code, said, err = run(
+        monkeypatch, capsys, f"import {files['duo_attention']} {LLAMA} --set num_key_value_heads=2 -o {out}"
+    )
     assert (code, err) == (0, "") and "duo_attention, 2 layers x 4 heads" in said and "50.0%" in said
     code, said, _ = run(monkeypatch, capsys, f"explain llama --spec {out} -n 300 --json {LLAMA.partition('llama')[2]}")
     found = [site["patterns"] for site in json.loads(said)["sites"]]

@@ -64,7 +64,7 @@ def import_(
     options = {name: value for name, value in given.items() if value is not None}
     found = load(path, format, query_heads=None if model else query_heads, **options)
     if model is not None:
-        found = found.for_heads(_heads(model, overrides(set_ or [])), model)
+        found = found.for_heads(*_heads(model, overrides(set_ or [])))
     if out is None:
         from sparsify.spec.dump import yaml_text
 
@@ -92,8 +92,9 @@ def _tell(found: Imported, out: Path) -> None:
         console().print(note, markup=False)
 
 
-def _heads(model: str, fields: dict[str, Any]) -> dict[int, int]:
-    """The number of query heads of each layer that attends, of a model as `sparsify explain` takes it."""
+def _heads(model: str, fields: dict[str, Any]) -> tuple[dict[int, int], str, dict[int, int]]:
+    """The query heads of each layer that attends, of a model as `sparsify explain` takes it, its name, and its KV heads
+    where several query heads share one."""
     import torch
 
     import sparsify
@@ -108,4 +109,6 @@ def _heads(model: str, fields: dict[str, Any]) -> dict[int, int]:
     with progress() as bar, torch.no_grad():
         bar.add_task("capturing the model", total=None)
         found = report(*called(model, wanted)) if ":" in model else of_config(model, wanted, report)
-    return {site.layer: site.heads for site in found.sites if site.layer is not None and site.heads is not None}
+    known = [(site.layer, site.heads, site.kv_heads) for site in found.sites if site.layer is not None and site.heads]
+    shared = {layer: kv_heads for layer, heads, kv_heads in known if kv_heads is not None and kv_heads < heads}
+    return {layer: heads for layer, heads, _ in known}, model, shared

@@ -78,10 +78,13 @@ class Imported:
             lines.append("The gates of KV heads are taken as those of query heads, as nobody said how many there are.")
         return "\n".join(part for line in [*lines, *self.notes] for part in textwrap.wrap(line, 110))
 
-    def for_heads(self, heads: int | Mapping[int, int], model: str = "the model") -> Imported:
+    def for_heads(
+        self, heads: int | Mapping[int, int], model: str = "the model", kv_heads: Mapping[int, int] | None = None
+    ) -> Imported:
         """The plan of a model with so many query heads, in every layer or by layer: entries of KV heads are repeated.
 
-        Raises InputError for the first layer that isn't as planned.
+        kv_heads: how many each layer has, where that is known. Raises InputError for the first layer that isn't as
+        planned.
         """
         by_layer = dict.fromkeys(range(len(self.layers)), heads) if isinstance(heads, int) else heads
         if not by_layer:
@@ -93,6 +96,10 @@ class Imported:
         for layer, planned in enumerate(self.layers):
             if layer not in by_layer:
                 raise InputError(f"{self.path}: layer {layer} is planned, but has no attention in {model}")
+            shared = (kv_heads or {}).get(layer, len(planned))
+            if self.by_kv_head and shared != len(planned):
+                what = f"layer {layer} is planned for {len(planned)} KV heads, but has {shared} in {model}"
+                raise InputError(f"{self.path}: {what}")
             group, rest = divmod(by_layer[layer], len(planned))
             if rest or (group != 1 and not self.by_kv_head) or not group:
                 unit = "KV heads" if self.by_kv_head else "query heads"
