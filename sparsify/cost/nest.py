@@ -115,16 +115,15 @@ def triton_nest(
         return Nest(rows, 1, found.block_n, rows, found.block_n, near=found.l2_mib << 20)
     rows, heads = dividing(list_rows, found.block_m) if list_rows else found.block_m, 1
     if min(rows, shape.q_len) <= triton.FEW and shared and packs(program, shape.group):
-        most = triton.launch_shape(shape.dtype, *sizes, triton.MANY, chip).block_m
+        most = triton.rows_of_heads(triton.launch_shape(shape.dtype, *sizes, triton.MANY, chip))
         heads = dividing(shape.group, most)
         wanted = min(max(1, most // heads), 1 << (shape.q_len - 1).bit_length())
         rows = dividing(list_rows, wanted) if list_rows else wanted
     splits = 1
     if shape.q_len <= triton.FEW:
-        tiles = shape.batch * shape.heads // heads * -(-shape.q_len // rows)
-        keys = min(shape.k_len, 2 * triton.mean_keys(program, shape.k_len))
-        most = min(triton.TILES_AT_ONCE * cores // tiles, int(keys) // (triton.LEAST_TILES * found.block_n))
-        splits = 1 << max(0, min(most, triton.MOST_SPLITS).bit_length() - 1)
+        keys = [min(shape.k_len, 2 * mean) for mean in triton.mean_keys(program, shape.k_len)]
+        tiles = shape.batch * -(-shape.q_len // rows)
+        splits = triton.splits(keys, tiles / heads, found.block_n, cores)
     whole = heads == shape.group and rows >= shape.q_len
     used = triton.padded(rows * heads)
     return Nest(rows, heads, found.block_n, used, found.block_n, whole, splits=splits, near=found.l2_mib << 20)
