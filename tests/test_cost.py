@@ -131,7 +131,6 @@ def test_the_drivers_numbers_are_those_of_its_headers():
     found = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([^,;]+)[,;]", text))
     for module in (nests, schedule):
         for name in (
-            "CACHE_BYTES",
             "TOTAL_CACHE_BYTES",
             "MANY_ITEMS",
             "WORTH_A_SPLIT",
@@ -140,12 +139,13 @@ def test_the_drivers_numbers_are_those_of_its_headers():
         ):
             if name in vars(module):
                 assert eval(found[name]) == getattr(module, name), name
-    assert found["DIRECT_ROWS"] == "4 * MR" and nests.DIRECT_ROWS == 4 * nests.BLOCK_ROWS
 
 
 def test_few_queries_are_read_where_keys_lie_and_share_tiles():
     one = cpp_nest(Shape(8, 2, 1, 4096, 64), "avx2", 2)
     assert (one.rows, one.heads, one.direct, one.split) == (1, 4, True, True)
+    tuned = cpp_nest(Shape(8, 2, 4096, 4096, 64), "avx2", 2, tuned=(("blocks", 8), ("cache_kib", 512)))
+    assert (tuned.rows, tuned.held) == (48, 16)
     many = cpp_nest(Shape(8, 2, 4096, 4096, 64), "avx2", 2)
     assert (many.rows, many.heads, many.direct, many.held) == (96, 1, False, 256)
     assert not cpp_nest(Shape(8, 2, 1, 4096, 40), "avx512", 2).direct  # rows are no whole panels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from cpp_checks import CPP, check, launch, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import interpret, tuned_errors
 from list_cases import ListCase, boxes
 from test_cpp import BANDS, GRIDS
 
@@ -165,38 +165,22 @@ def test_a_truth_knows_wrong_rows_wherever_they_are():
     assert truth.error(out) == float("inf")
 
 
-def interpreted(values):
-    """(shape, error, PyTorch's own) of a case under values, in Triton's interpreter."""
-    from triton_cases import CASES, errors
-
-    case = next(case for case in CASES if case.name == "mixture")
-    with tuned.forced(values):
-        ours, theirs, _ = errors(case)
-        return tiled(case.launch(), None)[1], ours, theirs
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_interpreter_runs_tuned_shapes():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret) as pool:
-        shape, ours, theirs = pool.submit(interpreted, {"block_m": 64, "block_n": 16, "l2_mib": 12}).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret) as pool:
+        shape, ours, theirs = pool.submit(
+            tuned_errors, "mixture", {"block_m": 64, "block_n": 16, "l2_mib": 12}
+        ).result()
     assert (shape.block_m, shape.block_n, shape.l2_mib) == (64, 16, 12) and ours <= 2 * theirs + 1e-6
 
 
 def test_the_store_decides_triton_shapes_for_a_chip():
     call = ListCase("causal", 64, 64, lengths=(300, 300), dtype="bfloat16").launch("triton")
     usual = tiled(call, 90)[1]
-    tuned.keep([entry(triton.key(call, 90), {"block_m": 16, "block_n": 128, "num_warps": 2, "described": 0})])
+    tuned.keep([entry(triton.key(call, 90), {"block_m": 32, "block_n": 128, "num_warps": 2, "described": 0})])
     shape = tiled(call, 90)[1]
-    assert (shape.block_m, shape.block_n, shape.num_warps, shape.described) == (
-        16,
-        64,
-        2,
-        False,
-    )  # no wider than a list
+    found = shape.block_m, shape.block_n, shape.num_warps, shape.described
+    assert found == (32, 64, 2, False)  # key tiles are no wider than a block of a list
     assert tiled(call, 80)[1] != shape and shape.num_stages == usual.num_stages
     tuned.keep([entry(triton.key(call, 90), {"block_m": 17})])
     assert tiled(call, 90)[1] == usual

@@ -39,7 +39,7 @@ def search(tmp_path):
     def run(groups=GROUPS, first=(), children=None, deadline=1e9, clock=lambda: 0.0):
         asked.write_text("")
         children, journal = children or [Here()], Journal(tmp_path / "tuning.jsonl")
-        found = Search(KEY, DEFAULT, groups, first, children, journal, deadline, LIMITS, clock=clock)
+        found = Search(KEY, DEFAULT, groups, first, children, journal, deadline, limits=LIMITS, clock=clock)
         last = found.run(tmp_path / "job.pt")
         return last, found.trials, len(asked.read_text().splitlines())
 

@@ -76,15 +76,20 @@ def check(values: Mapping[str, int]) -> None:
 
 
 def register_blocks(isa: Isa) -> Iterable[tuple[int, int]]:
-    """The register blocks (rows, vectors) that fit an instruction set's registers.
-
-    A block takes a register for each sum, for each vector of the packed operand, and for one number.
-    """
+    """The register blocks (rows, vectors) that fit an instruction set's registers: one for each sum, one for each
+    vector of the packed operand, and one for a number."""
     for vectors in ALLOWED["block_vectors"]:
         for rows in ALLOWED["block_rows"]:
             wide = KEYS * 4 // isa.vector_bytes % vectors == 0
             if wide and rows * vectors + vectors + 1 <= isa.registers:
                 yield rows, vectors
+
+
+def issue(rows: int, vectors: int) -> float:
+    """About how many cycles a register block takes a product: two are summed in one, two operands are read in one, and
+    a sum is ready for the next product after four."""
+    products = rows * vectors
+    return max(products / 2, (rows + vectors) / 2, 4) / products
 
 
 assert set(ALLOWED) == {field.name for field in fields(Tuning)}

@@ -63,6 +63,12 @@ def key(launch: Launch, arch: int | str | None = None) -> Key:
     return machine(launch, arch), software(), "triton", kernel
 
 
+def ahead_key(launch: Launch) -> Key:
+    """Under which there is what was built ahead of time for the chip of a launch's GPU."""
+    arch = _arch(launch, None)
+    return f"sm_{arch}" if isinstance(arch, int) else str(arch), *key(launch)[1:]
+
+
 def tuned_shape(launch: Launch, arch: int | str | None, shape: Shape) -> Shape:
     """A launch's shape as it was tuned; as it is where it wasn't."""
     values = tuned.lookup(key(launch, arch))

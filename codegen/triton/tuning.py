@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
 MANY = 4096  # queries of a prefill
+L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class Shape:
     queries, heads: what is in the `block_m` rows where that is not one query a row: so many queries, each with so many
     heads, and rows that nothing is in.
     described: whether keys and values are read by tensor descriptors, where their layout allows it.
-    l2_mib: of keys and values that query tiles which run side by side read, about; chips have an L2 cache of 32 MB and
-    more.
+    l2_mib: of keys and values that query tiles which run side by side read, about.
     """
 
     block_m: int
@@ -39,7 +39,7 @@ class Shape:
     queries: int = 0
     heads: int = 1
     described: bool = False
-    l2_mib: int = 24
+    l2_mib: int = L2_MIB
 
     @property
     def rows(self) -> int:

@@ -10,12 +10,12 @@ import functools
 from dataclasses import dataclass, replace
 
 from sparsify.codegen.cpp.rows import KEYS
-from sparsify.codegen.cpp.source import BLOCK_ROWS, BLOCKS, SLOTS
+from sparsify.codegen.cpp.source import SLOTS
+from sparsify.codegen.cpp.tuning import Tuning
 from sparsify.runtime.toolchain import ISAS
 
-# As in codegen/cpp/parts.h, worker.h and driver.h (a test reads them there).
-DIRECT_ROWS = 4 * BLOCK_ROWS
-CACHE_BYTES, TOTAL_CACHE_BYTES = 8 << 20, 64 << 20
+# As in codegen/cpp/parts.h and driver.h (a test reads them there).
+TOTAL_CACHE_BYTES = 64 << 20
 MANY_ITEMS = 32
 WORTH_A_SPLIT = 8
 
@@ -64,31 +64,38 @@ class Nest:
     split: bool = False
 
 
-def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0) -> Nest:
+def cpp_nest(
+    shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0, tuned: tuple[tuple[str, int], ...] = ()
+) -> Nest:
     """That of the C++ target. list_rows: how many queries share a list, 0 without lists. slots: those of a layout of
-    queries, 0 where there is none."""
-    q_slots, tallest = slots or shape.q_len, SLOTS if slots else BLOCK_ROWS * BLOCKS
-    rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
-    heads = max(1, min(shape.group, BLOCK_ROWS * BLOCKS // rows))
-    whole = rows == q_slots and heads == shape.group
+    queries, 0 where there is none. tuned: what a kernel has else than by default (`codegen.cpp.tuning`)."""
     isa = ISAS[arch]
-    panel_bytes = isa.block_vectors * isa.vector_bytes
+    how = Tuning.of(isa, dict(tuned))
+    q_slots, tallest = slots or shape.q_len, SLOTS if slots else how.rows
+    rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
+    heads = max(1, min(shape.group, how.rows // rows))
+    whole = rows == q_slots and heads == shape.group
+    panel_bytes = how.block_vectors * isa.vector_bytes
     reads = shape.head_dim * shape.size % isa.vector_bytes == 0 and shape.head_dim * 4 % panel_bytes == 0
-    direct = reads and whole and rows * heads <= DIRECT_ROWS
+    direct = reads and whole and rows * heads <= how.direct_rows
     tile_bytes = 4 * KEYS * 2 * shape.head_dim
-    held = 1 if whole else max(1, min(CACHE_BYTES, TOTAL_CACHE_BYTES // cores) // tile_bytes)
-    return Nest(rows, heads, KEYS, BLOCK_ROWS, min(KEYS, panel_bytes // 4), whole, direct, held, whole)
+    held = 1 if whole else max(1, min(how.cache_kib << 10, TOTAL_CACHE_BYTES // cores) // tile_bytes)
+    return Nest(rows, heads, KEYS, how.block_rows, min(KEYS, panel_bytes // 4), whole, direct, held, whole)
 
 
-def triton_nest(shape: Shape, arch: str, list_rows: int = 0, slots: int = 0) -> Nest:
-    """That of the Triton target, on a chip by its capability ("90") or name ("gfx942")."""
+def triton_nest(
+    shape: Shape, arch: str, list_rows: int = 0, slots: int = 0, tuned: tuple[tuple[str, int], ...] = ()
+) -> Nest:
+    """That of the Triton target, on a chip by its capability ("90") or name ("gfx942"); the rest as in `cpp_nest`."""
     from sparsify.codegen.triton.tuning import launch_shape, listed_shape, padded
     from sparsify.patterns.tiles import BLOCK
 
     chip = int(arch) if arch.isdigit() else arch
     choose = listed_shape if list_rows else launch_shape
     sizes = shape.dtype, shape.head_dim, shape.head_dim
-    found = choose(*sizes, slots or shape.q_len, chip)
+    found = replace(choose(*sizes, slots or shape.q_len, chip), **dict(tuned))
+    if list_rows:
+        found = replace(found, block_n=min(found.block_n, BLOCK))
     if slots:
         found = replace(found, block_m=min(found.block_m, BLOCK), block_n=min(found.block_n, BLOCK))
     if not list_rows:

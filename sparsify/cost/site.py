@@ -33,6 +33,7 @@ class Site:
     keeps: tuple[Pred | None, ...]
     filled: Pred = TRUE
     orders: int = 0
+    tuned: tuple[tuple[str, int], ...] = ()
 
     @property
     def placed(self) -> bool:
@@ -48,8 +49,8 @@ class Site:
         """The loop nest that a machine's target makes of it."""
         slots = self.at.q_slots if self.placed else 0
         if machine.target == "triton":
-            return triton_nest(self.shape, machine.arch, self.list_rows, slots)
-        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots)
+            return triton_nest(self.shape, machine.arch, self.list_rows, slots, self.tuned)
+        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots, self.tuned)
 
     def pairs_rule(self, head: int) -> tuple[Pred, int]:
         """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""

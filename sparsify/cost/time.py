@@ -143,7 +143,7 @@ def _packs(site: Site, nest: Nest, some: list[tuple[range, Group]], cost: Array,
 
 def _on_chip(site: Site, machine: Machine, nest: Nest, groups: Groups) -> Taken:
     """A GPU's: an item is a query tile of some heads, and sections of heads follow each other."""
-    from sparsify.codegen.triton.arguments import L2_BYTES
+    from sparsify.codegen.triton.tuning import L2_MIB
 
     shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
     flat = [group for some in groups for _, group in some]
@@ -162,7 +162,7 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: Groups) -> Taken:
         read += min(static + lists, -(-site.at.k_slots // nest.keys)) * nest.keys
     line = np.tile(np.stack(times), (shape.batch, 1))
     per_head = site.at.k_slots * 2 * shape.head_dim * shape.size
-    section = max(1, max(1, L2_BYTES // per_head) * shape.group // nest.heads)
+    section = max(1, max(1, (L2_MIB << 20) // per_head) * shape.group // nest.heads)
     order = [line[start : start + section, ::-1].T.ravel() for start in range(0, len(line), section)]
     return Taken(times, makespan(np.concatenate(order), machine.cores), machine.cores, read * shape.batch)
 

@@ -46,9 +46,14 @@ def seconds_of(text: str) -> float:
 
 
 @contextmanager
-def targeted(target: str, device: str) -> Iterator[str]:
-    """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there."""
+def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
+    """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there, and
+    for a chip that the target doesn't build for."""
     place = How(repeats=0, seconds=0.0, device=device, json=None).place
+    if target == "triton" and place == "cpu" and arch is None:
+        raise InputError("tune: --target triton: torch finds no GPU here; --arch 90 builds for one ahead of time")
+    if arch is not None and target != "triton":
+        raise InputError(f"tune: --arch goes with --target triton only, found {target}")
     with mock.patch.dict(os.environ, SPARSIFY_TARGET=target):
         yield place
 
@@ -68,13 +73,9 @@ def of_grid(
 
 
 def of_model(
-    name: str,
-    spec: Path | None,
-    fields: list[str] | None,
-    length: list[int] | None,
-    dtype: list[str] | None,
-    place: str,
-) -> list[Job]:
+    name: str, spec: Path | None, fields: list[str] | None,
+    length: list[int] | None, dtype: list[str] | None, place: str, run: bool = True,
+) -> list[Job]:  # fmt: skip
     """The kernels of a model at every length and dtype."""
     from sparsify.cli.models import Wanted, overrides
     from sparsify.options import read_spec
@@ -92,7 +93,7 @@ def of_model(
     ]
     with Steps([1.0]) as steps:
         steps.tell(f"{name}: its kernels")
-        return sources.of_model(name, spec, made, place)
+        return sources.of_model(name, spec, made, place, run)
 
 
 def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Path | None) -> bool:
@@ -110,6 +111,23 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
         write({"machine": machine(device)} | to_dict(outcomes), file)
         console.print(f"written to {file}", markup=False, soft_wrap=True)
     return any(one.last is not None for one in outcomes)
+
+
+def ahead(jobs: Sequence[Job], arch: str, budget: float) -> bool:
+    """Builds for a chip that isn't here, and prints what fits it; whether every kernel builds by default."""
+    from sparsify.tuner.ahead import chip, jobs_for, prune, table
+
+    found = prune(jobs_for(jobs, chip(arch)), chip(arch), budget)
+    console = Console(highlight=False)
+    console.print(table(found, chip(arch)))
+    pruned = [one for built in found.values() for one in built if one.why]
+    _say(
+        f"{len(pruned)} candidates are pruned, and not tried when these kernels are tuned on such a GPU with this cache"
+    )
+    wrong = [f"{name}: {one.why}" for name, built in found.items() for one in built if one.why and not one.values]
+    for text in wrong:
+        _say(f"the default of {text}")
+    return not wrong
 
 
 def export(path: Path) -> None:

@@ -16,10 +16,11 @@ from sparsify.runtime import tuned
 from sparsify.runtime.tunings import Tuned
 from sparsify.tuner.children import Child, Failed, Lost
 from sparsify.tuner.jobs import Job
+from sparsify.tuner.order import Order, machine_for
 from sparsify.tuner.runner import Runner
 from sparsify.tuner.search import Limits, Search
 from sparsify.tuner.targets import Values, tunable
-from sparsify.tuner.trials import Journal, Trial
+from sparsify.tuner.trials import PRUNED, Journal, Trial
 
 BUILDERS = 4  # child processes, at most
 OTHERS = 3  # of other kernels' best values that are tried first
@@ -84,7 +85,8 @@ class Run:
         tell = partial(_tell, steps, job.name)
         tell("starting")
         given = (home.default(launch), home.groups(launch), self._others(job), children, journal, deadline)
-        search = Search(job.key, *given, self.limits, tell, self.clock)
+        pruned = [trial.values for trial in journal.of(home.ahead_key(launch)) if trial.state == PRUNED]
+        search = Search(job.key, *given, Order(launch, machine_for(launch)), pruned, self.limits, tell, self.clock)
         try:
             last, why = search.run(path), ""
         except (Failed, Lost) as error:
