@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuner_runners import DEFAULT, GROUPS, Runner
+from tuner_runners import DEFAULT, GROUPS, Here, Runner
 
 from sparsify import cli
 from sparsify.bench.cases import Case
@@ -54,7 +54,7 @@ def tune(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def made_up(monkeypatch):
     """Kernels whose times are made up."""
-    monkeypatch.setattr(import_module("sparsify.tuner.run"), "Runner", Runner)
+    monkeypatch.setattr(import_module("sparsify.tuner.run"), "Child", Here)
     monkeypatch.setattr(command.Run.__init__, "__defaults__", (Runner, *command.Run.__init__.__defaults__[1:]))
     monkeypatch.setattr(cpp, "default", lambda launch: DEFAULT)
     monkeypatch.setattr(cpp, "groups", lambda launch: GROUPS)

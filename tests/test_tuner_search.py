@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-from tuner_runners import ASKED, DEFAULT, GROUPS, Runner
+from tuner_runners import ASKED, DEFAULT, GROUPS, Here, Runner
 
 from sparsify.tuner.children import Child, Failed, Lost
 from sparsify.tuner.judge import hopeless, spread, wins
@@ -16,19 +15,6 @@ from sparsify.tuner.trials import Journal
 
 KEY = ("machine", "software", "cpp", "kernel")
 LIMITS = Limits(seconds=0.1, rounds=5, build=3.0, run=3.0)
-
-
-class Here:
-    """A child that is this process."""
-
-    def __init__(self) -> None:
-        self.runner = Runner()
-
-    def open(self, path: Path) -> None:
-        self.runner.open(path)
-
-    def ask(self, what: str, *given, seconds: float):
-        return getattr(self.runner, what)(*given)
 
 
 @pytest.fixture
