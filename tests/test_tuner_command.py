@@ -152,6 +152,20 @@ def test_no_store_is_said_at_once(tune, monkeypatch):
     )
 
 
+def test_calibrating_keeps_a_machine_as_it_is_by_default(tune, monkeypatch):
+    from sparsify import cost
+
+    def calibrate(progress):
+        progress("timing", 1, 2)
+        assert tuned.token() == frozenset()
+        return cost.machine("h100").model_copy(update={"name": "mine"})
+
+    monkeypatch.setattr(cost, "calibrate", calibrate, raising=False)
+    code, out, err = tune("--calibrate")
+    (path,) = Path("cache").rglob("*.json")
+    assert (code, out, err) == (0, f"mine: kept in {path.absolute()}\n", "") and cost.machine().name == "mine"
+
+
 def test_times_are_read():
     times = {"90": 90, "90s": 90, "5m": 300, "1h30m": 5400, "2h": 7200}
     assert {text: seconds_of(text) for text in times} == times

@@ -113,6 +113,19 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
     return any(one.last is not None for one in outcomes)
 
 
+def calibrate() -> None:
+    """Measures this machine for the simulator, its kernels as they are by default, and keeps it. Raises InputError."""
+    from sparsify import cost
+    from sparsify.cli.output import progress
+
+    with progress() as bar, tuned.forced({}):
+        task = bar.add_task("", total=None)
+        found = cost.calibrate(
+            lambda what, done, every: bar.update(task, description=what, completed=done, total=every)
+        )
+    _say(f"{found.name}: kept in {cost.save(found)}")
+
+
 def ahead(jobs: Sequence[Job], arch: str, budget: float) -> bool:
     """Builds for a chip that isn't here, and prints what fits it; whether every kernel builds by default."""
     from sparsify.tuner.ahead import chip, jobs_for, prune, table
