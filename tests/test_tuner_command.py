@@ -152,6 +152,37 @@ def test_no_store_is_said_at_once(tune, monkeypatch):
     )
 
 
+MODEL = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+def made():
+    return Model(), torch.randn(1, 80, 96)
+
+def other():
+    return torch.nn.Linear(96, 96), torch.randn(1, 80, 96)
+"""
+
+
+@built
+def test_the_kernels_of_a_model_with_a_spec(tune, made_up, tmp_path, monkeypatch):
+    (tmp_path / "tuned_model.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("spec.yaml").write_text("version: 1\nsites:\n  - {match: '*', heads: {window: 24}}\n")
+    code, out, _ = tune("--model tuned_model:made --spec spec.yaml")
+    assert code == 0 and "window24 fp32 D16 N80 H2/2" in out
+    code, out, err = tune("--model tuned_model:other")
+    assert (code, out) == (2, "") and err == (
+        "sparsify: tune: tuned_model:other: the backend rewrites no attention there; see: sparsify explain"
+        " tuned_model:other\n"
+    )
+
+
 def test_calibrating_keeps_a_machine_as_it_is_by_default(tune, monkeypatch):
     from sparsify import cost
 

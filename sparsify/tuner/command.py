@@ -54,6 +54,10 @@ def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
         raise InputError("tune: --target triton: torch finds no GPU here; --arch 90 builds for one ahead of time")
     if arch is not None and target != "triton":
         raise InputError(f"tune: --arch goes with --target triton only, found {target}")
+    if arch is not None:
+        from sparsify.tuner.ahead import chip
+
+        chip(arch)
     with mock.patch.dict(os.environ, SPARSIFY_TARGET=target):
         yield place
 
