@@ -197,6 +197,24 @@ def test_calibrating_keeps_a_machine_as_it_is_by_default(tune, monkeypatch):
     assert (code, out, err) == (0, f"mine: kept in {path.absolute()}\n", "") and cost.machine().name == "mine"
 
 
+def test_doctor_shows_the_store(tune, tmp_path):
+    from sparsify.cli.doctor import _tuned
+
+    path = tmp_path / "tuned.json"
+    assert _tuned().found == f"none in {path}" and "sparsify tune --grid" in _tuned().hint
+    entry = tunings.Tuned("m", "s", "cpp", "k", {"blocks": 12}, 0.9, 1.0, 0.9, 0.9, 0.9, "2026")
+    tuned.keep([entry])
+    found = _tuned()
+    assert found.ok is None and found.found == (
+        f"0 for this machine and software, 1 for others, which are ignored ({path})"
+    )
+    tuned.keep([replace(entry, values={"blocks": 13})])
+    assert _tuned().ok is False and "tuned[0]: tuned kernel: blocks: found 13" in _tuned().found
+    path.write_text('{"version": 2, "tuned": []}')
+    tuned.reload()
+    assert "store version 2 can't be read" in _tuned().found and _tuned().hint == "kernels run as by default"
+
+
 def test_times_are_read():
     times = {"90": 90, "90s": 90, "5m": 300, "1h30m": 5400, "2h": 7200}
     assert {text: seconds_of(text) for text in times} == times

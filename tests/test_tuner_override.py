@@ -11,16 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cpp_checks import CPP, check, launch, poisoned
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from interpreting import interpret, tuned_errors
-from list_cases import ListCase, boxes
+from list_cases import ListCase, boxes, sorted_keys
 from test_cpp import BANDS, GRIDS
 
 from sparsify import patterns as P
 from sparsify.codegen.cpp import launch as launching
 from sparsify.codegen.cpp import tuned as cpp
-from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, register_blocks
+from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, fits, register_blocks
 from sparsify.codegen.triton import tuned as triton
 from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError
@@ -63,6 +63,7 @@ TUNINGS = st.fixed_dictionaries(
 @given(values=TUNINGS, dtype=st.sampled_from([torch.float32, torch.bfloat16]), few=st.booleans())
 def test_any_tuning_gives_the_right_numbers(values, dtype, few):
     rows, vectors = values.pop("tile")
+    assume(fits(vectors, values.get("keys", 64), machine_isa()))
     with tuned.forced(values | {"block_rows": rows, "block_vectors": vectors}):
         call = launch(MIXED, (1, 2, 3, 300) if few else (1, 1, 210, 260), dtype, (64, 64))
         assert kernel_of(call).block_rows == rows
@@ -71,14 +72,16 @@ def test_any_tuning_gives_the_right_numbers(values, dtype, few):
 
 @built
 def test_a_box_of_queries_fits_the_lowest_query_tile():
-    with tuned.forced({"block_rows": 2, "blocks": 4}):
+    with tuned.forced({"block_rows": 2, "blocks": 4, "keys": 32, "block_vectors": 2}):
         check(boxes("cpp"))
         check(launch(Program.of([GRIDS[0].keep()]), (1, 1, 130, 130), torch.float32))
 
 
 @built
 def test_lists_run_with_other_tiles():
-    with tuned.forced({"block_rows": 5, "blocks": 20, "parts": 4, "fetch": 1, "cache_kib": 256}):
+    values = {"block_rows": 5, "block_vectors": 2, "keys": 32, "blocks": 20, "parts": 4, "fetch": 1, "cache_kib": 256}
+    with tuned.forced(values):
+        check(sorted_keys("cpp"))
         for case in (
             ListCase("causal", 64, 64, lengths=(300, 300)),
             ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)),
@@ -123,6 +126,10 @@ def test_values_are_refused_in_words():
     with pytest.raises(InputError) as raised:
         Tuning.of(ISAS["avx2"], {"blocks": 13})
     assert str(raised.value) == "tuned kernel: blocks: found 13; allowed: 4, 6, 8, 10, 12, 16, 20, 24, 32, 48"
+    with pytest.raises(
+        InputError, match=r"^tuned kernel: block_vectors: found 4; expected a divisor of the 2 that 32 keys"
+    ):
+        Tuning.of(ISAS["avx512"], {"keys": 32})
     with pytest.raises(InputError, match=r"^tuned kernel: unknown field 'block_row'; did you mean 'block_rows'\?$"):
         cpp.check({"block_row": 4})
     with pytest.raises(InputError, match=r"^tuned kernel: num_warps: found True; allowed: 1, 2, 4, 8, 16$"):

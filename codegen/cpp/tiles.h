@@ -162,7 +162,7 @@ static void meet_tile(
             all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
         }
         if (marked && !any) continue;
-        bool whole = !marked || all == ~0ull;
+        bool whole = !marked || (all & first_keys(KB)) == first_keys(KB);
         Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
         const Masks* masks = whole && !BIAS ? nullptr : &some;
 #if READS

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sparsify import runtime
-from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, check, issue, register_blocks
+from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, check, fits, issue, register_blocks
 from sparsify.codegen.target import dtype_name
 from sparsify.codegen.tuned import FEW, code_version, kernel_key
 from sparsify.errors import BuildError, InputError, Refusal
@@ -89,7 +89,12 @@ def groups(launch: Launch) -> list[list[Mapping[str, int]]]:
     fast = [block for block in blocks if issue(*block) <= SLACK * issue(*blocks[0])]
     usual = default(launch)
     height = usual["block_rows"] * usual["blocks"]
-    tiles = [{"block_rows": r, "block_vectors": v, "blocks": _nearest(height / r)} for r, v in fast]
+    tiles = [
+        {"block_rows": rows, "block_vectors": vectors, "blocks": _nearest(height / rows), "keys": keys}
+        for rows, vectors in fast
+        for keys in sorted(ALLOWED["keys"], reverse=True)
+        if fits(vectors, keys, runtime.machine_isa())
+    ]
     rest = [[{name: value} for value in ALLOWED[name]] for name in ("blocks", "cache_kib", "items", *SWITCHES)]
     return [tiles, *(rest if launch.program.queries is None else rest[1:])]  # a box of queries has its size
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.source import SLOTS
 from sparsify.codegen.cpp.tuning import Tuning
 from sparsify.runtime.toolchain import ISAS
@@ -78,9 +77,9 @@ def cpp_nest(
     panel_bytes = how.block_vectors * isa.vector_bytes
     reads = shape.head_dim * shape.size % isa.vector_bytes == 0 and shape.head_dim * 4 % panel_bytes == 0
     direct = reads and whole and rows * heads <= how.direct_rows
-    tile_bytes = 4 * KEYS * 2 * shape.head_dim
+    tile_bytes = 4 * how.keys * 2 * shape.head_dim
     held = 1 if whole else max(1, min(how.cache_kib << 10, TOTAL_CACHE_BYTES // cores) // tile_bytes)
-    return Nest(rows, heads, KEYS, how.block_rows, min(KEYS, panel_bytes // 4), whole, direct, held, whole)
+    return Nest(rows, heads, how.keys, how.block_rows, min(how.keys, panel_bytes // 4), whole, direct, held, whole)
 
 
 def triton_nest(

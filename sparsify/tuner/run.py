@@ -23,6 +23,7 @@ from sparsify.tuner.targets import Values, tunable
 from sparsify.tuner.trials import PRUNED, Journal, Trial
 
 BUILDERS = 4  # child processes, at most
+LEAST = 15.0  # seconds of a kernel: where there is no time for all, some are tuned and not all a little
 OTHERS = 3  # of other kernels' best values that are tried first
 
 
@@ -68,7 +69,7 @@ class Run:
                         break
                     share = (end - self.clock()) / (len(self.jobs) - number)
                     path = job.write(Path(folder), number)
-                    self._tune(job, path, children, journal, self.clock() + share, steps)
+                    self._tune(job, path, children, journal, self.clock() + max(share, LEAST), steps)
                     path.unlink()
                     steps.advance()
         except KeyboardInterrupt:
