@@ -49,7 +49,8 @@ def seconds_of(text: str) -> float:
 def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
     """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there, and
     for a chip that the target doesn't build for."""
-    place = How(repeats=0, seconds=0.0, device=device, json=None).place
+    with _for_tune():
+        place = How(repeats=0, seconds=0.0, device=device, json=None).place
     if target == "triton" and place == "cpu" and arch is None:
         raise InputError("tune: --target triton: torch finds no GPU here; --arch 90 builds for one ahead of time")
     if arch is not None and target != "triton":
@@ -71,7 +72,8 @@ def of_grid(
     from sparsify.tuner.sources import of_cases
 
     _check_dtypes(dtype)
-    cases = whole_grid(pattern, length or [LENGTH], head_dim, dtype, heads, kv_heads)
+    with _for_tune():
+        cases = whole_grid(pattern, length or [LENGTH], head_dim, dtype, heads, kv_heads)
     with Steps([1.0] * len(cases)) as steps:
         return of_cases(cases, place, steps.tell)
 
@@ -176,6 +178,15 @@ def take(path: Path) -> None:
 def own(entries: Iterable[Tuned]) -> int:
     """How many hold for this machine and software."""
     return sum(tunable(one.target).holds(one) for one in entries)
+
+
+@contextmanager
+def _for_tune() -> Iterator[None]:
+    """What the bench says of options is said of this command's."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"tune: {str(error).removeprefix('bench: ')}") from None
 
 
 def _check_dtypes(dtype: list[str] | None) -> None:
