@@ -191,6 +191,9 @@ def test_the_store_decides_triton_shapes_for_a_chip():
     assert tiled(call, 80)[1] != shape and shape.num_stages == usual.num_stages
     tuned.keep([entry(triton.key(call, 90), {"block_m": 17})])
     assert tiled(call, 90)[1] == usual
+    few = ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)).launch("triton")
+    tuned.keep([entry(triton.key(few, 90), {"splits": 4})])
+    assert tiled(few, 90)[1].splits == 4
 
 
 def test_a_thread_sees_what_is_forced():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.triton.listing import rounds
+from sparsify.codegen.triton.listing import packing, rounds
 from sparsify.codegen.triton.printer import LOG2_E, longest_last, skip_arguments, units, used_loads
 from sparsify.codegen.triton.ranges import exact, far, large, slots
 from sparsify.codegen.triton.summaries import summary_arguments
@@ -18,21 +18,49 @@ if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
 
-def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
+Parts = tuple["torch.Tensor", "torch.Tensor"]
+
+
+def empty_parts(launch: Launch, shape: Shape) -> Parts | None:
+    """Where splits write: their outputs before the last division, float32 (splits, B, Hq, Nq, Dv), and each row's
+    largest score and sum of weights (2, splits, B, Hq, Nq); None without splits."""
+    if shape.splits == 1:
+        return None
+    import torch
+
+    rows = (shape.splits, *launch.q.shape[:3])
+    return tuple(launch.q.new_empty(size, dtype=torch.float32) for size in ((*rows, launch.v.shape[3]), (2, *rows)))
+
+
+def arguments(
+    launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool, parts: Parts | None = None
+) -> dict[str, Any]:
     """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0.
 
     The launch is one that `tiled` gave, together with the shape.
     """
-    return tensor_arguments(launch, out, shape) | _numbers(launch, out, shape, interpret)
+    return tensor_arguments(launch, out, shape, parts) | _numbers(launch, out, shape, interpret)
 
 
-def tensor_arguments(launch: Launch, out: torch.Tensor, shape: Shape) -> dict[str, Any]:
+def tensor_arguments(launch: Launch, out: torch.Tensor, shape: Shape, parts: Parts | None = None) -> dict[str, Any]:
     """The tensors among the arguments, or what stands for them; summaries of loads are made here."""
     values: dict[str, Any] = {"Q": launch.q, "K": launch.k, "V": launch.v, "OUT": out}
     if _described(launch, shape):
         values |= {"K": _descriptor(launch.k, shape), "V": _descriptor(launch.v, shape)}
+    if launch.program.queries is None:
+        values["PARTS"], values["STATISTICS"] = parts or (out, out)
     values |= {} if launch.lse is None else {"LSE": launch.lse}
     return values | _load_tensors(launch) | summary_arguments(launch)
+
+
+def merge_arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool, parts: Parts) -> dict[str, Any]:
+    """Those of the kernel that merges what splits wrote."""
+    values = {"PARTS": parts[0], "STATISTICS": parts[1], "OUT": out}
+    values |= {} if launch.lse is None else {"LSE": launch.lse}
+    values |= _strides("o", out, "bhmd")
+    heads, q_len = launch.q.shape[1:3]
+    values |= {"all_heads": heads, "Nq": q_len, "rows": launch.q.shape[0] * heads * q_len}
+    return values | {"SPLITS": shape.splits, "BLOCK_V": padded(launch.v.shape[3]), "INTERPRET": interpret}
 
 
 def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
@@ -58,7 +86,8 @@ def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -
     }
     values |= {"q_slots": q_slots} if program.queries else {}
     values |= {"k_slots": k_slots} if program.keys else {"DESCRIBED": _described(launch, shape)}
-    values |= {"QUERIES": shape.rows, "PACK": shape.heads} if rounds(program) else {}
+    values |= {"QUERIES": shape.rows, "PACK": shape.heads} if packing(program) else {}
+    values |= {} if program.queries else {"SPLITS": shape.splits}
     base = math.log(2) if units(program) == "natural" else 1.0
     values |= {name: skip.below(launch.k.shape[2]) * base for name, skip in skip_arguments(program)}
     natural = program.softcap is not None or units(program) == "natural"

@@ -15,18 +15,31 @@ from sparsify.program import Program
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
+INTERPRETED, USUAL = 8, 132  # multiprocessors of the interpreter, which only makes some splits; and of an H100
+
 
 def kernel(launch: Launch) -> Any:
     """The jitted kernel of a launch, from the cache or newly written."""
+    name, module = _module(*_about(launch))
+    return getattr(module, name)
+
+
+def merger(launch: Launch) -> Any:
+    """The jitted kernel that merges what splits of the keys give."""
+    return _module(*_about(launch))[1].merge
+
+
+def _about(launch: Launch) -> tuple[Any, ...]:
     sizes = launch.q.shape[3], launch.v.shape[3]
-    return _kernel(launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch), launch.lse is not None)
+    return launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch), launch.lse is not None
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool) -> Any:
+def _module(
+    program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool
+) -> tuple[str, Any]:
     name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped, lse)
-    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped, lse))
-    return getattr(module, name)
+    return name, import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped, lse))
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,3 +59,12 @@ def architecture(device: int | None) -> int | str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def processors(launch: Launch) -> int:
+    """How many multiprocessors run it: those of its GPU, of a usual one for tensors without memory."""
+    import torch
+
+    if launch.q.is_cuda:
+        return torch.cuda.get_device_properties(launch.q.device).multi_processor_count
+    return INTERPRETED if interpreting() else USUAL

@@ -12,8 +12,8 @@ from sparsify import bias
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import DTYPES, Launch, dtype_name
 from sparsify.codegen.triton import printer, ready
-from sparsify.codegen.triton.arguments import arguments
-from sparsify.codegen.triton.kernels import interpreting, kernel
+from sparsify.codegen.triton.arguments import arguments, empty_parts, merge_arguments
+from sparsify.codegen.triton.kernels import interpreting, kernel, merger
 from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError, Refusal
 from sparsify.program import Program
@@ -67,12 +67,19 @@ class TritonTarget:
             launch.clear(out)  # the kernel writes only what some slot holds
         with _on_device(launch.q):
             if interpreting():
-                launch, shape = tiled(launch, None)
-                values = arguments(launch, out, shape, True)
-                kernel(launch)[values["q_tiles"] * values["all_heads"],](**values)
+                self._interpret(launch, out)
             else:
                 ready.run(launch, out)
         return out
+
+    def _interpret(self, launch: Launch, out: torch.Tensor) -> None:
+        launch, shape = tiled(launch, None)
+        parts = empty_parts(launch, shape)
+        values = arguments(launch, out, shape, True, parts)
+        kernel(launch)[values["q_tiles"] * values["all_heads"], shape.splits](**values)
+        if parts is not None:
+            values = merge_arguments(launch, out, shape, True, parts)
+            merger(launch)[values["rows"],](**values)
 
     def _without_keys(self, launch: Launch, out: torch.Tensor) -> torch.Tensor:
         """The output where there are no keys, and the lse: that of the sinks."""

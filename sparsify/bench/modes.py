@@ -18,7 +18,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "lossless": (*CASES, "dtype"),
     "neighborhood": CASES,
     "selection": (*CASES, "dtype"),
-    "decode": (*CASES, "dtype"),
+    "decode": (*CASES, "dtype", "device"),
     "preparation": (),
 }
 

@@ -23,7 +23,8 @@ from sparsify.errors import SparsifyError
 from sparsify.runtime import machine_isa
 from sparsify.runtime.machine import cpu_name
 
-RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table; NATTEN joins where it ran
+RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table
+SOMETIMES = ("cudnn", "natten")  # those that join where they ran
 MEMORY = ("sparsify", "dense", "mask", "flex")
 LIBRARIES = ("numpy", "transformers", "diffusers", "triton", "natten")
 SPEED_NOTE = (
@@ -34,7 +35,7 @@ SPEED_NOTE = (
 
 def speed_table(results: Sequence[Result]) -> Table:
     """One line a case: kept pairs, milliseconds and spread, useful rate, its shares of GEMM's and the ideal, ratios."""
-    peers = [*RATIOS, *(["natten"] if any("natten" in result.timings for result in results) else [])]
+    peers = [*RATIOS, *(peer for peer in SOMETIMES if any(peer in result.timings for result in results))]
     found = new_table(
         "speed (medians of interleaved repeats)", "kept", "ms", "±", "GFLOP/s", "GEMM", "ideal", *peers, gap=1
     )

@@ -218,11 +218,13 @@ def decode(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
     from sparsify.bench import decode
 
     _check_dtypes(dtype)
-    jobs = [(one, kind) for one in decode.named(case) for kind in dtype or ("float32", "bfloat16")]
-    results = _each(jobs, lambda job, tell: decode.measure(*job, how.repeats, how.seconds, tell))
+    place = how.place
+    kinds = dtype or ("float32", "bfloat16") if place == "cpu" else dtype or ("bfloat16",)
+    jobs = [(one, kind) for one in decode.named(case) for kind in kinds]
+    results = _each(jobs, lambda job, tell: decode.measure(*job, place, how.repeats, how.seconds, tell))
     Console().print(decode.table(results))
     if how.json is not None:
-        _written(decode.write_json(results, how.json))
+        _written(decode.write_json(results, place, how.json))
     return all(result.right for result in results)
 
 
