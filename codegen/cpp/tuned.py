@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ahead_key", "check", "default", "groups", "holds", "key", "machine", "software", "tuning"]
 
-SLACK = 1.15  # a register block is tried whose products take no more than so many times as long as the best one's
-SWITCHES = ("fetch", "unroll", "native")
+SLACK = 1.05  # a register block is tried whose products take no more than so many times as long as the best one's
+# What is tried of each field, after tiles; and where queries are few.
+MANY_TRIED = {
+    "blocks": (6, 8, 12, 16, 24, 32),
+    "cache_kib": (512, 1024, 2048, 8192),
+    "items": (2, 4, 8, 16, 32),
+    "fetch": (1, 0),
+    "native": (1, 0),
+    "unroll": (2, 1),
+}
+FEW_TRIED = {"parts": (2, 4, 8, 1), "direct_rows": (48, 8, 0, 24), "fetch": (1, 0), "native": (1, 0)}
 
 
 def machine() -> str:
@@ -83,8 +92,7 @@ def default(launch: Launch) -> dict[str, int]:
 def groups(launch: Launch) -> list[list[Mapping[str, int]]]:
     """What to try, group by group: each changes the best that was found in those before it."""
     if queries(launch) <= FEW:
-        one_by_one = ("parts", "direct_rows", "native", "fetch")
-        return [[{name: value} for value in ALLOWED[name]] for name in one_by_one]
+        return [[{name: value} for value in tried] for name, tried in FEW_TRIED.items()]
     blocks = sorted(register_blocks(runtime.machine_isa()), key=lambda block: (issue(*block), -block[0] * block[1]))
     fast = [block for block in blocks if issue(*block) <= SLACK * issue(*blocks[0])]
     usual = default(launch)
@@ -95,7 +103,7 @@ def groups(launch: Launch) -> list[list[Mapping[str, int]]]:
         for keys in sorted(ALLOWED["keys"], reverse=True)
         if fits(vectors, keys, runtime.machine_isa())
     ]
-    rest = [[{name: value} for value in ALLOWED[name]] for name in ("blocks", "cache_kib", "items", *SWITCHES)]
+    rest = [[{name: value} for value in tried] for name, tried in MANY_TRIED.items()]
     return [tiles, *(rest if launch.program.queries is None else rest[1:])]  # a box of queries has its size
 
 
