@@ -148,7 +148,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, **outputs: Callable[[Inputs], Any])
         timed[:] = runs
         return {name: [float(number)] * 5 for number, name in enumerate(runs, 1)}
 
-    monkeypatch.setattr(measuring, "peers_of", lambda case: outputs)
+    monkeypatch.setattr(measuring, "peers_of", lambda case, device: outputs)
     monkeypatch.setattr(measuring, "interleaved", interleaved)
     monkeypatch.setattr(measuring, "gemm_side", lambda dtype, device: 16)
     return timed

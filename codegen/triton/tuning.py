@@ -136,7 +136,8 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     if not packing(program):
         return launch, shape
     heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
-    splits = tuned_splits(launch, arch) if q_len <= FEW and program.queries is None else 1
+    few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
+    splits = tuned_splits(launch, arch) if few else 1
     if min(queries, q_len) <= FEW and packs(program, group):
         most = _shape(launch, arch, MANY).block_m
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)

@@ -87,6 +87,11 @@ class Search:
             left = list(self._untried(left))
         return True
 
+    def _count(self) -> str:
+        """`3 of 24`: the candidate that is next, of all there are at most."""
+        tried = sum(not trial.last for trial in self.trials)
+        return f"{tried + 1} of {max(tried + 1, len(self.first) + sum(map(len, self.groups)))}"
+
     def _untried(self, group: Sequence[tuple[Values, bool]]) -> Iterator[tuple[Values, bool]]:
         tried = {_text(trial.step) for trial in self.trials if not trial.last}
         for step, whole in group:
@@ -101,7 +106,7 @@ class Search:
 
     def _build(self, some: Sequence[tuple[Values, bool]]) -> list[Trial | None]:
         """Builds side by side, each in a child of its own; what went wrong is a trial."""
-        self.tell(f"building {len(some)}")
+        self.tell(f"{self._count()}: building")
         with ThreadPoolExecutor(len(self.children)) as pool:
             return list(pool.map(self._built, some, self.children))
 
@@ -115,7 +120,7 @@ class Search:
 
     def _trial(self, step: Values, values: Values) -> Trial:
         """Checks a candidate's numbers, and then times it against the best so far; who wins has to win twice."""
-        self.tell(f"trying {describe(step)}")
+        self.tell(f"{self._count()}: {describe(step)}")
         try:
             error, bound = self.children[0].ask("check", values, seconds=self.patience)
             if not error <= bound:
