@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsify import bias
-from sparsify.codegen.slots import gathered, scattered, slot_count, tokens
+from sparsify.codegen.slots import asked, gathered, scattered, slot_count, tokens
 from sparsify.codegen.target import Launch
 from sparsify.patterns.dense_mask import position_env
 from sparsify.walk import evaluate
@@ -22,7 +22,8 @@ def kept(launch: Launch, env: dict[str, Any] | None = None) -> torch.Tensor:
     program, env = launch.program, environment(launch) if env is None else env
     shape = (*launch.q.shape[:2], env["q"].shape[-2], env["k"].shape[-1])
     rules = [torch.as_tensor(evaluate(keep, env), device=launch.q.device).expand(shape) for keep in program.keep]
-    return torch.stack([rules[rule][:, h] for h, rule in enumerate(program.heads)], dim=1)
+    found = torch.stack([rules[rule][:, h] for h, rule in enumerate(program.heads)], dim=1)
+    return found if program.keys is None else found & tokens(program.keys, "k", launch.k.shape[2], env)[1][:, :, None]
 
 
 def kept_tokens(launch: Launch) -> torch.Tensor:
@@ -31,8 +32,8 @@ def kept_tokens(launch: Launch) -> torch.Tensor:
     assert launch.program.queries is None
     if layout is None:
         return keep
-    token, filled = tokens(layout, "k", k_len, environment(launch))
-    keep = keep & filled[:, :, None]
+    token, _ = tokens(layout, "k", k_len, environment(launch))
+    token = token.expand(*keep.shape[:2], -1)
     return keep.new_zeros(*keep.shape[:3], k_len).scatter_add_(-1, token[:, :, None].expand_as(keep), keep)
 
 
@@ -47,7 +48,13 @@ def environment(launch: Launch) -> dict[str, Any]:
     known |= {f"_{i}": load for i, load in enumerate(launch.loads)}
     q_slots, k_slots = slot_count(program.queries, q_len, known), slot_count(program.keys, k_len, known)
     env = position_env(heads, q_slots, k_slots, launch.q_offset, device)
-    return env | known | {"b": torch.arange(batch, device=device).view(-1, 1, 1, 1)}
+    env |= known | {"b": torch.arange(batch, device=device).view(-1, 1, 1, 1)}
+    placed = {}
+    if program.queries is not None:
+        placed["q"] = asked(env["q"], tokens(program.queries, "q", q_len, env)[1][..., None])
+    if program.keys is not None:
+        placed["k"] = asked(env["k"], tokens(program.keys, "k", k_len, env)[1][:, :, None])
+    return env | placed
 
 
 def oracle(launch: Launch) -> torch.Tensor:
@@ -84,7 +91,7 @@ def oracle_rows(launch: Launch, rows: torch.Tensor | None = None) -> tuple[torch
     keep = kept(launch, env)
     if program.keys is not None:
         token, filled = tokens(program.keys, "k", k.shape[2], env)
-        k, v, keep = gathered(k, token, filled), gathered(v, token, filled), keep & filled[:, :, None]
+        k, v = gathered(k, token, filled), gathered(v, token, filled)
     scores, cap = q @ k.transpose(-1, -2) * launch.scale, program.softcap
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)

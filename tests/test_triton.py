@@ -125,7 +125,7 @@ def test_an_lse_costs_nothing_where_nobody_asks(name):
     """But for the lines that write it, the kernel is the same."""
     plain, lse = (printer.kernel_source(programs()[name], "bfloat16", 64, 64, lse=lse) for lse in (False, True))
     names = [printer.kernel_name(programs()[name], "bfloat16", 64, 64, lse=lse) for lse in (False, True)]
-    left = [line for line in lse.replace(names[1], names[0]).replace("OUT, LSE, ", "OUT, ").splitlines()
+    left = [line for line in lse.replace(names[1], names[0]).replace(", LSE, ", ", ").splitlines()
             if not re.search(r"\blse(\b|_)|\bLSE\b", line)]  # fmt: skip
     assert left == plain.splitlines()
 
@@ -236,7 +236,7 @@ def test_every_head_size_has_a_shape_on_every_chip(dtype, size):
     [
         (ListCase("causal", 64, 64, lengths=(300, 300), dtype="bfloat16"), 90, (64, 64, 1)),
         (ListCase("causal", 64, 48, lengths=(300, 300), dtype="bfloat16"), 90, (64, 48, 1)),
-        (ListCase("causal", 16, 0, lengths=(300, 300), dtype="bfloat16"), 90, (128, 128, 1)),
+        (ListCase("causal", 16, 0, lengths=(300, 300), dtype="bfloat16"), 90, (64, 64, 1)),
         (ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)), 90, (16, 1, 4)),
         (ListCase("causal", 16, heads=(24, 2), lengths=(3, 300), dtype="bfloat16"), 90, (64, 4, 12)),
         (ListCase("causal", 16, heads=(71, 1), lengths=(1, 300), dtype="bfloat16", size=64), 90, (128, 1, 71)),

@@ -84,6 +84,7 @@ def test_lists_run_with_other_tiles():
         check(sorted_keys("cpp"))
         for case in (
             ListCase("causal", 64, 64, lengths=(300, 300)),
+            ListCase("causal", 32, 64, lengths=(300, 300)),
             ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)),
         ):
             check(case.launch("cpp"))

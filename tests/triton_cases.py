@@ -160,6 +160,7 @@ def _rows(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kee
         logit = biases.evaluate(sink, env).to(scores).expand(*scores.shape[:3], 1)
         out = torch.softmax(torch.cat([scores, logit], -1), dim=-1)[..., :-1] @ v
     elif cap is None:
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))  # CUDA's kernels take no odd strides
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=launch.scale)
     else:
         out = torch.softmax(scores, dim=-1) @ v

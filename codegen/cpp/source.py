@@ -65,7 +65,7 @@ class Shape:
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
     """(name, source) of the kernel."""
-    name, names = kernel_name(program, shape, isa), Names(program)
+    name, names = kernel_name(program, shape, isa), Names(program, shape.tuning.keys)
     return name, fill(
         SKELETON,
         name=name,

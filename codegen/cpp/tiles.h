@@ -193,6 +193,8 @@ static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& ke
     if (kind) meet_tile(c, w, t, keys, kind, scoring);
 }
 
+constexpr I WHOLE = 64; // units of lists that are multiples of it are whole tiles, as rules.py has it
+
 // Goes through a part of a list whose units are whole tiles.
 static void meet_whole(
     const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
@@ -241,7 +243,7 @@ static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Sco
             if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
         begin(c, w, t);
         Part here = {most(0, part.from - first), least(tiles_of(list), part.to - first)};
-        (list.unit % KB ? gather : meet_whole)(c, w, t, list, here, scoring);
+        (list.unit % WHOLE ? gather : meet_whole)(c, w, t, list, here, scoring);
     }
 }
 

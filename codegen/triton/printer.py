@@ -20,6 +20,7 @@ from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Layout, Program, Skip
 from sparsify.ranges import Ranges, of_numbers, text_of
 from sparsify.text import to_text
+from sparsify.walk import loads as loads_in
 from sparsify.walk import variables
 
 LOG2_E = 1.4426950408889634
@@ -126,6 +127,8 @@ def holes(
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
         "scope": scope,
         "packing": packing(program),
+        "one_loop": program.keys is None
+        and not any(rank(load) == 3 for part in predicates(program) for load in loads_in(part)),
         "own": "head, " if packing(program) else "",
         "tile_scope": ", ".join([scope, *found, *(name for name, _ in printer.rows.values())]),
         "bounds": list(printer.rows.values()),

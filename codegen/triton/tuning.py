@@ -26,6 +26,7 @@ MANY = 4096  # queries of a prefill
 L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
 FEW = 16  # queries at most that are taken together with the heads of their group, and whose keys are split
 MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they lose at the borders of a pattern
+MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
 TILES_AT_ONCE = 2  # that a multiprocessor runs at decode
 LEAST_TILES, MOST_SPLITS = 2, 64  # key tiles of a split; splits
 
@@ -117,7 +118,8 @@ def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
     shape, size = launch_shape(*sizes, q_len, arch), max(map(padded, sizes[1:]))
     plain = program.queries is None and program.keys is None and not program.skips
     if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
-        return _LONG[size] if mean_keys(program, launch.k.shape[2]) >= MANY_KEYS else shape
+        keys = mean_keys(program, launch.k.shape[2])
+        return _LONG[size] if sum(keys) >= MANY_KEYS * len(keys) else shape
     return shape
 
 
@@ -139,34 +141,35 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
     splits = tuned_splits(launch, arch) if few else 1
     if min(queries, q_len) <= FEW and packs(program, group):
-        most = _shape(launch, arch, MANY).block_m
+        most = max(_shape(launch, arch, MANY).block_m, MANY_HEADS if shape.described else 0)
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
         queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))
         launch = replace(launch, program=packed(program)) if heads > 1 else launch
     _check_starts(launch, queries)
     shape = replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
+    shape = replace(shape, num_warps=max(8, shape.num_warps)) if heads > 1 and shape.block_m >= MANY_HEADS else shape
     return launch, replace(shape, splits=splits or _splits(launch, shape))
 
 
 def _splits(launch: Launch, shape: Shape) -> int:
-    """Between how many tiles the keys of few queries are split: so many that the multiprocessors are busy, and each
-    still has some key tiles."""
-    program, (batch, heads, q_len, _) = launch.program, launch.q.shape
-    tiles = batch * heads // shape.heads * -(-q_len // shape.rows)
-    listed = (
-        launch.loads[int(one.index.source[1:])].shape[-1] * one.unit for rule in program.keep for one in lists(rule)
-    )
-    keys = min(launch.k.shape[2], 2 * mean_keys(program, launch.k.shape[2]) + max(listed, default=0))
-    most = min(TILES_AT_ONCE * processors(launch) // tiles, int(keys) // (LEAST_TILES * shape.block_n), MOST_SPLITS)
+    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes more
+    than its share of the multiprocessors' time, and each split still has some key tiles."""
+    program, batch, k_len = launch.program, launch.q.shape[0], launch.k.shape[2]
+    lists_of = {one for rule in program.keep for one in lists(rule)}
+    listed = max((launch.loads[int(one.index.source[1:])].shape[-1] * one.unit for one in lists_of), default=0)
+    keys = [min(k_len, 2 * mean + listed) for mean in mean_keys(program, k_len)]
+    tiles = batch * -(-launch.q.shape[2] // shape.rows) / shape.heads
+    wanted = TILES_AT_ONCE * processors(launch) * max(keys) / max(1.0, tiles * sum(keys))
+    most = int(min(wanted, max(keys) / (LEAST_TILES * shape.block_n), MOST_SPLITS))
     return 1 << max(0, most.bit_length() - 1)
 
 
-def mean_keys(program: Program, length: int) -> float:
-    """About how many keys are in the tiles of a query, of as many as there are keys, on average over heads; without
-    those of lists."""
+def mean_keys(program: Program, length: int) -> list[float]:
+    """About how many keys are in the tiles of a query, for each head, of as many queries as keys; without those of
+    lists."""
     rules = [program.rule_of(head) for head in range(len(program.heads))]
-    keys = {rule: _mean_keys(static(rule), 1 << max(0, length - 1).bit_length()) for rule in set(rules)}
-    return sum(map(keys.__getitem__, rules)) / len(rules)
+    found = {rule: _mean_keys(static(rule), 1 << max(0, length - 1).bit_length()) for rule in set(rules)}
+    return [found[rule] for rule in rules]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -57,6 +57,20 @@ def bench(
             "--decode", rich_help_panel=MODE, help="Measure one query over a long cache beside the rate of memory."
         ),
     ] = False,
+    mixture: Annotated[
+        bool,
+        typer.Option(
+            "--mixture", rich_help_panel=MODE, help="Measure eight unlike heads in one call beside each of them alone."
+        ),
+    ] = False,
+    overhead: Annotated[
+        bool,
+        typer.Option(
+            "--overhead",
+            rich_help_panel=MODE,
+            help="Measure eager calls, the passes' part of compiling, and what a longer sequence builds again.",
+        ),
+    ] = False,
     preparation: Annotated[
         bool,
         typer.Option("--preparation", rich_help_panel=MODE, help="Measure what a mask costs before the first tile."),
@@ -117,6 +131,10 @@ def bench(
         holds = runs.selection(case, dtype, how)
     elif mode == "decode":
         holds = runs.decode(case, dtype, how)
+    elif mode == "mixture":
+        holds = runs.mixture(length, head_dim, dtype, kv_heads, how)
+    elif mode == "overhead":
+        holds = runs.overhead(how)
     elif mode == "preparation":
         holds = runs.preparation()
     else:

@@ -203,10 +203,11 @@ def gemm_side(dtype: torch.dtype, device: str) -> int:
 def kept_share(inputs: Inputs) -> float:
     """Kept pairs of all pairs."""
     case = inputs.case
-    if not case.dynamic:
+    if not case.dynamic and not inputs.q.is_cuda:
         kept = sum(kept_by_head(rule.keep(), head, case.length, case.length) for head, rule in enumerate(case.rules))
         return kept / (case.heads * case.length**2)
-    heads = torch.arange(0, case.heads, case.heads // inputs.chosen.shape[0])  # those of a list keep the same
+    step = case.heads // inputs.chosen.shape[0] if case.dynamic else 1 if inputs.per_head else case.heads
+    heads = torch.arange(0, case.heads, step)  # those of a list keep the same
     rows = torch.arange(case.length).split(256)
     kept = sum(int(inputs.kept(heads, some).count_nonzero()) for some in rows)
     return kept / (len(heads) * case.length**2)

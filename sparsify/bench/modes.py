@@ -19,6 +19,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "neighborhood": CASES,
     "selection": (*CASES, "dtype"),
     "decode": (*CASES, "dtype", "device"),
+    "mixture": ("length", "head_dim", "dtype", "kv_heads", *TIMING),
+    "overhead": ("json",),
     "preparation": (),
 }
 

@@ -228,6 +228,42 @@ def decode(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
     return all(result.right for result in results)
 
 
+def mixture(
+    length: list[int] | None, head_dim: list[int] | None, dtype: list[str] | None, kv_heads: int | None, how: How
+) -> bool:
+    """Unlike heads in one call, and each alone."""
+    from sparsify.bench import mixture
+    from sparsify.bench.cases import grid
+    from sparsify.bench.peers import Inputs
+
+    _check_dtypes(dtype)
+    shape = (head_dim or [64, 128], dtype or ["float32"], mixture.HEADS, kv_heads or mixture.HEADS)
+    jobs = grid(["mixture"], length or [4096], *shape)
+
+    def measured(case: Case, tell: Callable[[str], None]) -> Any:
+        return mixture.measure(Inputs.draw(case, "cpu"), how.repeats, how.seconds, tell)
+
+    results = _each(jobs, measured)
+    Console().print(mixture.table(results))
+    if how.json is not None:
+        _written(mixture.write_json(results, how.json))
+    return all(result.right for result in results)
+
+
+def overhead(how: How) -> bool:
+    """What sparsify takes beside computing. Fails where a longer sequence builds anything again."""
+    from sparsify.bench import overhead
+
+    with Steps([1.0]) as steps:
+        found = overhead.measure(steps.tell)
+        steps.advance()
+    for table in overhead.tables(found):
+        Console().print(table, "", sep="\n")
+    if how.json is not None:
+        _written(overhead.write_json(found, how.json))
+    return all(grown.later == 0 for grown in found.growth)
+
+
 def _each(jobs: Sequence[Any], measured: Callable[..., Any], around: Any = None) -> list[Any]:
     """What is measured of each job, with progress."""
     results = []
