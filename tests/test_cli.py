@@ -121,7 +121,10 @@ def test_every_command_explains_itself_at_80_columns(run, command):
 def test_doctor_reports_each_check(run):
     code, out, err = run("doctor --json")
     found = {finding["name"]: finding for finding in json.loads(out)}
-    names = ["python", "torch", "processor", "compiler", "cache", "triton", "gpu", "target cpp", "target triton"]
+    names = [
+        "python", "torch", "processor", "compiler", "cache", "tuned kernels", "triton", "gpu", "target cpp",
+        "target triton",
+    ]  # fmt: skip
     assert list(found) == names and err == ""
     assert code == (0 if found["target cpp"]["ok"] or found["target triton"]["ok"] else 1)
     assert "torch" in run("doctor")[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,15 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cpp_checks import CPP, check, launch, poisoned
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from list_cases import ListCase, boxes
+from interpreting import interpret, tuned_errors
+from list_cases import ListCase, boxes, sorted_keys
 from test_cpp import BANDS, GRIDS
 
 from sparsify import patterns as P
 from sparsify.codegen.cpp import launch as launching
 from sparsify.codegen.cpp import tuned as cpp
-from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, register_blocks
+from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, fits, register_blocks
 from sparsify.codegen.triton import tuned as triton
 from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError
@@ -63,6 +63,7 @@ TUNINGS = st.fixed_dictionaries(
 @given(values=TUNINGS, dtype=st.sampled_from([torch.float32, torch.bfloat16]), few=st.booleans())
 def test_any_tuning_gives_the_right_numbers(values, dtype, few):
     rows, vectors = values.pop("tile")
+    assume(fits(vectors, values.get("keys", 64), machine_isa()))
     with tuned.forced(values | {"block_rows": rows, "block_vectors": vectors}):
         call = launch(MIXED, (1, 2, 3, 300) if few else (1, 1, 210, 260), dtype, (64, 64))
         assert kernel_of(call).block_rows == rows
@@ -71,16 +72,19 @@ def test_any_tuning_gives_the_right_numbers(values, dtype, few):
 
 @built
 def test_a_box_of_queries_fits_the_lowest_query_tile():
-    with tuned.forced({"block_rows": 2, "blocks": 4}):
+    with tuned.forced({"block_rows": 2, "blocks": 4, "keys": 32, "block_vectors": 2}):
         check(boxes("cpp"))
         check(launch(Program.of([GRIDS[0].keep()]), (1, 1, 130, 130), torch.float32))
 
 
 @built
 def test_lists_run_with_other_tiles():
-    with tuned.forced({"block_rows": 5, "blocks": 20, "parts": 4, "fetch": 1, "cache_kib": 256}):
+    values = {"block_rows": 5, "block_vectors": 2, "keys": 32, "blocks": 20, "parts": 4, "fetch": 1, "cache_kib": 256}
+    with tuned.forced(values):
+        check(sorted_keys("cpp"))
         for case in (
             ListCase("causal", 64, 64, lengths=(300, 300)),
+            ListCase("causal", 32, 64, lengths=(300, 300)),
             ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)),
         ):
             check(case.launch("cpp"))
@@ -123,6 +127,10 @@ def test_values_are_refused_in_words():
     with pytest.raises(InputError) as raised:
         Tuning.of(ISAS["avx2"], {"blocks": 13})
     assert str(raised.value) == "tuned kernel: blocks: found 13; allowed: 4, 6, 8, 10, 12, 16, 20, 24, 32, 48"
+    with pytest.raises(
+        InputError, match=r"^tuned kernel: block_vectors: found 4; expected a divisor of the 2 that 32 keys"
+    ):
+        Tuning.of(ISAS["avx512"], {"keys": 32})
     with pytest.raises(InputError, match=r"^tuned kernel: unknown field 'block_row'; did you mean 'block_rows'\?$"):
         cpp.check({"block_row": 4})
     with pytest.raises(InputError, match=r"^tuned kernel: num_warps: found True; allowed: 1, 2, 4, 8, 16$"):
@@ -165,41 +173,28 @@ def test_a_truth_knows_wrong_rows_wherever_they_are():
     assert truth.error(out) == float("inf")
 
 
-def interpreted(values):
-    """(shape, error, PyTorch's own) of a case under values, in Triton's interpreter."""
-    from triton_cases import CASES, errors
-
-    case = next(case for case in CASES if case.name == "mixture")
-    with tuned.forced(values):
-        ours, theirs, _ = errors(case)
-        return tiled(case.launch(), None)[1], ours, theirs
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_interpreter_runs_tuned_shapes():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret) as pool:
-        shape, ours, theirs = pool.submit(interpreted, {"block_m": 64, "block_n": 16, "l2_mib": 12}).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret) as pool:
+        shape, ours, theirs = pool.submit(
+            tuned_errors, "mixture", {"block_m": 64, "block_n": 16, "l2_mib": 12}
+        ).result()
     assert (shape.block_m, shape.block_n, shape.l2_mib) == (64, 16, 12) and ours <= 2 * theirs + 1e-6
 
 
 def test_the_store_decides_triton_shapes_for_a_chip():
     call = ListCase("causal", 64, 64, lengths=(300, 300), dtype="bfloat16").launch("triton")
     usual = tiled(call, 90)[1]
-    tuned.keep([entry(triton.key(call, 90), {"block_m": 16, "block_n": 128, "num_warps": 2, "described": 0})])
+    tuned.keep([entry(triton.key(call, 90), {"block_m": 32, "block_n": 128, "num_warps": 2, "described": 0})])
     shape = tiled(call, 90)[1]
-    assert (shape.block_m, shape.block_n, shape.num_warps, shape.described) == (
-        16,
-        64,
-        2,
-        False,
-    )  # no wider than a list
+    found = shape.block_m, shape.block_n, shape.num_warps, shape.described
+    assert found == (32, 64, 2, False)  # key tiles are no wider than a block of a list
     assert tiled(call, 80)[1] != shape and shape.num_stages == usual.num_stages
     tuned.keep([entry(triton.key(call, 90), {"block_m": 17})])
     assert tiled(call, 90)[1] == usual
+    few = ListCase("causal", 16, heads=(8, 2), lengths=(1, 300)).launch("triton")
+    tuned.keep([entry(triton.key(few, 90), {"splits": 4})])
+    assert tiled(few, 90)[1].splits == 4
 
 
 def test_a_thread_sees_what_is_forced():

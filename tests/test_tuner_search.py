@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-from tuner_runners import ASKED, DEFAULT, GROUPS, Runner
+from tuner_runners import ASKED, DEFAULT, GROUPS, Here, Runner
 
 from sparsify.tuner.children import Child, Failed, Lost
 from sparsify.tuner.judge import hopeless, spread, wins
@@ -18,19 +17,6 @@ KEY = ("machine", "software", "cpp", "kernel")
 LIMITS = Limits(seconds=0.1, rounds=5, build=3.0, run=3.0)
 
 
-class Here:
-    """A child that is this process."""
-
-    def __init__(self) -> None:
-        self.runner = Runner()
-
-    def open(self, path: Path) -> None:
-        self.runner.open(path)
-
-    def ask(self, what: str, *given, seconds: float):
-        return getattr(self.runner, what)(*given)
-
-
 @pytest.fixture
 def search(tmp_path):
     """Makes a search of a kernel; (the last trial, all of them, how many races there were)."""
@@ -39,7 +25,7 @@ def search(tmp_path):
     def run(groups=GROUPS, first=(), children=None, deadline=1e9, clock=lambda: 0.0):
         asked.write_text("")
         children, journal = children or [Here()], Journal(tmp_path / "tuning.jsonl")
-        found = Search(KEY, DEFAULT, groups, first, children, journal, deadline, LIMITS, clock=clock)
+        found = Search(KEY, DEFAULT, groups, first, children, journal, deadline, limits=LIMITS, clock=clock)
         last = found.run(tmp_path / "job.pt")
         return last, found.trials, len(asked.read_text().splitlines())
 

@@ -285,7 +285,7 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     float weights[MR * KS] __attribute__((aligned(64)));
     if (!weigh_keys<true>(rows, MR, scores, scoring, masks, weights)) return;
     Steps some;
-    bool all = !masks || masks->any == ~0ull;
+    bool all = !masks || (masks->any & first_keys(KB)) == first_keys(KB);
     if (!all) some = steps_of(masks->any);
     const Steps* steps = all ? nullptr : &some;
 #pragma GCC unroll 16

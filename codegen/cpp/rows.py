@@ -52,8 +52,8 @@ class Rows:
     key = "k0 + j"  # key j of a tile
     aligned = True  # whether that starts at a multiple of `KEYS`
 
-    def __init__(self, text: Callable[[Expr | Pred], str]) -> None:
-        self.text = text
+    def __init__(self, text: Callable[[Expr | Pred], str], keys: int = KEYS) -> None:
+        self.text, self.aligned = text, self.aligned and keys == KEYS
         self.query: list[Expr] = []
         self.tile: list[str] = []
         self.row: list[str] = []

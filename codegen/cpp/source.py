@@ -11,7 +11,6 @@ import jinja2
 from jinja2 import meta
 
 from sparsify.codegen.cpp.biases import print_biases
-from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.rules import (
     Names,
     gathers,
@@ -66,7 +65,7 @@ class Shape:
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
     """(name, source) of the kernel."""
-    name, names = kernel_name(program, shape, isa), Names(program)
+    name, names = kernel_name(program, shape, isa), Names(program, shape.tuning.keys)
     return name, fill(
         SKELETON,
         name=name,
@@ -122,5 +121,5 @@ def kernel_name(program: Program, shape: Shape, isa: Isa) -> str:
     """A readable name: what is kept, target and instruction set, dtype, sizes, tile, and what is tuned."""
     size, dot = size_name(shape.head_dim, shape.value_dim), "bf16" if isa.bf16_dot else ""
     tuned = "".join(f"_{name}{value}" for name, value in shape.tuning.changed(isa).items())
-    tile = f"m{shape.tuning.rows}n{KEYS}{tuned}"
+    tile = f"m{shape.tuning.rows}n{shape.tuning.keys}{tuned}"
     return f"{program_name(program)}__cpp_{isa.name}{dot}__{shape.io}__{size}__{tile}"

@@ -162,7 +162,7 @@ static void meet_tile(
             all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
         }
         if (marked && !any) continue;
-        bool whole = !marked || all == ~0ull;
+        bool whole = !marked || (all & first_keys(KB)) == first_keys(KB);
         Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
         const Masks* masks = whole && !BIAS ? nullptr : &some;
 #if READS
@@ -192,6 +192,8 @@ static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& ke
     int kind = class_of(c, t, keys);
     if (kind) meet_tile(c, w, t, keys, kind, scoring);
 }
+
+constexpr I WHOLE = 64; // units of lists that are multiples of it are whole tiles, as rules.py has it
 
 // Goes through a part of a list whose units are whole tiles.
 static void meet_whole(
@@ -241,7 +243,7 @@ static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Sco
             if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
         begin(c, w, t);
         Part here = {most(0, part.from - first), least(tiles_of(list), part.to - first)};
-        (list.unit % KB ? gather : meet_whole)(c, w, t, list, here, scoring);
+        (list.unit % WHOLE ? gather : meet_whole)(c, w, t, list, here, scoring);
     }
 }
 

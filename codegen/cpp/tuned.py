@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sparsify import runtime
-from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, check, register_blocks
+from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, check, fits, issue, register_blocks
 from sparsify.codegen.target import dtype_name
 from sparsify.codegen.tuned import FEW, code_version, kernel_key
 from sparsify.errors import BuildError, InputError, Refusal
@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     from sparsify.program import Program
     from sparsify.runtime.tunings import Tuned
 
-__all__ = ["check", "default", "groups", "holds", "key", "machine", "software", "tuning"]
+__all__ = ["ahead_key", "check", "default", "groups", "holds", "key", "machine", "software", "tuning"]
 
-ROWS = (48, 64, 96, 144, 192, 288)  # of a query tile, about
+SLACK = 1.05  # a register block is tried whose products take no more than so many times as long as the best one's
+# What is tried of each field, after tiles; and where queries are few.
+MANY_TRIED = {
+    "blocks": (6, 8, 12, 16, 24, 32),
+    "cache_kib": (512, 1024, 2048, 8192),
+    "items": (2, 4, 8, 16, 32),
+    "fetch": (1, 0),
+    "native": (1, 0),
+    "unroll": (2, 1),
+}
+FEW_TRIED = {"parts": (2, 4, 8, 1), "direct_rows": (48, 8, 0, 24), "fetch": (1, 0), "native": (1, 0)}
 
 
 def machine() -> str:
@@ -44,6 +54,11 @@ def key(launch: Launch) -> tuple[str, str, str, str]:
     """Under which the store has a launch's kernel."""
     sizes = launch.q.shape[3], launch.v.shape[3]
     return machine(), software(), "cpp", kernel_key(launch.program, dtype_name(launch.q.dtype), *sizes, queries(launch))
+
+
+def ahead_key(launch: Launch) -> tuple[str, str, str, str]:
+    """The same: nothing is built for another machine."""
+    return key(launch)
 
 
 def holds(entry: Tuned) -> bool:
@@ -77,14 +92,20 @@ def default(launch: Launch) -> dict[str, int]:
 def groups(launch: Launch) -> list[list[Mapping[str, int]]]:
     """What to try, group by group: each changes the best that was found in those before it."""
     if queries(launch) <= FEW:
-        one_by_one = ("parts", "direct_rows", "native", "fetch")
-        return [[{name: value} for value in ALLOWED[name]] for name in one_by_one]
+        return [[{name: value} for value in tried] for name, tried in FEW_TRIED.items()]
+    blocks = sorted(register_blocks(runtime.machine_isa()), key=lambda block: (issue(*block), -block[0] * block[1]))
+    fast = [block for block in blocks if issue(*block) <= SLACK * issue(*blocks[0])]
+    usual = default(launch)
+    height = usual["block_rows"] * usual["blocks"]
     tiles = [
-        {"block_rows": rows, "block_vectors": vectors, "blocks": blocks}
-        for rows, vectors in register_blocks(runtime.machine_isa())
-        for blocks in sorted({min(ALLOWED["blocks"], key=lambda many: abs(many * rows - wanted)) for wanted in ROWS})
+        {"block_rows": rows, "block_vectors": vectors, "blocks": _nearest(height / rows), "keys": keys}
+        for rows, vectors in fast
+        for keys in sorted(ALLOWED["keys"], reverse=True)
+        if fits(vectors, keys, runtime.machine_isa())
     ]
-    return [
-        tiles,
-        *([{name: value} for value in ALLOWED[name]] for name in ("cache_kib", "items", "fetch", "unroll", "native")),
-    ]
+    rest = [[{name: value} for value in tried] for name, tried in MANY_TRIED.items()]
+    return [tiles, *(rest if launch.program.queries is None else rest[1:])]  # a box of queries has its size
+
+
+def _nearest(blocks: float) -> int:
+    return min(ALLOWED["blocks"], key=lambda many: abs(many - blocks))

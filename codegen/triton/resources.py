@@ -21,6 +21,36 @@ if TYPE_CHECKING:
 MATRIX = ("wgmma", "tcgen05.mma", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
 
 
+# Of a multiprocessor: registers (of 32 bits), bytes of shared memory, threads, and threads of a warp.
+CHIPS: dict[int | str, tuple[int, int, int, int]] = {
+    80: (65536, 163 << 10, 2048, 32),
+    86: (65536, 99 << 10, 1536, 32),
+    89: (65536, 99 << 10, 1536, 32),
+    90: (65536, 227 << 10, 2048, 32),
+    100: (65536, 227 << 10, 2048, 32),
+    120: (65536, 99 << 10, 1536, 32),
+    "gfx942": (4 * 512 * 64, 64 << 10, 2048, 64),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program (a tile's threads) of a built kernel takes. registers, spills: of a thread; spills and shared
+    memory in bytes. matrix: what multiplies its tiles, "" for ordinary instructions."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: str = ""
+
+    def programs(self, num_warps: int, arch: int | str) -> int:
+        """How many run side by side on a multiprocessor; 0 where not even one fits."""
+        registers, shared, threads, warp = CHIPS[arch]
+        each = num_warps * warp
+        fits = registers // max(1, self.registers * each), shared // max(1, self.shared), threads // each
+        return min(fits)
+
+
 @dataclass(frozen=True)
 class Row:
     """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes.
@@ -72,12 +102,18 @@ def build(entry: Entry, arch: int | str) -> Row:
     size = f"m{shape.block_m}n{shape.block_n}w{shape.num_warps}s{shape.num_stages}"
     name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{size}"
     try:
-        compiled = compile_for(entry.launch(), arch)
-        registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
+        found = resources_of(entry.launch(), arch)
     except Exception as error:
         raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
     chip = arch if isinstance(arch, str) else f"sm_{arch}"
-    return Row(name, chip, registers, spills, compiled.metadata.shared, _matrix(compiled))
+    return Row(name, chip, found.registers, found.spills, found.shared, found.matrix)
+
+
+def resources_of(launch: Launch, arch: int | str) -> Resources:
+    """What a launch's kernel takes on a chip, built now."""
+    compiled = compile_for(launch, arch)
+    registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
+    return Resources(registers, spills, compiled.metadata.shared, _matrix(compiled))
 
 
 def compile_for(launch: Launch, arch: int | str) -> Any:

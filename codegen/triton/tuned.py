@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[int, ...]] = {
     "num_stages": (1, 2, 3, 4, 5),
     "described": (0, 1),
     "l2_mib": (6, 12, 24, 48, 96),
+    "splits": (0, 1, 2, 4, 8, 16, 32, 64),  # of the keys of few queries; 0 for as many as keep a chip busy
 }
 TILES = {  # block_m, block_n and warps of half precision and of float32
     True: [(m, n, w) for m in (64, 128, 256) for n in (32, 64, 128) for w in (4, 8) if m * n <= 128 * 128],
@@ -63,14 +64,30 @@ def key(launch: Launch, arch: int | str | None = None) -> Key:
     return machine(launch, arch), software(), "triton", kernel
 
 
+def ahead_key(launch: Launch) -> Key:
+    """Under which there is what was built ahead of time for the chip of a launch's GPU."""
+    arch = _arch(launch, None)
+    return f"sm_{arch}" if isinstance(arch, int) else str(arch), *key(launch)[1:]
+
+
 def tuned_shape(launch: Launch, arch: int | str | None, shape: Shape) -> Shape:
-    """A launch's shape as it was tuned; as it is where it wasn't."""
+    """A launch's shape as it was tuned, but for its splits; as it is where it wasn't."""
+    values = {name: value for name, value in _tuned(launch, arch).items() if name != "splits"}
+    return replace(shape, **{name: bool(value) if name == "described" else value for name, value in values.items()})
+
+
+def tuned_splits(launch: Launch, arch: int | str | None) -> int:
+    """Between how many tiles a launch's keys are split as it was tuned; 0 where it wasn't."""
+    return _tuned(launch, arch).get("splits", 0)
+
+
+def _tuned(launch: Launch, arch: int | str | None) -> Mapping[str, int]:
     values = tuned.lookup(key(launch, arch))
     try:
         check(values)
     except InputError:
-        return shape  # `sparsify doctor` says what is wrong with the store
-    return replace(shape, **{name: bool(value) if name == "described" else value for name, value in values.items()})
+        return {}  # `sparsify doctor` says what is wrong with the store
+    return values
 
 
 def default(launch: Launch, arch: int | str | None = None) -> dict[str, int]:
@@ -78,7 +95,7 @@ def default(launch: Launch, arch: int | str | None = None) -> dict[str, int]:
     from sparsify.codegen.triton.tuning import untuned
 
     shape = untuned(launch, _arch(launch, arch))
-    return {name: int(getattr(shape, name)) for name in ALLOWED}
+    return {name: int(getattr(shape, name)) for name in ALLOWED if name != "splits"} | {"splits": 0}
 
 
 def groups(launch: Launch, arch: int | str | None = None) -> list[list[Mapping[str, int]]]:
@@ -90,7 +107,8 @@ def groups(launch: Launch, arch: int | str | None = None) -> list[list[Mapping[s
         half = dtype_name(launch.q.dtype) != "float32"
         tiles = [{"block_m": m, "block_n": n, "num_warps": w} for m, n, w in TILES[half]]
     tiles.sort(key=lambda values: sum(value != usual[name] for name, value in values.items()))
-    others = ["num_stages", "l2_mib", *(["described"] if usual["described"] else [])]
+    others = ["num_stages", "splits" if launch.q.shape[2] <= FEW else "l2_mib"]
+    others += ["described"] if usual["described"] else []
     return [tiles, *([{name: value} for value in ALLOWED[name]] for name in others)]
 
 

@@ -11,7 +11,7 @@ from sparsify.codegen.target import dtype_name
 from sparsify.codegen.triton.kernels import processors
 from sparsify.codegen.triton.listing import packed, packing, packs, rounds, static
 from sparsify.codegen.triton.ranges import slots
-from sparsify.codegen.triton.tuned import tuned_shape
+from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
 from sparsify.errors import InputError
 from sparsify.expr import FloorDiv, Pred
 from sparsify.patterns.count import TILE, executed
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
 MANY = 4096  # queries of a prefill
+L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
 FEW = 16  # queries at most that are taken together with the heads of their group, and whose keys are split
 MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they lose at the borders of a pattern
 MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
@@ -39,8 +40,7 @@ class Shape:
     heads, and rows that nothing is in.
     splits: between how many tiles a tile's keys are split, a power of two.
     described: whether keys and values are read by tensor descriptors, where their layout allows it.
-    l2_mib: of keys and values that query tiles which run side by side read, about; chips have an L2 cache of 32 MB and
-    more.
+    l2_mib: of keys and values that query tiles which run side by side read, about.
     """
 
     block_m: int
@@ -51,7 +51,7 @@ class Shape:
     heads: int = 1
     splits: int = 1
     described: bool = False
-    l2_mib: int = 24
+    l2_mib: int = L2_MIB
 
     @property
     def rows(self) -> int:
@@ -139,6 +139,8 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     if not packing(program):
         return launch, shape
     heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
+    few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
+    splits = tuned_splits(launch, arch) if few else 1
     if min(queries, q_len) <= FEW and packs(program, group):
         most = rows_of_heads(_shape(launch, arch, MANY))
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
@@ -147,8 +149,7 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     _check_starts(launch, queries)
     shape = replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
     shape = replace(shape, num_warps=max(8, shape.num_warps)) if heads > 1 and shape.block_m >= MANY_HEADS else shape
-    few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
-    return launch, replace(shape, splits=_splits(launch, shape) if few else 1)
+    return launch, replace(shape, splits=splits or _splits(launch, shape))
 
 
 def rows_of_heads(prefill: Shape) -> int:

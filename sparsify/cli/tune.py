@@ -53,6 +53,14 @@ def tune(
         int | None, typer.Option(help="Key heads of --grid. Default: as many, and a quarter.", min=1)
     ] = None,
     target: Annotated[Literal["auto", "cpp", "triton"], typer.Option(help="Whose kernels.")] = "auto",
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Build Triton kernels for this chip (80, 90, 100, gfx942) without a GPU, and prune those that spill or"
+            " don't fit.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     budget: Annotated[str, typer.Option(help="Time for all kernels together: 90s, 5m, 1h30m.")] = "5m",
     resume: Annotated[
@@ -78,11 +86,14 @@ def tune(
         return command.calibrate()
     seconds = command.seconds_of(budget)
     shapes = (length, dtype)
-    with command.targeted(target, device) as place:
+    with command.targeted(target, device, arch) as place:
         if model is None:
             jobs = command.of_grid(pattern, head_dim, heads, kv_heads, *shapes, place)
         else:
-            jobs = command.of_model(model, spec, set_, *shapes, place)
-        holds = command.tune(jobs, seconds, resume, place, json)
+            jobs = command.of_model(model, spec, set_, *shapes, place, run=arch is None)
+        if arch is not None:
+            holds = command.ahead(jobs, arch, seconds)
+        else:
+            holds = command.tune(jobs, seconds, resume, place, json)
     if not holds:
         raise typer.Exit(1)

@@ -46,9 +46,19 @@ def seconds_of(text: str) -> float:
 
 
 @contextmanager
-def targeted(target: str, device: str) -> Iterator[str]:
-    """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there."""
-    place = How(repeats=0, seconds=0.0, device=device, json=None).place
+def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
+    """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there, and
+    for a chip that the target doesn't build for."""
+    with _for_tune():
+        place = How(repeats=0, seconds=0.0, device=device, json=None).place
+    if target == "triton" and place == "cpu" and arch is None:
+        raise InputError("tune: --target triton: torch finds no GPU here; --arch 90 builds for one ahead of time")
+    if arch is not None and target != "triton":
+        raise InputError(f"tune: --arch goes with --target triton only, found {target}")
+    if arch is not None:
+        from sparsify.tuner.ahead import chip
+
+        chip(arch)
     with mock.patch.dict(os.environ, SPARSIFY_TARGET=target):
         yield place
 
@@ -62,19 +72,16 @@ def of_grid(
     from sparsify.tuner.sources import of_cases
 
     _check_dtypes(dtype)
-    cases = whole_grid(pattern, length or [LENGTH], head_dim, dtype, heads, kv_heads)
+    with _for_tune():
+        cases = whole_grid(pattern, length or [LENGTH], head_dim, dtype, heads, kv_heads)
     with Steps([1.0] * len(cases)) as steps:
         return of_cases(cases, place, steps.tell)
 
 
 def of_model(
-    name: str,
-    spec: Path | None,
-    fields: list[str] | None,
-    length: list[int] | None,
-    dtype: list[str] | None,
-    place: str,
-) -> list[Job]:
+    name: str, spec: Path | None, fields: list[str] | None,
+    length: list[int] | None, dtype: list[str] | None, place: str, run: bool = True,
+) -> list[Job]:  # fmt: skip
     """The kernels of a model at every length and dtype."""
     from sparsify.cli.models import Wanted, overrides
     from sparsify.options import read_spec
@@ -92,7 +99,7 @@ def of_model(
     ]
     with Steps([1.0]) as steps:
         steps.tell(f"{name}: its kernels")
-        return sources.of_model(name, spec, made, place)
+        return sources.of_model(name, spec, made, place, run)
 
 
 def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Path | None) -> bool:
@@ -110,6 +117,36 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
         write({"machine": machine(device)} | to_dict(outcomes), file)
         console.print(f"written to {file}", markup=False, soft_wrap=True)
     return any(one.last is not None for one in outcomes)
+
+
+def calibrate() -> None:
+    """Measures this machine for the simulator, its kernels as they are by default, and keeps it. Raises InputError."""
+    from sparsify import cost
+    from sparsify.cli.output import progress
+
+    with progress() as bar, tuned.forced({}):
+        task = bar.add_task("", total=None)
+        found = cost.calibrate(
+            lambda what, done, every: bar.update(task, description=what, completed=done, total=every)
+        )
+    _say(f"{found.name}: kept in {cost.save(found)}")
+
+
+def ahead(jobs: Sequence[Job], arch: str, budget: float) -> bool:
+    """Builds for a chip that isn't here, and prints what fits it; whether every kernel builds by default."""
+    from sparsify.tuner.ahead import chip, jobs_for, prune, table
+
+    found = prune(jobs_for(jobs, chip(arch)), chip(arch), budget)
+    console = Console(highlight=False)
+    console.print(table(found, chip(arch)))
+    pruned = [one for built in found.values() for one in built if one.why]
+    _say(
+        f"{len(pruned)} candidates are pruned, and not tried when these kernels are tuned on such a GPU with this cache"
+    )
+    wrong = [f"{name}: {one.why}" for name, built in found.items() for one in built if one.why and not one.values]
+    for text in wrong:
+        _say(f"the default of {text}")
+    return not wrong
 
 
 def export(path: Path) -> None:
@@ -141,6 +178,15 @@ def take(path: Path) -> None:
 def own(entries: Iterable[Tuned]) -> int:
     """How many hold for this machine and software."""
     return sum(tunable(one.target).holds(one) for one in entries)
+
+
+@contextmanager
+def _for_tune() -> Iterator[None]:
+    """What the bench says of options is said of this command's."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"tune: {str(error).removeprefix('bench: ')}") from None
 
 
 def _check_dtypes(dtype: list[str] | None) -> None:

@@ -50,11 +50,18 @@ def _data(launch: Launch) -> dict[str, Any]:
     return found | {"program": launch.program.text(), "lse": None}
 
 
-def jobs_of(launches: Sequence[Launch], names: Callable[[Launch], str]) -> list[Job]:
+def key_of(launch: Launch) -> Key:
+    """Under which the store has a launch's kernel on this machine. Raises InputError for a target without one."""
+    return tunable(launch.program.target).key(launch)
+
+
+def jobs_of(
+    launches: Sequence[Launch], names: Callable[[Launch], str], key_of: Callable[[Launch], Key] = key_of
+) -> list[Job]:
     """Launches by the kernels that they need, in order; a kernel's launches of one shape are measured once."""
     found: dict[Key, tuple[str, dict[tuple[Any, ...], Launch]]] = {}
     for launch in launches:
-        key = tunable(launch.program.target).key(launch)
+        key = key_of(launch)
         shape = (launch.q.shape, launch.k.shape, launch.program.heads)
         found.setdefault(key, (names(launch), {}))[1].setdefault(shape, launch)
     return [Job(key, name, tuple(some.values())[:MOST]) for key, (name, some) in found.items()]

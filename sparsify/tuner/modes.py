@@ -7,7 +7,7 @@ from collections.abc import Collection
 from sparsify.bench.modes import option
 from sparsify.errors import InputError
 
-TUNING = ("target", "device", "budget", "resume", "json", "length", "dtype")
+TUNING = ("target", "arch", "device", "budget", "resume", "json", "length", "dtype")
 MODES: dict[str, tuple[str, ...]] = {
     "grid": ("pattern", "head_dim", "heads", "kv_heads", *TUNING),
     "model": ("spec", "set", *TUNING),

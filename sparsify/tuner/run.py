@@ -16,12 +16,14 @@ from sparsify.runtime import tuned
 from sparsify.runtime.tunings import Tuned
 from sparsify.tuner.children import Child, Failed, Lost
 from sparsify.tuner.jobs import Job
+from sparsify.tuner.order import Order, machine_for
 from sparsify.tuner.runner import Runner
 from sparsify.tuner.search import Limits, Search
 from sparsify.tuner.targets import Values, tunable
-from sparsify.tuner.trials import Journal, Trial
+from sparsify.tuner.trials import PRUNED, Journal, Trial
 
 BUILDERS = 4  # child processes, at most
+LEAST = 15.0  # seconds of a kernel: where there is no time for all, some are tuned and not all a little
 OTHERS = 3  # of other kernels' best values that are tried first
 
 
@@ -67,7 +69,7 @@ class Run:
                         break
                     share = (end - self.clock()) / (len(self.jobs) - number)
                     path = job.write(Path(folder), number)
-                    self._tune(job, path, children, journal, self.clock() + share, steps)
+                    self._tune(job, path, children, journal, self.clock() + max(share, LEAST), steps)
                     path.unlink()
                     steps.advance()
         except KeyboardInterrupt:
@@ -84,7 +86,8 @@ class Run:
         tell = partial(_tell, steps, job.name)
         tell("starting")
         given = (home.default(launch), home.groups(launch), self._others(job), children, journal, deadline)
-        search = Search(job.key, *given, self.limits, tell, self.clock)
+        pruned = [trial.values for trial in journal.of(home.ahead_key(launch)) if trial.state == PRUNED]
+        search = Search(job.key, *given, Order(launch, machine_for(launch)), pruned, self.limits, tell, self.clock)
         try:
             last, why = search.run(path), ""
         except (Failed, Lost) as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,9 @@ class Search:
     """Of one kernel.
 
     default: all fields as they are by default. groups: what to try. first: whole sets of values to try before these:
-    what was best for other kernels. children: the first one times, all of them build. deadline: by `clock`. best: what
-    differs from the default in the best so far. usual: seconds that the default takes.
+    what was best for other kernels. children: the first one times, all of them build. deadline: by `clock`.
+    order: which of a group, and in which order, given the best so far. pruned: values that are not tried.
+    best: what differs from the default in the best so far. usual: seconds that the default takes.
     """
 
     key: Key
@@ -43,6 +45,8 @@ class Search:
     children: Sequence[Child]
     journal: Journal
     deadline: float
+    order: Callable[[Sequence[Values], Values], Sequence[Values]] = lambda group, best: group
+    pruned: Collection[Values] = ()
     limits: Limits = field(default_factory=Limits)
     tell: Callable[[str], None] = lambda text: None
     clock: Callable[[], float] = time.perf_counter
@@ -62,8 +66,8 @@ class Search:
             self._take(trial)
         seen = len(self.trials)
         self.usual = self.children[0].ask("seconds", {}, seconds=10 * self.limits.run)
-        whole = [(values, True) for values in self.first]
-        for group in (whole, *([(step, False) for step in some] for some in self.groups)):
+        groups = ([(step, False) for step in self.order(some, self.best)] for some in self.groups)
+        for group in itertools.chain([[(values, True) for values in self.first]], groups):
             if not self._try(group):
                 break
         known = [trial for trial in self.trials[:seen] if trial.last and trial.values == self.best]
@@ -83,11 +87,16 @@ class Search:
             left = list(self._untried(left))
         return True
 
+    def _count(self) -> str:
+        """`3 of 24`: the candidate that is next, of all there are at most."""
+        tried = sum(not trial.last for trial in self.trials)
+        return f"{tried + 1} of {max(tried + 1, len(self.first) + sum(map(len, self.groups)))}"
+
     def _untried(self, group: Sequence[tuple[Values, bool]]) -> Iterator[tuple[Values, bool]]:
         tried = {_text(trial.step) for trial in self.trials if not trial.last}
         for step, whole in group:
             values = self._values(step, whole)
-            if _text(step) not in tried and values != self.best:
+            if _text(step) not in tried and values != self.best and values not in self.pruned:
                 yield step, whole
 
     def _values(self, step: Values, whole: bool) -> dict[str, int]:
@@ -97,7 +106,7 @@ class Search:
 
     def _build(self, some: Sequence[tuple[Values, bool]]) -> list[Trial | None]:
         """Builds side by side, each in a child of its own; what went wrong is a trial."""
-        self.tell(f"building {len(some)}")
+        self.tell(f"{self._count()}: building")
         with ThreadPoolExecutor(len(self.children)) as pool:
             return list(pool.map(self._built, some, self.children))
 
@@ -111,7 +120,7 @@ class Search:
 
     def _trial(self, step: Values, values: Values) -> Trial:
         """Checks a candidate's numbers, and then times it against the best so far; who wins has to win twice."""
-        self.tell(f"trying {describe(step)}")
+        self.tell(f"{self._count()}: {describe(step)}")
         try:
             error, bound = self.children[0].ask("check", values, seconds=self.patience)
             if not error <= bound:

@@ -33,25 +33,30 @@ def of_cases(cases: Sequence[Case], device: str, tell: Callable[[str], None]) ->
     return jobs_of(found, lambda launch: f"{launches[id(launch)]} {sizes(launch)}")
 
 
-def of_model(name: str, spec: Path | None, wanted: Sequence[Wanted], device: str) -> list[Job]:
-    """The kernels that the backend puts into a model, prefill and decode. Raises InputError where there is none."""
+def of_model(name: str, spec: Path | None, wanted: Sequence[Wanted], device: str, run: bool = True) -> list[Job]:
+    """The kernels that the backend puts into a model, prefill and decode. Raises InputError where there is none.
+
+    run: whether they run meanwhile; for a GPU that isn't here they can't.
+    """
     options: dict[str, Any] = {"inner": "eager"} | ({} if spec is None else {"spec": str(spec)})
     found: list[Launch] = []
     for one in wanted:
         with torch.inference_mode():
             made, args, given = model_of(name, replace(one, command="tune", drawn=True), device)
-            found += _launches(made, args, prefill(made, given), options)
+            found += _launches(made, args, prefill(made, given), options, run)
             if not args and "input_ids" in given and (step := decode_step(made, given, one)):
-                found += _launches(made, (), step, options)
+                found += _launches(made, (), step, options, run)
     if not found:
         raise InputError(f"tune: {name}: the backend rewrites no attention there; see: sparsify explain {name}")
     return jobs_of(found, lambda launch: f"{program_name(launch.program)} {sizes(launch)}")
 
 
-def _launches(made: Any, args: tuple[Any, ...], given: dict[str, Any], options: dict[str, Any]) -> list[Launch]:
+def _launches(
+    made: Any, args: tuple[Any, ...], given: dict[str, Any], options: dict[str, Any], run: bool
+) -> list[Launch]:
     """The launches of one call."""
     torch._dynamo.reset()
-    run = torch.compile(made, backend="sparsify", options=options)
-    with recorded() as launches:
-        run(*args, **copy.deepcopy(given))
+    compiled = torch.compile(made, backend="sparsify", options=options)
+    with recorded(run) as launches:
+        compiled(*args, **copy.deepcopy(given))
     return launches

@@ -21,6 +21,9 @@ class Tunable(Protocol):
     def key(self, launch: Launch) -> Key:
         """Under which the store has a launch's kernel on this machine."""
 
+    def ahead_key(self, launch: Launch) -> Key:
+        """The same, for what was built ahead of time for a chip like this machine's."""
+
     def default(self, launch: Launch) -> dict[str, int]:
         """Every field as it is by default."""
 

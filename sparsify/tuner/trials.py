@@ -17,6 +17,7 @@ from sparsify.tuner.targets import Values
 
 VERSION = 1
 RIGHT = "raced"  # the state of a trial whose numbers were right
+PRUNED = "pruned"  # of one that needs not be made: a build ahead of time said so
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Trial:
     """One candidate of one kernel.
 
     step: what it changed of the best so far. values: all that differs from the default then. state: "raced", or why it
-    was never timed: "wrong", "failed" (to build or run), "lost" (crashed or hung); `why` says more. ratio, low, high:
-    median and quartiles of its times to the incumbent's. won: whether it is the best from then on. last: whether it is
-    the race of the best against the default that ends a search; then seconds and default are medians.
+    was never timed: "wrong", "failed" (to build or run), "lost" (crashed or hung), "pruned" (by what it takes of a GPU
+    that isn't here); `why` says more. ratio, low, high: median and quartiles of its times to the incumbent's. won:
+    whether it is the best from then on. last: whether it is the race of the best against the default that ends a
+    search; then seconds and default are medians.
     """
 
     key: Key
