@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +79,7 @@ def test_pairs_are_those_of_the_dense_mask(drawn, shape):
     nest = Nest(16, 1, 16, 4, 8)
     found = tiles_of(((keep, HEAD),), 1, at, nest)
     assert ((found.full + found.partial) * found.rows).sum() * nest.keys >= mask.sum()
-    assert found.whole.sum() + found.live.sum() >= mask.sum() - 1e-6
+    assert found.whole.sum() + found.masked.sum() >= mask.sum() - 1e-6
 
 
 @pytest.mark.parametrize("pattern", CLOSED, ids=str)
@@ -172,7 +170,7 @@ def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
     site = site_of((pattern,) * shape.heads, shape)
     q, k = (torch.empty(shape.batch, heads, length, 64, dtype=getattr(torch, dtype), device="meta")
             for heads, length in ((shape.heads, shape.q_len), (shape.kv_heads, 4096)))  # fmt: skip
-    launch = Launch(site.program(site.at.q_slots if site.placed else 0), q, k, k, (), 4096 - shape.q_len, 0.125)
+    launch = Launch(site.program()[0], q, k, k, (), 4096 - shape.q_len, 0.125)
     found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
     machine = TRUTH.model_copy(update={"target": "triton", "arch": arch, "cores": processors(launch)})
     nest = site.nest(machine)
@@ -292,15 +290,6 @@ def test_a_calibrated_machine_is_found_before_a_shipped_one(tmp_path, monkeypatc
     mine = cost.machine("epyc-zen3").model_copy(update={"name": "mine"})
     path = cost.save(mine)
     assert cost.machine() == mine and cost.machine(path.stem) == mine
-
-
-def test_counting_needs_no_torch():
-    code = (
-        "import sys; from sparsify import cost, patterns as p\n"
-        "cost.estimate([p.causal()], length=300, head_dim=64, machine='h100')\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_pieces_name_every_tile_once():
