@@ -76,6 +76,12 @@ def test_pairs_are_those_of_the_dense_mask(drawn, shape):
     mask = drawn[0].mask(HEAD + 1, at.q_len, at.k_len, at.offset)[HEAD].numpy()
     assert kept_pairs(keep, HEAD, at) == mask.sum()
     assert kept_by_any(((keep, HEAD),), at) == mask.any(0).sum()
+    last, other = _at(1, at.k_len, at.offset + at.q_len - 1), (p.sinks(7) | p.window(3)) & p.causal()
+    both = mask[-1] | other.mask(1, 1, at.k_len, last.offset)[0, 0].numpy()
+    assert (
+        kept_by_any(((other.keep(), 0), (keep, HEAD)), Positions(1, at.k_len, last.offset, at.q_len, at.k_len))
+        == both.sum()
+    )
     nest = Nest(16, 1, 16, 4, 8)
     found = tiles_of(((keep, HEAD),), 1, at, nest)
     assert ((found.full + found.partial) * found.rows).sum() * nest.keys >= mask.sum()
