@@ -30,6 +30,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":  # counting needs no torch
+    if name == "calibrate":  # counting runs nothing, and so needs less
         return importlib.import_module("sparsify.cost.calibration").calibrate
     raise AttributeError(f"module 'sparsify.cost' has no attribute '{name}'")

@@ -189,8 +189,6 @@ def _fields_at(place: tuple[Any, ...]) -> Iterable[str]:
 
 def _of_dtype(entries: Iterable[Any], dtype: str) -> list[Any]:
     found = list(entries)
-    if dtype not in DTYPES:
-        raise InputError(f"cost: dtype: found '{dtype}'; {nearest(dtype, DTYPES)}")
     names = {one.dtype for one in found}
     others = [dtype, *({"bfloat16", "float16"} if dtype != "float32" else ()), *sorted(names)]
     taken = next(name for name in others if name in names)

@@ -7,9 +7,8 @@ otherwise.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.source import SLOTS
@@ -92,48 +91,35 @@ def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int
 
 
 def triton_nest(
-    shape: Shape, program: Program, arch: str, cores: int, list_rows: int = 0, shared: bool = True, tuned: Tuned = ()
+    shape: Shape, program: Program, arch: str, cores: int, capacities: Sequence[int] = (), tuned: Tuned = ()
 ) -> Nest:
     """That of the Triton target, on a chip by its capability ("90") or name ("gfx942") with so many multiprocessors.
 
-    program: of the static rules. list_rows: how many queries share a list, 0 without lists; shared: whether a group's
-    heads do. As in `codegen.triton.tuning.tiled`, which sees tensors.
+    program: that runs. capacities: of its lists, the longest of which each index and count in turn is a load.
     """
-    from sparsify.codegen.triton import tuning as triton
-    from sparsify.codegen.triton.listing import packs
-    from sparsify.patterns.tiles import BLOCK
+    from sparsify.codegen.target import Launch
+    from sparsify.codegen.triton.tuning import tiled
+    from sparsify.runtime import tuned as store
 
-    chip, launch, sizes = int(arch) if arch.isdigit() else arch, _launch(shape, program), (shape.head_dim,) * 2
-    found = triton.untuned(launch, chip)
-    if list_rows:
-        found = triton.listed_shape(shape.dtype, *sizes, shape.q_len, chip)
-    found = replace(found, **dict(tuned))
-    if list_rows or program.queries is not None:
-        found = replace(found, block_n=min(found.block_n, BLOCK))
-    if program.queries is not None:
-        rows = min(found.block_m, BLOCK)
-        return Nest(rows, 1, found.block_n, rows, found.block_n, near=found.l2_mib << 20)
-    rows, heads = dividing(list_rows, found.block_m) if list_rows else found.block_m, 1
-    if min(rows, shape.q_len) <= triton.FEW and shared and packs(program, shape.group):
-        most = triton.rows_of_heads(triton.launch_shape(shape.dtype, *sizes, triton.MANY, chip))
-        heads = dividing(shape.group, most)
-        wanted = min(max(1, most // heads), 1 << (shape.q_len - 1).bit_length())
-        rows = dividing(list_rows, wanted) if list_rows else wanted
-    splits = 1
-    if shape.q_len <= triton.FEW:
-        keys = [min(shape.k_len, 2 * mean) for mean in triton.mean_keys(program, shape.k_len)]
-        tiles = shape.batch * -(-shape.q_len // rows)
-        splits = triton.splits(keys, tiles / heads, found.block_n, cores)
-    whole = heads == shape.group and rows >= shape.q_len
-    used = triton.padded(rows * heads)
-    return Nest(rows, heads, found.block_n, used, found.block_n, whole, splits=splits, near=found.l2_mib << 20)
-
-
-def _launch(shape: Shape, program: Program) -> Any:
-    """What the Triton target asks of a launch, without tensors."""
-    q, k = (SimpleNamespace(shape=(shape.batch, heads, length, shape.head_dim), dtype=shape.dtype, is_cuda=False)
+    q, k = (_Described((shape.batch, heads, length, shape.head_dim), shape.dtype, cores)
             for heads, length in ((shape.heads, shape.q_len), (shape.kv_heads, shape.k_len)))  # fmt: skip
-    return SimpleNamespace(program=program, q=q, k=k, v=k, loads=(), q_offset=shape.k_len - shape.q_len)
+    loads = tuple(_Described((1, 1, 1, room), "int32", cores) for room in capacities for _ in range(2))
+    launch = Launch(program, q, k, k, loads, shape.k_len - shape.q_len, 1.0)  # type: ignore[arg-type]
+    with store.forced(dict(tuned)):
+        found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
+    whole = found.heads == shape.group and found.rows >= shape.q_len
+    sizes = found.rows, found.heads, found.block_n, found.block_m, found.block_n, whole
+    return Nest(*sizes, splits=found.splits, near=found.l2_mib << 20)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What stands for a tensor on a GPU with so many multiprocessors: its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    processors: int
+    is_cuda: bool = False
 
 
 @functools.lru_cache(maxsize=256)
