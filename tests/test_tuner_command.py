@@ -113,7 +113,7 @@ WRONG = {
     "--grid --budget 0m": "--budget: found '0m'; expected a time above 0, such as 90s, 5m or 1h30m",
     "--grid --dtype float23": "--dtype: found 'float23'; did you mean 'float32'?",
     "--grid --pattern window513": "unknown pattern 'window513'; did you mean 'window512'?",
-    "--grid --device gpu": "--device: found 'gpu'; allowed: auto, cpu, cuda",
+    "--grid --device gpu": "--device: found 'gpu'; did you mean 'cpu'?",
     "--grid --heads 6 --kv-heads 4": "6 query heads are not a multiple of 4 key heads",
     "--grid --arch 90": "--arch goes with --target triton only, found auto",
     "--grid --target triton --arch 91": "--arch: found '91'; did you mean '90'?",

@@ -18,7 +18,7 @@ from sparsify.errors import BuildError
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
-MATRIX = ("wgmma", "tcgen05.mma", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
+MATRIX = ("wgmma", "tcgen05", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
 
 
 # Of a multiprocessor: registers (of 32 bits), bytes of shared memory, threads, and threads of a warp.
@@ -170,10 +170,10 @@ def _amd(compiled: Any) -> tuple[int, int]:
 
 
 def _matrix(compiled: Any) -> str:
-    """The instructions of the matrix units, by the name of their family, and that tiles are copied by descriptors."""
+    """The instructions of the matrix units, by the name of their family, and tma where descriptors copy the tiles."""
     text = compiled.asm.get("ptx", "") or compiled.asm.get("amdgcn", "")
     units = next((name for name in MATRIX if name in text), "")
-    return f"{units}, by descriptors" if "cp.async.bulk.tensor" in text else units
+    return f"{units}+tma" if "cp.async.bulk.tensor" in text else units
 
 
 def _number(pattern: str, text: str) -> int:

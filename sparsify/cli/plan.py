@@ -66,8 +66,11 @@ def plan(
     """
     from sparsify.cli.evidence import draw_evidence, origin
     from sparsify.cli.output import console
+    from sparsify.planner.memory import keep_freed
     from sparsify.planner.samples import read_texts
     from sparsify.planner.terminal import Bar, summary
+
+    keep_freed()
 
     settings = {
         "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,

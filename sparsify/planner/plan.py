@@ -153,8 +153,8 @@ class Plan:
         is."""
         choices = self.choices() if point is None else point.choices
         if point is not None and point.uniform:
-            uniform = {"match": "*", "heads": "all"}
-            return Spec.of({"version": 1, "patterns": {"all": point.form}, "sites": [uniform]})
+            uniform = {"match": "*", "heads": "uniform"}
+            return Spec.of({"version": 1, "patterns": {"uniform": point.form}, "sites": [uniform]})
         used = sorted({choice for site in choices for choice in site})
         names = {number: self.candidates[number].name for number in used}
         patterns = {names[number]: self.candidates[number].form for number in used if names[number] != DENSE}

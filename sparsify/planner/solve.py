@@ -94,15 +94,17 @@ def _solve(
     else:
         found = _limited(values, rows, limits, allowed, problem.layers, problem.most)
     if found is None:
-        least = _least(problem, rows, limits, allowed, blocks)
-        raise InputError(f"{what}: no choice of candidates comes to {limits[0]:.4g} {unit}; the nearest is {least:.4g}")
+        least = _upwards(_least(problem, rows, allowed, blocks))
+        raise InputError(f"plan: {what}: no choice comes to {limits[0]:.4g} {unit}; the nearest that is met is {least}")
     return found
 
 
-def _least(problem: Problem, rows: np.ndarray, limits: np.ndarray, allowed: np.ndarray, blocks: list) -> float:
-    """The least that the limits could be, all of them moved alike."""
+def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list) -> float:
+    """The least that the limits could be, all of them moved alike; with a limit on rules, one that can be met."""
     worst = np.where(allowed, rows.max(0), np.inf)
     most = problem.most or worst.shape[1]
+    if len(rows) > 1 and all(len(block) <= most for block in blocks):
+        return _least_of_all(rows, allowed)
     total = 0.0
     for block in blocks:
         if len(block) <= most:
@@ -111,6 +113,27 @@ def _least(problem: Problem, rows: np.ndarray, limits: np.ndarray, allowed: np.n
             sets = itertools.combinations(range(worst.shape[1]), min(most, 2))
             total += min(worst[block][:, list(one)].min(1).sum() for one in sets)
     return float(total)
+
+
+def _least_of_all(rows: np.ndarray, allowed: np.ndarray) -> float:
+    """The least greatest sum of several rows: one more variable, which none may exceed."""
+    pairs = np.argwhere(allowed)
+    count, spent = len(pairs), rows[:, pairs[:, 0], pairs[:, 1]]
+    one = sparse.csr_matrix((np.ones(count), (pairs[:, 0], np.arange(count))), (len(allowed), count + 1))
+    below = sparse.csr_matrix(np.concatenate([spent, -np.ones((len(rows), 1))], 1))
+    constraints = [LinearConstraint(one, 1, 1), LinearConstraint(below, -np.inf, 0)]
+    cost, upper = np.zeros(count + 1), np.ones(count + 1)
+    cost[-1], upper[-1] = 1, np.inf
+    whole = np.concatenate([np.ones(count), [0]])
+    with _without_remarks():
+        found = milp(cost, constraints=constraints, integrality=whole, bounds=Bounds(0, upper))
+    return float(found.fun)
+
+
+def _upwards(number: float) -> str:
+    """With four digits, none of which makes it less."""
+    digits = 3 - math.floor(math.log10(number)) if number > 0 else 4
+    return f"{math.ceil(number * 10**digits - 1e-9) / 10**digits:.4g}"
 
 
 def _knapsack(values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed: np.ndarray) -> Solution | None:

@@ -12,14 +12,16 @@ from sparsify.expr import Pred
 from sparsify.planner.blocks import Block
 from sparsify.planner.site_call import SiteCall, own_rows
 
+TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Rows:
     """A block of query rows of all heads. first, last: which (the last excluded).
 
-    weights: exp(score - top) of the keys in `found`, 0 where the model drops (B, Hq, rows, columns); total: their sums
-    and the sink's part (B, Hq, rows, 1); joined: the sink's part; top: the greatest score. values: v of those keys (B,
-    Hq, columns, Dv).
+    scores: of the keys in `found`, -inf where the model drops (B, Hq, rows, columns); top: the greatest of each row.
+    weights: exp(score - top); total: their sums and the sink's part (B, Hq, rows, 1); joined: that part. values: v of
+    those keys (B, Hq, columns, Dv).
     """
 
     call: SiteCall
@@ -31,10 +33,11 @@ class Rows:
     joined: torch.Tensor | None
     values: torch.Tensor
     top: torch.Tensor
+    scores: torch.Tensor
 
     def shares(self) -> torch.Tensor:
         """The weights as shares of their rows (B, Hq, rows, columns)."""
-        return self.weights / self.total.clamp_min(1e-30)
+        return self.weights / self.total.clamp_min(TINY)
 
     def keys(self) -> torch.Tensor:
         """The keys of the columns."""
@@ -51,7 +54,7 @@ class Rows:
 
     def dense(self) -> torch.Tensor:
         """The model's own output (B, Hq, rows, Dv)."""
-        return (self.weights @ self.values) / self.total.clamp_min(1e-30)
+        return (self.weights @ self.values) / self.total.clamp_min(TINY)
 
     def under(self, keep: Pred) -> tuple[torch.Tensor, torch.Tensor]:
         """The output (B, Hq, rows, Dv) where all heads keep `keep`, and the part of the weights (B, Hq, rows) that is
@@ -67,8 +70,16 @@ class Rows:
             weights = weights * kept.mask
         mass = weights.sum(-1, keepdim=True)
         whole = mass if self.joined is None else mass + self.joined
-        out = (weights @ self.values[:, :, where]) / whole.clamp_min(1e-30)
-        return out, (mass / self.total.clamp_min(1e-30)).squeeze(-1)
+        out = (weights @ self.values[:, :, where]) / whole.clamp_min(TINY)
+        if self.joined is None and bool((mass < TINY).any()):
+            out = torch.where(mass < TINY, self._again(kept, where), out)
+        return out, (mass / self.total.clamp_min(TINY)).squeeze(-1)
+
+    def _again(self, kept: Block, where: slice | torch.Tensor) -> torch.Tensor:
+        """The same where all that is kept weighs next to nothing beside what is dropped: by a softmax of its own."""
+        scores = self.scores[..., where]
+        scores = scores if kept.mask is None else scores.masked_fill(~kept.mask, -torch.inf)
+        return torch.softmax(scores, -1).nan_to_num(0.0) @ self.values[:, :, where]
 
     def count(self, keep: Pred) -> torch.Tensor:
         """How many keys of each query `keep` keeps (B or 1, Hq or 1, rows)."""
@@ -109,7 +120,7 @@ def studied(call: SiteCall) -> Iterator[Rows]:
         joined = None if sink is None else torch.exp(sink - top)
         total = weights.sum(-1, keepdim=True)
         total = total if joined is None else total + joined
-        yield Rows(call, *rows, found, weights, total, joined, call.values(heads, found), top)
+        yield Rows(call, *rows, found, weights, total, joined, call.values(heads, found), top, scores)
 
 
 def projections(
