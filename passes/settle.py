@@ -11,6 +11,8 @@ from sparsify.passes.nodes import ancestors, op
 from sparsify.passes.runner import Capture
 from sparsify.passes.splice import forget_strides
 
+OURS = ("sparsify::attention", "sparsify::probed")
+
 
 @dataclass(frozen=True)
 class Settle:
@@ -25,7 +27,7 @@ class Settle:
             if op(node) != "sparsify::either":
                 continue
             plain, whole = cast(tuple[fx.Node, fx.Node], node.args)
-            rewritten = any(op(part) == "sparsify::attention" for part in {plain} | ancestors(plain) - ancestors(whole))
+            rewritten = any(op(part) in OURS for part in {plain} | ancestors(plain) - ancestors(whole))
             node.replace_all_uses_with(plain if rewritten else whole)
             if rewritten:
                 forget_strides(plain)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import operator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import fx
 
-from sparsify.op import attention
+from sparsify.op import attention, probed
+from sparsify.passes.attach_spec import info
 from sparsify.passes.choose_target import program_of
 from sparsify.passes.forms.axes import EXPANDS, PERMUTES, REGROUPS
 from sparsify.passes.nodes import ATEN, CASTS, COPIES, call, dtype, op, same, same_sizes, shape, size, value
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.selection.compensate import Dropped, attention_compensated
+from sparsify.text import to_text
 
 VIEWS = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "alias", "mT", "detach")
 
@@ -25,19 +28,23 @@ class Splice:
 
     Before: arange > le > and > where > scaled_dot_product_attention(q, repeated k, repeated v, mask)
     After:  sparsify.attention(q, k, v, [], 0, 0.125, program); what only fed the old attention is gone.
+
+    probe: the number of a `sparsify.planner.probe.Probe`: then the op is the one that asks this probe.
     """
+
+    probe: int | None = None
 
     def __call__(self, capture: Capture) -> None:
         for site in capture.open_sites():
-            old, new = site.output, _splice(site)
+            old, new = site.output, _splice(site, self.probe)
             for other in capture.sites if new is not None else ():
                 _read_instead(other, old, new)
         capture.graph.eliminate_dead_code()
 
 
-def _splice(site: Site) -> fx.Node | None:
+def _splice(site: Site, probe: int | None) -> fx.Node | None:
     """The node that replaces the site's output; None where the site had to be refused."""
-    old, new = site.output, rewritten(site, site.v)
+    old, new = site.output, rewritten(site, site.v, probe)
     if not same_kind(new, old):
         found, wanted = (f"{tuple(shape(n))} {dtype(n)}" for n in (new, old))
         return site.refuse(f"the kernel's output would be {found}, the attention's is {wanted}")
@@ -53,12 +60,14 @@ def _read_instead(site: Site, old: fx.Node, new: fx.Node) -> None:
             setattr(site, name, new)
 
 
-def rewritten(site: Site, values: fx.Node) -> fx.Node:
+def rewritten(site: Site, values: fx.Node, probe: int | None = None) -> fx.Node:
     """New nodes that compute a site's output by the op, with values (B, Hkv, Nk, Dv) in the place of v."""
     before, made_of = site.output, _computed_in(site)
     q, k, v = (_prepared(node, site, made_of) for node in (site.q, site.k, values))
     given = (q, k, v, list(site.loads), site.q_offset, float(site.scale), program_of(site).text())
-    if site.dropped:
+    if probe is not None:
+        new = call(before, probed, *given, described(site), probe)
+    elif site.dropped:
         found = call(before, attention_compensated, *given, Dropped.of(site.dropped).text())
         new = call(before, operator.getitem, found, 0)
     else:
@@ -66,6 +75,11 @@ def rewritten(site: Site, values: fx.Node) -> fx.Node:
     if made_of != dtype(before):
         new = call(before, ATEN.to.dtype, new, dtype(before))
     return new if site.restore is None else site.restore(new)
+
+
+def described(site: Site) -> str:
+    """What a probe is told of a site beside its tensors, as JSON: its `SiteInfo` and a query's position."""
+    return json.dumps({**asdict(info(site)), "position": to_text(site.position), "placed": site.positions_known})
 
 
 def same_kind(new: fx.Node, old: fx.Node) -> bool:

@@ -59,7 +59,7 @@ def attention(
     if q.shape[2] == 0 or k.shape[2] == 0:
         out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
         return (out, lse) if return_lse else out
-    text, loads, dropped, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=True)
+    text, loads, dropped, *numbers = planned(q, k, pattern, mask, scale, q_offset, laid_out=True)
     if dropped:
         out, lse = attention_compensated(q, k, v, loads, *numbers, text, dropped)
     elif return_lse:
@@ -86,12 +86,12 @@ def kept(
     _check(q, k, k, mask, scale, q_offset)
     if q.shape[2] == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
-    text, loads, _, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=False)
+    text, loads, _, *numbers = planned(q, k, pattern, mask, scale, q_offset, laid_out=False)
     found = kept_tokens(Launch(Program.parse(text), q, k, k, tuple(loads), *numbers))
     return found if mask is None or mask.dtype == torch.bool else found & (mask > DROPPED)
 
 
-def _planned(
+def planned(
     q: torch.Tensor,
     k: torch.Tensor,
     pattern: Pattern | Sequence[Pattern],
@@ -164,8 +164,9 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
 def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
     """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
     found: tuple[GridFields, ...] = ()
+    traced = torch.compiler.is_compiling()
     for one in [pattern] if isinstance(pattern, Pattern) else pattern:
-        mine = _own_grids(one) if torch.compiler.is_compiling() else one.__dict__.get("grids")
+        mine = _own_grids(one) if traced else one.__dict__.get("grids")
         if mine is None:
             mine = _own_grids(one)
             one.__dict__["grids"] = mine  # a pattern never changes, and is asked at every call

@@ -3,6 +3,9 @@ nothing else (design D6)."""
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakValueDictionary
+
 import torch
 
 from sparsify.codegen import Launch, target
@@ -100,3 +103,21 @@ def _fake_either(plain, whole):  # type: ignore[no-untyped-def]
 
 # One value computed twice, by plain operators and by one that hides them: a graph holds it only between passes.
 either = torch.ops.sparsify.either.default
+
+
+LIBRARY.define(
+    f"probed{ARGUMENTS[:-1]}, str site, int probe) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+PROBES: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by their numbers, those of `sparsify.planner.probe`
+
+
+@torch.library.impl(LIBRARY, "probed", "CompositeImplicitAutograd")
+def _probed(q, k, v, loads, q_offset, scale, program, site, probe):  # type: ignore[no-untyped-def]
+    """The attention as a probe wants it. It has a handle into this process, so no graph that is kept may hold it."""
+    if isinstance(q, torch._subclasses.FakeTensor):
+        return empty_output(q, v)
+    return PROBES[probe].attend(site, Launch(Program.parse(program), q, k, v, tuple(loads), q_offset, scale))
+
+
+probed = torch.ops.sparsify.probed.default

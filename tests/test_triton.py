@@ -98,6 +98,10 @@ def test_builds_for_every_chip_without_spills():
     assert all(row.registers > 0 and row.shared > 0 for row in rows)
     assert seen == [(done, 24) for done in range(1, 25)]
     assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
+    matrix = [row.matrix for row in rows]
+    assert matrix[:4] == ["mma.sync", "wgmma+tma", "tcgen05+tma", "mfma"]
+    assert matrix[4:8] == ["mma.sync", "mma.sync", "mma.sync", "mfma"]  # few rows, pages of 16 keys
+    assert matrix[8:12] == [""] * 3 + ["mfma"]  # float32 in float32
 
 
 @pytest.mark.slow

@@ -65,6 +65,8 @@ def processors(launch: Launch) -> int:
     """How many multiprocessors run it: those of its GPU, of a usual one for tensors without memory."""
     import torch
 
+    if hasattr(launch.q, "processors"):  # what stands for a tensor says so itself
+        return launch.q.processors
     if launch.q.is_cuda:
         return torch.cuda.get_device_properties(launch.q.device).multi_processor_count
     return INTERPRETED if interpreting() else USUAL

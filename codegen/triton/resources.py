@@ -18,6 +18,8 @@ from sparsify.errors import BuildError
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
+MATRIX = ("wgmma", "tcgen05", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
+
 
 # Of a multiprocessor: registers (of 32 bits), bytes of shared memory, threads, and threads of a warp.
 CHIPS: dict[int | str, tuple[int, int, int, int]] = {
@@ -34,11 +36,12 @@ CHIPS: dict[int | str, tuple[int, int, int, int]] = {
 @dataclass(frozen=True)
 class Resources:
     """What a program (a tile's threads) of a built kernel takes. registers, spills: of a thread; spills and shared
-    memory in bytes."""
+    memory in bytes. matrix: what multiplies its tiles, "" for ordinary instructions."""
 
     registers: int
     spills: int
     shared: int
+    matrix: str = ""
 
     def programs(self, num_warps: int, arch: int | str) -> int:
         """How many run side by side on a multiprocessor; 0 where not even one fits."""
@@ -50,13 +53,17 @@ class Resources:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes."""
+    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes.
+
+    matrix: what multiplies its tiles, "" for ordinary instructions.
+    """
 
     kernel: str
     arch: str
     registers: int
     spills: int
     shared: int
+    matrix: str = ""
 
 
 def kernel_resources(
@@ -99,14 +106,14 @@ def build(entry: Entry, arch: int | str) -> Row:
     except Exception as error:
         raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
     chip = arch if isinstance(arch, str) else f"sm_{arch}"
-    return Row(name, chip, found.registers, found.spills, found.shared)
+    return Row(name, chip, found.registers, found.spills, found.shared, found.matrix)
 
 
 def resources_of(launch: Launch, arch: int | str) -> Resources:
     """What a launch's kernel takes on a chip, built now."""
     compiled = compile_for(launch, arch)
     registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
-    return Resources(registers, spills, compiled.metadata.shared)
+    return Resources(registers, spills, compiled.metadata.shared, _matrix(compiled))
 
 
 def compile_for(launch: Launch, arch: int | str) -> Any:
@@ -160,6 +167,13 @@ def _amd(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
     # Scalar registers spill into lanes of a vector register, never to memory: what counts is the scratch memory.
     return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+
+
+def _matrix(compiled: Any) -> str:
+    """The instructions of the matrix units, by the name of their family, and tma where descriptors copy the tiles."""
+    text = compiled.asm.get("ptx", "") or compiled.asm.get("amdgcn", "")
+    units = next((name for name in MATRIX if name in text), "")
+    return f"{units}+tma" if "cp.async.bulk.tensor" in text else units
 
 
 def _number(pattern: str, text: str) -> int:

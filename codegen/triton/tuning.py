@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -141,7 +142,7 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
     splits = tuned_splits(launch, arch) if few else 1
     if min(queries, q_len) <= FEW and packs(program, group):
-        most = max(_shape(launch, arch, MANY).block_m, MANY_HEADS if shape.described else 0)
+        most = rows_of_heads(_shape(launch, arch, MANY))
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
         queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))
         launch = replace(launch, program=packed(program)) if heads > 1 else launch
@@ -151,16 +152,28 @@ def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     return launch, replace(shape, splits=splits or _splits(launch, shape))
 
 
+def rows_of_heads(prefill: Shape) -> int:
+    """The most rows of a tile that heads of a group share, by the shape of a prefill."""
+    return max(prefill.block_m, MANY_HEADS if prefill.described else 0)
+
+
 def _splits(launch: Launch, shape: Shape) -> int:
-    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes more
-    than its share of the multiprocessors' time, and each split still has some key tiles."""
-    program, batch, k_len = launch.program, launch.q.shape[0], launch.k.shape[2]
+    program, k_len = launch.program, launch.k.shape[2]
     lists_of = {one for rule in program.keep for one in lists(rule)}
     listed = max((launch.loads[int(one.index.source[1:])].shape[-1] * one.unit for one in lists_of), default=0)
     keys = [min(k_len, 2 * mean + listed) for mean in mean_keys(program, k_len)]
-    tiles = batch * -(-launch.q.shape[2] // shape.rows) / shape.heads
-    wanted = TILES_AT_ONCE * processors(launch) * max(keys) / max(1.0, tiles * sum(keys))
-    most = int(min(wanted, max(keys) / (LEAST_TILES * shape.block_n), MOST_SPLITS))
+    tiles = launch.q.shape[0] * -(-launch.q.shape[2] // shape.rows)
+    return splits(keys, tiles / shape.heads, shape.block_n, processors(launch))
+
+
+def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: int) -> int:
+    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes more
+    than its share of the multiprocessors' time, and each split still has some key tiles.
+
+    keys: those of a query, for each head. tiles: query tiles for a head, a part of one where heads share it.
+    """
+    wanted = TILES_AT_ONCE * multiprocessors * max(keys) / max(1.0, tiles * sum(keys))
+    most = int(min(wanted, max(keys) / (LEAST_TILES * block_n), MOST_SPLITS))
     return 1 << max(0, most.bit_length() - 1)
 
 

@@ -21,6 +21,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "decode": (*CASES, "dtype", "device"),
     "mixture": ("length", "head_dim", "dtype", "kv_heads", *TIMING),
     "overhead": ("json",),
+    "simulate": ("count", "seed", "dtype", "json"),
     "preparation": (),
 }
 

@@ -264,6 +264,32 @@ def overhead(how: How) -> bool:
     return all(grown.later == 0 for grown in found.growth)
 
 
+def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) -> bool:
+    """Predictions beside measurements, of drawn patterns and shapes."""
+    import secrets
+
+    from sparsify import cost
+    from sparsify.bench import draws, simulate
+    from sparsify.bench.cases import DTYPES as USUAL
+    from sparsify.runtime import tuned
+
+    _check_dtypes(dtype)
+    seed, kinds, given = secrets.randbelow(10**6) if seed is None else seed, tuple(dtype or USUAL), cost.machine()
+    jobs = [*draws.draw(seed, count, kinds), *draws.draw_crossings(seed, max(1, count // 8), kinds)]
+    with tuned.forced({}):
+        simulate.build(jobs)
+        found = _each(jobs, lambda job, tell: simulate.measured(job, given, tell))
+    results, crossed = (
+        [one for one in found if isinstance(one, kind)] for kind in (simulate.Predicted, simulate.Crossed)
+    )
+    accuracy, console = simulate.Accuracy.of(results, crossed), Console(highlight=False)
+    console.print(simulate.table(results), "", simulate.crossover_table(crossed), "", sep="\n")
+    console.print(f"{given}; seed {seed}", accuracy, sep="\n", markup=False, soft_wrap=True)
+    if how.json is not None:
+        _written(simulate.write_json(results, crossed, given, seed, how.json))
+    return accuracy.holds
+
+
 def _each(jobs: Sequence[Any], measured: Callable[..., Any], around: Any = None) -> list[Any]:
     """What is measured of each job, with progress."""
     results = []

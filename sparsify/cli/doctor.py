@@ -220,7 +220,8 @@ def _kernels(as_json: bool) -> None:
     table = Table("kernel", "chip", box=None, padding=(0, 1, 0, 0))
     for title in ("registers", "spills", "shared"):
         table.add_column(title, justify="right")
+    table.add_column("matrix")
     for row in rows:
         spills = f"[red]{row.spills}[/]" if row.spills else "0"
-        table.add_row(_plain(row.kernel), row.arch, str(row.registers), spills, str(row.shared))
+        table.add_row(_plain(row.kernel), row.arch, str(row.registers), spills, str(row.shared), row.matrix)
     console().print(table)

@@ -104,6 +104,30 @@ def of_config(name: str, wanted: Wanted, use: Callable[..., Any]) -> Any:
         raise _unusable(name, error, wanted) from error
 
 
+def loaded(name: str, wanted: Wanted) -> tuple[Any, Any]:
+    """A Hugging Face model of a folder with its weights, in evaluation mode, and its tokenizer, None if it has none.
+
+    Nothing is downloaded. Raises InputError for a folder without weights, and for what transformers can't load.
+    """
+    transformers = _transformers(wanted)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        what = "is no folder with a config.json and weights, and no package.module:callable"
+        raise InputError(f"{wanted.command}: '{name}' {what}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"{wanted.command}: {name}: the folder has no weights (*.safetensors)")
+    config = _config(transformers, name, wanted)
+    try:
+        kind = _class(transformers, config)
+        made = kind.from_pretrained(
+            name, config=config, local_files_only=True, attn_implementation=wanted.attn, dtype=wanted.dtype or "auto"
+        ).eval()
+        known = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
+        return made, transformers.AutoTokenizer.from_pretrained(name, local_files_only=True) if known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(f"{wanted.command}: {name}: transformers can't load this model: {_line(error)}") from None
+
+
 def check_size(name: str, wanted: Wanted, why: str) -> None:
     """Raises InputError, which begins with `why`, for a model whose weights are too many to make them up."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,16 +150,23 @@ def from_config(name: str, wanted: Wanted) -> Call:
     return made, (), _inputs(made, wanted)
 
 
-def _made(name: str, wanted: Wanted) -> Any:
+def _transformers(wanted: Wanted) -> Any:
     for noisy in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which warns of itself
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import transformers
-        from transformers.initialization import no_init_weights
     except ImportError:
         what = "a Hugging Face model needs transformers: pip install 'sparsify[demo]'"
         raise InputError(f"{wanted.command}: {what}") from None
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _made(name: str, wanted: Wanted) -> Any:
+    transformers = _transformers(wanted)
+    from transformers.initialization import no_init_weights
+
     config = _config(transformers, name, wanted)
     config._attn_implementation = wanted.attn
     try:

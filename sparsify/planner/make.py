@@ -1,0 +1,231 @@
+"""`plan`: profile, solve, look again, validate, choose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsify import cost
+from sparsify.errors import InputError
+from sparsify.planner import candidates as kinds_of
+from sparsify.planner.heads import Costs
+from sparsify.planner.objective import Objective
+from sparsify.planner.plan import DENSE, Candidate, Model, Plan, Point, Validation, fingerprint
+from sparsify.planner.profiles import Profile, profiled
+from sparsify.planner.progress import Progress, silent
+from sparsify.planner.readings import Readings, readings
+from sparsify.planner.refine import Measure, refined
+from sparsify.planner.rig import Rig, set_up
+from sparsify.planner.samples import Tokenizer
+from sparsify.planner.settings import Settings
+from sparsify.planner.solve import Problem, Solution, within_cost
+from sparsify.planner.state import State, digest
+from sparsify.planner.uniform import uniforms
+from sparsify.planner.write import head_plans, site_plans
+from sparsify.ranges import contains
+
+
+def plan(
+    model: Any,
+    data: Any,
+    *,
+    lengths: Sequence[int] | int,
+    budget: Any = 0.5,
+    name: str = "",
+    tokenizer: Tokenizer | None = None,
+    held_out: Any = None,
+    objective: Objective | None = None,
+    state: Path | str | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Plan:
+    """Which pattern each head of a model gets under a budget, by predicted cost and measured quality.
+
+    model: whatever the backend catches, in evaluation mode; of Hugging Face's kind where `data` is text or tokens,
+    since these are given as `input_ids`. data: texts, tokens or `Readings`; held_out: more, to validate with (else the
+    end of the data). lengths: in tokens, that are profiled. budget: a share of the dense cost, or "loss +1%".
+    tokenizer: how texts are read (bytes, by default). objective: what results are measured by (see `objective`). state:
+    a folder where what was found is kept until the plan is there, so that a killed run goes on. The other settings are
+    those of `Settings`. `plan(...).spec()` is for the backend.
+
+    Raises InputError for no data, a length beyond the model's, a budget that no candidates meet (with the nearest that
+    is met), and a model none of whose attentions can be rewritten.
+    """
+    begun, wanted = time.perf_counter(), Settings.read(lengths=lengths, budget=budget, **settings)
+    config = getattr(model, "config", None)
+    longest = longest_of(config)
+    if data is None or (hasattr(data, "__len__") and not len(data)):
+        raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
+    found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
+    usual = partial(kinds_of.default, longest=max(wanted.lengths), of=wanted.of, kinds=wanted.kinds, shape=wanted.shape)
+    chosen = wanted.candidates or usual
+    rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
+    about = Model(name or type(model).__name__, model_fingerprint(rig, config))
+    run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
+    folder = None if state is None else Path(state)
+    kept = State(folder, digest(run))
+    made = Planner(rig, found, wanted, kept, progress).make(about)
+    kept.clear()
+    return replace(made, seconds=time.perf_counter() - begun)
+
+
+def longest_of(config: Any) -> int | None:
+    """How many tokens a model can read, if its config says so."""
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def model_fingerprint(rig: Rig, config: Any) -> str:
+    """See `plan.fingerprint`."""
+    names = "address", "use", "heads", "kv_heads"
+    sites = [{name: getattr(site.info, name) for name in names} | {"dim": site.head_dim} for site in rig.heads.sites]
+    return fingerprint(sites, config.to_dict() if hasattr(config, "to_dict") else None)
+
+
+def _is_decoder(config: Any) -> bool:
+    names = " ".join(getattr(config, "architectures", None) or [])
+    return "CausalLM" in names or "LMHead" in names or bool(getattr(config, "is_decoder", False))
+
+
+def _weights(model: Any) -> list[float]:
+    """A few numbers that other weights don't have."""
+    parameters = getattr(model, "parameters", list)()
+    return [float(one.detach().float().abs().mean()) for one in parameters][:64]
+
+
+@dataclass
+class Planner:
+    """One plan being made."""
+
+    rig: Rig
+    readings: Readings
+    settings: Settings
+    state: State
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.costs = Costs(self.rig.heads, self.settings.lengths, self.settings.of, self.settings.machine)
+        self.shares = self.costs.shares(self.rig.patterns)
+        self.units = self.rig.heads.groups(self.settings.shared_rules)
+        self.measure = Measure(self.rig, self.readings.search, self.state)
+
+    def make(self, about: Model) -> Plan:
+        rig, settings = self.rig, self.settings
+        profile = profiled(rig, self.readings.profile, settings, self.state, self.progress)
+        points, profile, solution = self._front(profile)
+        front = [
+            *points,
+            *uniforms(rig, self.costs, self.measure.uniform, [point.cost for point in points], self.progress),
+        ]
+        front, rows = self._validate(front)
+        chosen = self._choose(front, rows)
+        heads = head_plans(front[chosen].choices, self.shares.mean(0), profile, rig.heads)
+        return Plan(
+            model=about,
+            machine=cost.machine(settings.machine).name,
+            lengths=settings.lengths,
+            of=settings.of,
+            budget=settings.budget.text,
+            profile=settings.profile,
+            unit=rig.objective.unit,
+            candidates=rig.candidates,
+            sites=site_plans(rig, self.costs, heads),
+            front=tuple(front),
+            chosen=chosen,
+            validation=tuple(rows),
+            bound=solution.bound,
+            gap=solution.gap,
+            retrieval=tuple(profile.retrieval(rig.heads)),
+        )
+
+    def problem(self, losses: np.ndarray) -> Problem:
+        """The knapsack of some losses (heads, candidates)."""
+        count = int(self.units.max()) + 1
+        joined = np.zeros((count, losses.shape[1]))
+        np.add.at(joined, self.units, losses)
+        spent = np.zeros((len(self.shares), count, losses.shape[1]))
+        for number, share in enumerate(self.shares):
+            np.add.at(spent[number], self.units, share)
+        first = np.unique(self.units, return_index=True)[1]
+        sites = self.rig.heads.site[first]
+        for place, site in enumerate(self.rig.heads.sites):
+            if site.info.layer is not None and contains(self.settings.dense_layers, site.info.layer):
+                others = np.arange(losses.shape[1]) != self.rig.dense
+                joined[np.ix_(sites == place, others)] = np.inf
+        return Problem(joined, spent, sites, self.settings.per_layer)
+
+    def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
+        """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""
+        budgets = self.settings.budgets()
+        share = self.settings.budget.share
+        within_cost(self.problem(profile.losses), share if share is not None else max(budgets))
+        steps = list(refined(self, profile, budgets))
+        points = [self._point(f"plan at {budget:.4g}", chosen, found) for budget, chosen, found, _ in steps]
+        solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
+        return points[::-1], steps[-1][3], solution
+
+    def _point(self, name: str, chosen: np.ndarray, found: Solution) -> Point:
+        patterns = [self.rig.patterns[one] for one in chosen]
+        cost_now = max(self.costs.share(patterns, length) for length in self.settings.lengths)
+        choices = tuple(tuple(map(int, of)) for of in self.rig.heads.by_site(chosen))
+        return Point(name, cost_now, False, found.value, self.measure(chosen), None, choices)
+
+    def _validate(self, front: Sequence[Point]) -> tuple[list[Point], list[Validation]]:
+        """Each point on what no profile saw, and the rows of the table."""
+        rows, validated = [], []
+        dense = self._losses(None)
+        length = self.readings.validation[0].length
+        for kind, value in dense.items():
+            rows.append(Validation(DENSE, kind, length, 1.0, value, 0.0))
+        for point in front:
+            self.progress.tell(f"validating {point.name}")
+            found = self._losses(point)
+            patterns = self._patterns(point)
+            share = self.costs.share(patterns, length)
+            for kind, value in found.items():
+                rows.append(Validation(point.name, kind, length, share, value, value - dense[kind]))
+            mean = np.mean([found[kind] - dense[kind] for kind in found])
+            validated.append(replace(point, validated=float(mean)))
+        return validated, rows
+
+    def _patterns(self, point: Point) -> list[Any]:
+        if point.uniform:
+            return [Candidate(point.name, point.form).pattern()] * len(self.rig.heads)
+        return [self.rig.patterns[one] for of in point.choices for one in of]
+
+    def _losses(self, point: Point | None) -> dict[str, float]:
+        """The median loss of the validation's samples, by kind of data."""
+        assigned = {} if point is None else self.rig.heads.assignment(self._patterns(point))
+        form = None if point is None else (point.form if point.uniform else point.choices)
+        found: dict[str, list[float]] = {}
+        for sample in self.readings.validation:
+            key = "loss", sample.digest(), form
+            arrays = self.state.of(key, lambda sample=sample: {"losses": self.rig.losses(sample, assigned)})
+            found.setdefault(sample.kind, []).extend(arrays["losses"].tolist())
+        middle: Callable[[list[float]], Any] = np.mean if self.rig.objective.absolute else np.median
+        return {kind: float(middle(values)) for kind, values in found.items()}
+
+    def _choose(self, front: Sequence[Point], rows: Sequence[Validation]) -> int:
+        """The best validated point within the budget; within a bound on the loss, the cheapest."""
+        budget = self.settings.budget
+        own = [number for number, point in enumerate(front) if not point.uniform]
+        if budget.share is not None:
+            fits = [number for number in own if front[number].cost <= budget.share * (1 + 1e-6)]
+            fits = fits or [min(own, key=lambda number: front[number].cost)]
+            return min(fits, key=lambda number: front[number].validated)
+        dense = np.mean([row.loss for row in rows if row.name == DENSE])
+        limit = budget.limit(float(dense))
+        fits = [number for number in own if front[number].validated <= limit]
+        if not fits:
+            best = min(own, key=lambda number: front[number].validated)
+            nearest = f"the nearest is +{front[best].validated:.4g} at {front[best].cost:.1%} of the cost"
+            raise InputError(f"plan: budget: no plan loses at most +{limit:.4g} {self.rig.objective.unit}; {nearest}")
+        return min(fits, key=lambda number: front[number].cost)

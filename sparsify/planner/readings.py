@@ -1,0 +1,99 @@
+"""Readings: the samples that a plan is made on, searched with and validated on; no two of them share text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsify.errors import InputError
+from sparsify.planner.samples import Sample, Stream, Tokenizer, of_bytes
+from sparsify.planner.settings import Settings
+
+TOGETHER = 4  # rows that make one sample
+SEEN = 0.7  # the share of a text that is profiled and searched with, where none is given to validate with
+
+
+@dataclass(frozen=True)
+class Readings:
+    """profile: what losses are profiled on. search: what choices are measured on. validation: what decides."""
+
+    profile: tuple[Sample, ...]
+    search: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+
+
+def readings(
+    data: Any, held_out: Any, settings: Settings, tokenizer: Tokenizer | None, causal: bool, longest: int | None
+) -> Readings:
+    """From `Readings` as they are, texts, or tokens: (N,) a stream, (rows, N) texts of one length.
+
+    held_out: more of the same, to validate with; else the end of `data`. longest: that the model can read. Raises
+    InputError for data that are none or too few, and for lengths beyond the model's.
+    """
+    for length in settings.lengths:
+        if longest is not None and length > longest:
+            raise InputError(f"plan: lengths: found {length}; the model reads at most {longest} tokens")
+    if isinstance(data, Readings):
+        return data
+    if isinstance(data, torch.Tensor) and data.dim() == 2:
+        return _rows(data, held_out)
+    seen = _stream(data, tokenizer)
+    seen, unseen = seen.split(SEEN) if held_out is None else (seen, _stream(held_out, tokenizer))
+    recall = settings.recall if settings.recall is not None else (0.25 if causal else 0.0)
+    profile = [
+        sample for length in settings.lengths for sample in seen.samples(length, settings.samples, 0.0, recall, 1)
+    ]
+    search = seen.samples(max(settings.lengths), max(2, settings.samples), 0.5, recall, 2)
+    other = _unseen_length(settings, longest, len(unseen.tokens))
+    validation = unseen.samples(other, max(4, settings.samples), 0.0, recall, 3)
+    return Readings(tuple(profile), tuple(search), tuple(validation))
+
+
+def _stream(data: Any, tokenizer: Tokenizer | None) -> Stream:
+    tokenizer = tokenizer or of_bytes()
+    if isinstance(data, torch.Tensor | np.ndarray):
+        found = Stream(np.asarray(data).reshape(-1), tokenizer)
+    elif isinstance(data, str):
+        found = Stream.of([data], tokenizer)
+    elif isinstance(data, Sequence) and data and all(isinstance(text, str) for text in data):
+        found = Stream.of(data, tokenizer)
+    else:
+        raise InputError(f"plan: data: expected texts, tokens or Readings, found {_shown(data)}")
+    if not len(found.tokens):
+        raise InputError("plan: data: no text")
+    return found
+
+
+def _rows(data: torch.Tensor, held_out: Any) -> Readings:
+    """Samples as they are."""
+    if held_out is None:
+        cut = max(1, int(len(data) * SEEN))
+        data, held_out = data[:cut], data[cut:]
+    if len(data) < 2 or not len(held_out):
+        raise InputError(f"plan: data: {len(data)} rows are too few to profile, search and validate with; give more")
+    half = max(1, len(data) // 2)
+    parts = data[:half], data[half:], held_out
+    return Readings(*(tuple(Sample.of_tokens(rows) for rows in part.split(TOGETHER)) for part in parts))
+
+
+def _unseen_length(settings: Settings, longest: int | None, tokens: int) -> int:
+    """Half as long again as the longest that was profiled, where the model and the text allow; else between two, or
+    three quarters of it."""
+    if settings.validate_length is not None:
+        if longest is not None and settings.validate_length > longest:
+            what = f"the model reads at most {longest} tokens"
+            raise InputError(f"plan: validate_length: found {settings.validate_length}; {what}")
+        return settings.validate_length
+    most = max(settings.lengths)
+    wanted = most * 3 // 2
+    if (longest is None or wanted <= longest) and wanted <= tokens:
+        return wanted
+    return min(most * 3 // 4, tokens)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None or (hasattr(value, "__len__") and not len(value)) else type(value).__name__

@@ -1,0 +1,91 @@
+"""Refine: heads' errors are neither equal in effect nor independent, so what was chosen is looked at again.
+
+From mild budgets to tight ones: the influence of candidates is profiled again where the model is by now, the knapsack
+is solved on it, and what the sketch says of all heads together is searched from there. What decides between the two is
+always the model itself, on the samples of the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.errors import InputError
+from sparsify.patterns import Pattern
+from sparsify.planner.exchange import exchanged
+from sparsify.planner.plan import Candidate
+from sparsify.planner.profiles import Profile
+from sparsify.planner.profiles.influence import influence
+from sparsify.planner.rig import Rig
+from sparsify.planner.samples import Sample
+from sparsify.planner.solve import Solution, within_cost
+from sparsify.planner.state import State
+
+if TYPE_CHECKING:
+    from sparsify.planner.make import Planner
+
+OWN = (1.0, 0.3)  # what heads' own errors weigh beside the sketch of all together, which has few rows
+
+
+@dataclass
+class Measure:
+    """The distance from the dense output on some samples, each thing asked once."""
+
+    rig: Rig
+    samples: Sequence[Sample]
+    state: State
+
+    def __call__(self, chosen: np.ndarray) -> float:
+        """Of the candidates of all heads."""
+        patterns = [self.rig.patterns[one] for one in chosen]
+        return self._of(("chosen", chosen.tolist()), patterns)
+
+    def uniform(self, one: Candidate) -> float:
+        """Of one candidate for all heads."""
+        return self._of(("uniform", one.form), [one.pattern()] * len(self.rig.heads))
+
+    def _of(self, what: Any, patterns: Sequence[Pattern | None]) -> float:
+        assigned = self.rig.heads.assignment(patterns)
+        key = "distance", what, [sample.digest() for sample in self.samples]
+
+        def make() -> dict[str, np.ndarray]:
+            return {"value": np.array([self.rig.distance(sample, assigned) for sample in self.samples])}
+
+        return float(self.state.of(key, make)["value"].mean())
+
+
+def refined(
+    planner: Planner, profile: Profile, budgets: Sequence[float]
+) -> Iterator[tuple[float, np.ndarray, Solution, Profile]]:
+    """For each budget that can be met, the mildest first: it, the candidate of every head, the knapsack's solution (its
+    value and bound are those of the losses alone) and the profile that it is of."""
+    again = _marks(len(budgets), planner.settings.rounds) if profile.current is not None else set()
+    chosen = np.full(len(planner.rig.heads), planner.rig.dense)
+    for number, budget in enumerate(budgets):
+        if number in again and number:
+            profile = _again(planner, profile, chosen)
+        problem = planner.problem(profile.losses)
+        try:
+            found = within_cost(problem, budget)
+        except InputError:
+            continue
+        planner.progress.tell(f"choosing at {budget:.3g} of the cost")
+        options = [found.chosen]
+        if profile.current is not None:
+            options += [exchanged(problem, budget, planner.units, profile.current, found.chosen, own) for own in OWN]
+        chosen = min((option[planner.units] for option in options), key=planner.measure)
+        yield budget, chosen, found, profile
+
+
+def _marks(count: int, rounds: int) -> set[int]:
+    """The budgets before which the profile is made again: `rounds` of them, the tightest ones included."""
+    return {count - 1 - number * max(1, count // (rounds + 1)) for number in range(rounds)} if rounds else set()
+
+
+def _again(planner: Planner, profile: Profile, chosen: np.ndarray) -> Profile:
+    samples, settings = planner.readings.profile, planner.settings
+    found = influence(planner.rig, samples, settings, planner.state, planner.progress, chosen)
+    return found if profile.scores is None else found.scored(profile.scores)

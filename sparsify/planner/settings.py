@@ -1,0 +1,131 @@
+"""What a user asks of a plan, read and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.errors import InputError, nearest
+from sparsify.planner.heads import OF
+from sparsify.planner.plan import Candidate
+from sparsify.ranges import Ranges, read_ranges
+
+PROFILES = (
+    "influence", "effect", "output", "recall", "echo", "induction", "retrieval", "local", "gates", "moa",
+)  # fmt: skip
+FRONT = (0.75, 0.5, 0.35, 0.25, 0.125)
+_BOUND = re.compile(r"\s*loss\s*\+\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """share: of the dense cost; or None, and the quality bound: the loss may be `above` what dense attention loses, or
+    that share of it where `relative`."""
+
+    text: str
+    share: float | None = None
+    above: float = 0.0
+    relative: bool = False
+
+    @classmethod
+    def read(cls, value: Any) -> Budget:
+        """From 0.5, "50%", "loss +1%" or "loss +0.01". Raises InputError."""
+        text = str(value).strip()
+        bound = _BOUND.fullmatch(text)
+        try:
+            if bound:
+                above = float(bound[1]) / (100 if bound[2] else 1)
+                if above <= 0:
+                    raise ValueError
+                return cls(text, None, above, bool(bound[2]))
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+            if isinstance(value, bool) or not 0 < share <= 1:
+                raise ValueError
+            return cls(text, share)
+        except ValueError:
+            allowed = "a share of the dense cost above 0 and at most 1, such as 0.5, or a bound such as 'loss +1%'"
+            raise InputError(f"plan: budget: expected {allowed}, found {value!r}") from None
+
+    def limit(self, dense: float) -> float:
+        """The most that may be lost above dense attention, which itself loses `dense`."""
+        return self.above * dense if self.relative else self.above
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is made.
+
+    lengths: that are profiled, in tokens. of: what the budget is a share of. profile: one of `PROFILES`. candidates:
+    those that heads may get, None for the usual ones of these `kinds` (with `shape`, that of a grid of tokens).
+    per_layer: how many distinct rules a layer may have at most, None for any number. joined: whether the heads of a KV
+    group have one rule; by default where the budget is one of memory, which they share. dense_layers: those that keep
+    everything. samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for
+    a quarter where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made
+    again on the way to a tight budget. exchanges: how many single moves are measured at the end. front: the budgets of
+    the front.
+    """
+
+    lengths: tuple[int, ...]
+    budget: Budget
+    of: str = "time"
+    profile: str = "influence"
+    candidates: tuple[Candidate, ...] | None = None
+    kinds: tuple[str, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    per_layer: int | None = None
+    joined: bool | None = None
+    dense_layers: Ranges = ()
+    machine: Any = None
+    samples: int = 4
+    recall: float | None = None
+    probes: int = 8
+    rounds: int = 2
+    exchanges: int = 0
+    front: tuple[float, ...] = FRONT
+    validate_length: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def read(cls, *, lengths: Sequence[int] | int, budget: Any = 0.5, **given: Any) -> Settings:
+        """Checks what was given. Raises InputError naming the field, what was found and what is allowed."""
+        found = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+        if not found or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 2 for one in found):
+            raise InputError(f"plan: lengths: expected integers of at least 2, such as 1024,2048, found {lengths!r}")
+        _one_of("of", given.get("of", "time"), OF)
+        _one_of("profile", given.get("profile", "influence"), PROFILES)
+        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("exchanges", 0), ("per_layer", 1)):
+            value = given.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InputError(f"plan: {name}: expected an integer of at least {least}, found {value!r}")
+        recall = given.get("recall")
+        if recall is not None and not 0 <= recall <= 1:
+            raise InputError(f"plan: recall: expected a share from 0 to 1, found {recall!r}")
+        if "dense_layers" in given:
+            given["dense_layers"] = _layers(given["dense_layers"])
+        return cls(tuple(sorted(set(found))), Budget.read(budget), **given)
+
+    @property
+    def shared_rules(self) -> bool:
+        """Whether the heads of a KV group have one rule."""
+        return self.of == "memory" if self.joined is None else self.joined
+
+    def budgets(self) -> tuple[float, ...]:
+        """Those of the front with the user's own, the mildest first."""
+        own = () if self.budget.share is None else (self.budget.share,)
+        return tuple(sorted({*self.front, *own}, reverse=True))
+
+
+def _layers(value: Any) -> Ranges:
+    if value in (None, "", ()):
+        return ()
+    try:
+        return read_ranges(value)
+    except ValueError as error:
+        raise InputError(f"plan: dense_layers: {error}, found {value!r}") from None
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"plan: {name}: found {value!r}; {nearest(str(value), allowed)}")

@@ -1,0 +1,68 @@
+"""What a profile has found so far, on disk: a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class State:
+    """Results by what they are of. folder: where they are kept; None keeps nothing.
+
+    A run asks for the same things in the same order, whatever was killed; what is there is not computed again. A key
+    holds all that a result depends on, so a folder of another run is of no harm.
+    """
+
+    def __init__(self, folder: Path | None, run: Any = None) -> None:
+        self.folder, self.run = folder, run
+        self.reused = 0
+
+    def of(self, key: Any, make: Callable[[], Arrays]) -> Arrays:
+        """The arrays of a key, made now if they are not there."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{digest((self.run, key))}.npz"
+        found = _read(path)
+        if found is not None:
+            self.reused += 1
+            return found
+        made = make()
+        _write(path, made)
+        return made
+
+    def clear(self) -> None:
+        """The run is over: what it kept goes."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def digest(value: Any) -> str:
+    """A hash of plain values."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """The file is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(file.name, path)

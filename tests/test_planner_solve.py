@@ -1,0 +1,115 @@
+"""The planner's solver against trying everything, on drawn instances."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify.errors import InputError
+from sparsify.planner.solve import Problem, within_cost, within_loss
+
+NO_LIMIT = st.none()
+
+
+@st.composite
+def problems(draw, most=NO_LIMIT):
+    """A few units in one or two layers, with a dense candidate (cost 1, no loss) and cheaper ones."""
+    units, candidates, lengths = draw(st.integers(1, 4)), draw(st.integers(2, 4)), draw(st.integers(1, 2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    losses = rng.random((units, candidates)) * 10.0 ** rng.integers(-3, 3, (units, 1))
+    costs = rng.random((lengths, units, candidates)) / units
+    losses[:, 0], costs[:, :, 0] = 0.0, 1 / units
+    losses[rng.random(losses.shape) < 0.1] = np.inf
+    losses[:, 0] = 0.0
+    layers = np.sort(rng.integers(0, 2, units))
+    layers = np.unique(layers, return_inverse=True)[1]
+    return Problem(losses, costs, layers, draw(most))
+
+
+def choices(problem):
+    """Every allowed choice."""
+    for chosen in itertools.product(range(problem.losses.shape[1]), repeat=len(problem.losses)):
+        chosen = np.array(chosen)
+        rules = [len(set(chosen[problem.layers == layer])) for layer in set(problem.layers)]
+        if np.isfinite(problem.loss(chosen)) and (problem.most is None or max(rules) <= problem.most):
+            yield chosen
+
+
+def check(problem, budget):
+    fits = [chosen for chosen in choices(problem) if problem.cost(chosen) <= budget + 1e-12]
+    if not fits:
+        least = min(problem.cost(chosen) for chosen in choices(problem))
+        with pytest.raises(InputError, match="no choice comes to") as error:
+            within_cost(problem, budget)
+        assert least <= float(str(error.value).rsplit(" ", 1)[1]) <= least * 1.002 + 1e-9
+        return
+    best = min(problem.loss(chosen) for chosen in fits)
+    found = within_cost(problem, budget)
+    assert problem.cost(found.chosen) <= budget + 1e-6
+    assert found.value == pytest.approx(problem.loss(found.chosen))
+    assert found.value <= best * (1 + 1e-3) + 1e-9
+    assert found.bound <= best * (1 + 1e-6) + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(), st.floats(0.05, 1.0))
+def test_the_least_loss_within_a_budget(problem, budget):
+    check(problem, budget)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(st.integers(1, 2)), st.floats(0.05, 1.0))
+def test_with_few_rules_a_layer_the_bound_holds_and_the_choice_is_near_it(problem, budget):
+    fits = [chosen for chosen in choices(problem) if problem.cost(chosen) <= budget + 1e-12]
+    if not fits:
+        with pytest.raises(InputError):
+            within_cost(problem, budget)
+        return
+    found = within_cost(problem, budget)
+    best = min(problem.loss(chosen) for chosen in fits)
+    rules = [len(set(found.chosen[problem.layers == layer])) for layer in set(problem.layers)]
+    assert max(rules) <= problem.most
+    assert problem.cost(found.chosen) <= budget + 1e-6
+    assert found.bound <= best * (1 + 1e-6) + 1e-9
+    assert best <= found.value * (1 + 1e-6) + 1e-9
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(), st.floats(1e-3, 10))
+def test_the_least_cost_within_a_loss(problem, bound):
+    found = within_loss(problem, bound)
+    mean = problem.costs.mean(0)
+    fits = [chosen for chosen in choices(problem) if problem.loss(chosen) <= bound + 1e-12]
+    best = min(mean[np.arange(len(chosen)), chosen].sum() for chosen in fits)
+    assert problem.loss(found.chosen) <= bound * (1 + 1e-6) + 1e-9
+    assert found.value <= best * (1 + 1e-3) + 1e-9
+
+
+def large(most):
+    rng = np.random.default_rng(0)
+    share = np.sort(rng.uniform(0.01, 1, 60))
+    share[-1] = 1
+    losses = rng.lognormal(0, 2, (1024, 1)) * (1 - share) ** 2 * (1 + 0.3 * rng.random((1024, 60)))
+    costs = np.tile(share, (1024, 1))[None] / 1024
+    return Problem(losses, costs, np.repeat(np.arange(32), 32), most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [None, 2])
+def test_a_large_model_is_solved_to_within_a_percent_in_ten_seconds(most):
+    start = time.process_time()
+    found = within_cost(large(most), 0.25)
+    assert time.process_time() - start < 10
+    assert found.gap <= 0.01
+
+
+def test_a_limit_with_too_many_sets_goes_to_the_solver_whole():
+    problem = large(5)
+    few = Problem(problem.losses[:64], problem.costs[:, :64] * 16, problem.layers[:64], 5)
+    found = within_cost(few, 0.5)
+    assert all(len(set(found.chosen[few.layers == layer])) <= 5 for layer in range(2))
+    free = within_cost(Problem(few.losses, few.costs, few.layers), 0.5)
+    assert free.bound <= found.value * (1 + 1e-9)
