@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+GPU_GRID ?= --length 4096 --length 16384 --length 131072
 
-.PHONY: help demo plans test test-slow zoo wheel-check lint gpu clean
+.PHONY: help demo plans test test-slow zoo wheel-check lint bench-gpu clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -42,10 +43,12 @@ wheel-check: $(STAMP) ## build the wheel and use it from outside the checkout
 lint: $(STAMP) ## style only
 	$(BIN)/ruff check .
 
-gpu: ## the GPU tests and benchmark with the machine's own python; results go to examples/results/
+# The machine's own python, torch and Triton.
+bench-gpu: ## on a GPU machine: numerics first, then the grid and decoding; results go to examples/results/
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m sparsify bench --json examples/results
+	$(PYTHON) -m pytest -m gpu tests/test_triton_gpu.py
+	$(PYTHON) -m sparsify bench --grid --device cuda --dtype bfloat16 $(GPU_GRID) --json examples/results --plot examples/results
+	$(PYTHON) -m sparsify bench --decode --device cuda --json examples/results
 
 clean: ## remove what make made
 	rm -rf $(VENV) build dist out *.egg-info

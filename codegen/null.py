@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparsify import bias
-from sparsify.codegen.slots import gathered, scattered, tokens
+from sparsify.codegen.slots import asked, gathered, scattered, tokens
 from sparsify.codegen.target import Launch
 from sparsify.expr import TRUE, Listed, constant
 from sparsify.patterns.lists import passes, tile_rows
@@ -157,11 +157,13 @@ class _Head:
 
         env = self.env | {"q0": start + offset, "q1": stop - 1 + offset}
         rows = {"q": torch.arange(start, stop)[:, None] + offset}
+        if self.placed is not None:
+            rows = {"q": asked(rows["q"], self.placed[1][0, 0, start:stop, None])}
         top, norm = _first(self.program.sink, env | rows, stop - start)
         total = torch.zeros(stop - start, self.v.shape[-1], dtype=torch.float64)
         for keys, keep in self.tiles(env, rows):
             scores = _capped(self.q[start:stop] @ self.k[keys].T * self.launch.scale, self.program.softcap)
-            scores = scores + bias.evaluate(self.program.bias, self.env | rows | {"k": keys[None]})
+            scores = scores + bias.evaluate(self.program.bias, self.env | rows | {"k": self.asked(keys)})
             values = self.v[keys]
             if keep is not None:
                 scores = scores.masked_fill(~keep, -torch.inf)
@@ -188,6 +190,10 @@ class _Head:
             for start in range(0, len(keys), self.keys):
                 yield from self.tile(rule, keys[start : start + self.keys], env, rows)
 
+    def asked(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys as predicates and biases are asked about them: (1, keys)."""
+        return (keys if self.filled is None else asked(keys, self.filled[1][0, 0, keys]))[None]
+
     def tile(
         self, rule: TileRule, keys: torch.Tensor, env: dict[str, Any], rows: dict[str, Any]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -199,7 +205,7 @@ class _Head:
             return
         keep = None
         if not evaluate(rule.full, corners):
-            found = torch.as_tensor(evaluate(rule.keep, self.env | rows | {"k": keys[None]}))
+            found = torch.as_tensor(evaluate(rule.keep, self.env | rows | {"k": self.asked(keys)}))
             keep = found.expand(len(rows["q"]), len(keys))
         if self.filled is not None:
             filled = self.filled[1][0, 0, keys]

@@ -19,20 +19,29 @@ def slot_count(layout: Layout | None, length: int, env: Mapping[str, Any]) -> in
 
 
 def tokens(layout: Layout, name: str, length: int, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token, filled) of every slot, (B or 1, H or 1, slots); the token of an empty slot is 0.
+    """(token, filled) of every slot, each (B or 1, H or 1, slots); the token of an empty slot is 0.
 
     `name` is the slot's variable, q or k; `env` gives b and h as they broadcast to (B, H, 1, 1), N, Nq and loads.
     """
     import torch
 
     slots = slot_count(layout, length, env)
-    here = dict(env) | {name: torch.arange(slots, device=env["b"].device)}
+    device = env["b"].device
+    here = dict(env) | {name: torch.arange(slots, device=device)}
     here |= {axis: env[axis].reshape(-1, 1, 1) if axis == "b" else env[axis].reshape(1, -1, 1) for axis in ("b", "h")}
-    filled = torch.as_tensor(evaluate(layout.filled, here)).broadcast_to((1, 1, slots))
+    filled = torch.as_tensor(evaluate(layout.filled, here), device=device)
+    filled = filled.broadcast_to(torch.broadcast_shapes(filled.shape, (1, 1, slots)))
     clipped = {k: v for k, v in here.items() if k != name} | {name: torch.where(filled, here[name], 0)}
-    token = torch.as_tensor(evaluate(layout.token, clipped))
+    token = torch.as_tensor(evaluate(layout.token, clipped), device=device)
     token = token.expand(*((1,) * (3 - token.dim())), *token.shape)
     return torch.where(filled, token, 0), filled
+
+
+def asked(slots: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
+    """The slots with the first one, which holds a token, in place of empty ones: loads have nothing for these."""
+    import torch
+
+    return torch.where(filled, slots, 0)
 
 
 def gathered(tensor: torch.Tensor, token: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:

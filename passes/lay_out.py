@@ -1,4 +1,4 @@
-"""Lay out: the tokens of a grid in boxes, where the kernels of a site then visit fewer tiles."""
+"""Lay out: the tokens of a grid in boxes, and those of a dilation together, where kernels then visit fewer tiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.grid import grids
+from sparsify.patterns.layouts.by_head import BestByHead, best_by_head
 from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 
 
@@ -16,10 +17,10 @@ from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 class LayOut:
     """Layouts to sites.
 
-    Before: site.programs are predicates over tokens, some from patterns over a grid of tokens.
-    After:  site.laid_out has them over slots, with a layout that all heads share, where that saves tiles; else, and
-            where not all queries are there in their order, such as in decoding, as they are. What a selection sorts is
-            over slots already, and its order is the layout.
+    Before: site.programs are predicates over tokens, some from patterns over a grid of tokens, some dilated.
+    After:  site.laid_out has them over slots, with a grid's layout that all heads share, or one for each key head by
+            its stride, where that saves tiles; else, and where not all queries are there in their order, such as in
+            decoding, as they are. What a selection sorts is over slots already, and its order is the layout.
 
     Nothing is moved in memory: kernels read the rows of a box where they are, so no permutation is to be hoisted or
     shared between neighbouring sites.
@@ -38,4 +39,11 @@ def _laid_out(site: Site) -> LaidOut:
     whole = same(q_len, k_len) and isinstance(site.q_offset, int) and site.q_offset == 0
     placed = whole and site.positions_known and site.position == Var("q")
     used = found if placed else []
-    return lay_out(site.programs, used, int(k_len) if used else 0, site.bias, site.sink_bias)
+    by_head = _by_head(site, k_len) if placed else None
+    return lay_out(site.programs, used, int(k_len) if used else 0, site.bias, site.sink_bias, by_head)
+
+
+def _by_head(site: Site, length: int) -> BestByHead | None:
+    """The layouts by head, where there are enough tokens for them; of a symbolic length that is a guard."""
+    found = best_by_head(tuple(site.programs), shape(site.k)[1])
+    return found if found is not None and length >= found.least else None

@@ -7,6 +7,7 @@ whether tiles inside the bands can be EMPTY at all (only then is each one tested
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from sparsify.expr import FALSE, TRUE, And, Bound, Eq, Expr, Ge, Or, Pred, conjunction, maximum, minimum
@@ -102,6 +103,7 @@ def _solve(expr: Expr) -> Interval | None:
     return None if found == (None, None) else found
 
 
+@functools.lru_cache(maxsize=4096)
 def by_intervals(pred: Pred) -> bool:
     """Whether the keys of each single query are all of those in its bands: nothing in them is left out."""
     found, complete = _alternatives(pred)

@@ -22,9 +22,17 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("sparsify"))
 
 
+def tuned() -> Path | None:
+    """SPARSIFY_TUNED: the file of tuned kernels, by default tuned.json in the cache folder; 0 (None) for none."""
+    found = os.environ.get("SPARSIFY_TUNED")
+    if found == "0":
+        return None
+    return Path(found) if found else cache_dir() / "tuned.json"
+
+
 def target() -> str:
     """SPARSIFY_TARGET: auto (default), cpp, triton or null."""
-    return _one_of("SPARSIFY_TARGET", "auto", TARGETS)
+    return _one_of("SPARSIFY_TARGET", "auto", TARGETS) if _TARGET in _DATA else "auto"
 
 
 def crossover() -> bool:
@@ -47,9 +55,16 @@ def compiler() -> str | None:
     return os.environ.get("SPARSIFY_CXX") or os.environ.get("CXX") or None
 
 
-def build_variables() -> tuple[str | None, ...]:
+def build_variables() -> tuple[object, ...]:
     """The values of all variables that decide how a kernel is built and where it is kept: the key of what is built."""
-    return tuple(map(os.environ.get, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR")))
+    return tuple([_DATA.get(name) for name in _BUILD])
+
+
+# Asked at every call of a kernel. What lies behind os.environ says ten times as fast that a name isn't there.
+_DATA = getattr(os.environ, "_data", os.environ)
+_KEY = getattr(os.environ, "encodekey", str)
+_BUILD = tuple(map(_KEY, ("SPARSIFY_ISA", "SPARSIFY_CXX", "CXX", "PATH", "SPARSIFY_CACHE_DIR", "SPARSIFY_TUNED")))
+_TARGET = _KEY("SPARSIFY_TARGET")
 
 
 def _one_of(name: str, default: str, allowed: tuple[str, ...]) -> str:

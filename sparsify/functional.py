@@ -11,7 +11,7 @@ from sparsify import op
 from sparsify.codegen import Launch
 from sparsify.codegen.oracle import kept_tokens
 from sparsify.errors import InputError
-from sparsify.functional_plan import plan
+from sparsify.functional_plan import least_tokens, plan
 from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids as grids_of
@@ -59,13 +59,13 @@ def attention(
     if q.shape[2] == 0 or k.shape[2] == 0:
         out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
         return (out, lse) if return_lse else out
-    text, loads, dropped, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=True)
+    text, loads, dropped, *numbers = planned(q, k, pattern, mask, scale, q_offset, laid_out=True)
     if dropped:
         out, lse = attention_compensated(q, k, v, loads, *numbers, text, dropped)
     elif return_lse:
         out, lse = op.attention_lse(q, k, v, loads, *numbers, text)
     else:
-        return op.attention(q, k, v, loads, *numbers, text)
+        return op.called(q, k, v, loads, *numbers, text)
     return (out, lse) if return_lse else out
 
 
@@ -86,12 +86,12 @@ def kept(
     _check(q, k, k, mask, scale, q_offset)
     if q.shape[2] == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
-    text, loads, _, *numbers = _planned(q, k, pattern, mask, scale, q_offset, laid_out=False)
+    text, loads, _, *numbers = planned(q, k, pattern, mask, scale, q_offset, laid_out=False)
     found = kept_tokens(Launch(Program.parse(text), q, k, k, tuple(loads), *numbers))
     return found if mask is None or mask.dtype == torch.bool else found & (mask > DROPPED)
 
 
-def _planned(
+def planned(
     q: torch.Tensor,
     k: torch.Tensor,
     pattern: Pattern | Sequence[Pattern],
@@ -109,7 +109,10 @@ def _planned(
     loads, where = _loads(mask, q_offset if rows_asked else None, q.device)
     whole = laid_out and q.shape[2] == k.shape[2] and q_offset in (None, 0)
     grids = (found, int(k.shape[2])) if found and whole else ((), 0)
-    text, asks, dropped = plan(rules, where, grids, q.shape[1], k.shape[1], q.shape[2] == 1, q.device.type)
+    heads, kv_heads = len(rules), len((None,) * k.shape[1])  # under Dynamo constants, as a program's heads are
+    by_head = 1 if whole and q.shape[2] >= least_tokens(rules, kv_heads) else 0  # a branch is a guard to Dynamo
+    one_query = 1 if q.shape[2] == 1 else 0
+    text, asks, dropped = plan(rules, where, grids, heads, kv_heads, bool(one_query), q.device.type, bool(by_head))
     usable = [mask if mask.dtype == torch.bool else mask > DROPPED] if mask is not None and asks else []
     for ask in asks:
         loads += select(q, k, usable, None, offset, factor, ask)
@@ -161,13 +164,21 @@ def _rules(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[str, ...]:
 def _grids(pattern: Pattern | Sequence[Pattern], keys: int | torch.SymInt) -> tuple[GridFields, ...]:
     """The grids in all heads' patterns, as plain values. Raises InputError where the keys are not their tokens."""
     found: tuple[GridFields, ...] = ()
+    traced = torch.compiler.is_compiling()
     for one in [pattern] if isinstance(pattern, Pattern) else pattern:
-        mine = tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids_of(one)])
+        mine = _own_grids(one) if traced else one.__dict__.get("grids")
+        if mine is None:
+            mine = _own_grids(one)
+            one.__dict__["grids"] = mine  # a pattern never changes, and is asked at every call
         wrong = one.fits(int(keys)) if mine else ""
         if wrong:
             raise InputError(f"attention: pattern: {wrong}")
         found += mine
     return found
+
+
+def _own_grids(pattern: Pattern) -> tuple[GridFields, ...]:
+    return tuple([(type(g), tuple([getattr(g, name) for name in g.__match_args__])) for g in grids_of(pattern)])
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

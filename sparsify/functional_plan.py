@@ -21,6 +21,7 @@ from sparsify.patterns.head_choices import (
     sees_no_future,
     skip_of,
 )
+from sparsify.patterns.layouts.by_head import NEVER, best_by_head
 from sparsify.patterns.layouts.lay_out import lay_out
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.select import Choice
@@ -47,19 +48,41 @@ class Where(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan(
-    rules: tuple[str, ...], where: tuple, grids: tuple, heads: int, kv_heads: int, one_query: bool, device: str
+    rules: tuple[str, ...],
+    where: tuple,
+    grids: tuple,
+    heads: int,
+    kv_heads: int,
+    one_query: bool,
+    device: str,
+    by_head: bool = False,
 ) -> tuple[str, tuple[str, ...], str]:
     """The canonical program of the rules of all heads and of a mask, the text of each selection to be made, and that of
     what is dropped and joins as one key, "" for nothing.
 
     `where` has the fields of a `Where`. grids: those in the heads' patterns, each as (class, fields), and of how many
-    tokens, where all of them are queries and keys; else ((), 0). Raises InputError for a selection that can't be made
+    tokens, where all of them are queries and keys; else ((), 0). by_head: whether they may lie `by_head`, which takes
+    `least_tokens`. Raises InputError for a selection that can't be made
     here.
     """
-    return _plan(rules, Where(*where), grids, heads, kv_heads, one_query, env.target(), device)
+    return _plan(rules, Where(*where), grids, heads, kv_heads, one_query, env.target(), device, by_head)
+
+
+@torch.compiler.assume_constant_result
+def least_tokens(rules: tuple[str, ...], kv_heads: int) -> int:
+    """From how many tokens on it pays to lay those of each key head out by its stride, if all are queries and keys."""
+    return _least_tokens(rules, kv_heads)
 
 
 @functools.lru_cache(maxsize=1024)
+@torch.compiler.disable
+def _least_tokens(rules: tuple[str, ...], kv_heads: int) -> int:
+    found = best_by_head(tuple(map(parse_pred, rules)), kv_heads)
+    return NEVER if found is None else found.least
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.compiler.disable  # Dynamo runs what is constant to it, and would compile what that calls
 def _plan(
     rules: tuple[str, ...],
     where: Where,
@@ -69,6 +92,7 @@ def _plan(
     one_query: bool,
     target: str,
     device: str,
+    by_head: bool,
 ) -> tuple[str, tuple[str, ...], str]:
     keeps, bias, usable = _with_mask([parse_pred(rule) for rule in rules], where, one_query)
     found = [_pattern_checked(head_choices, keep) for keep in keeps]
@@ -94,7 +118,8 @@ def _plan(
     of_heads = tuple(skips.get(head.online) for head in found) if skips else ()
     if order is None:
         drawn = [grid(*given) for grid, given in grids[0]]
-        laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias)
+        apart = best_by_head(tuple(map(parse_pred, rules)), kv_heads) if by_head else None
+        laid_out = lay_out([with_choices(keep, made) for keep in keeps], drawn, grids[1], bias, None, apart)
     else:
         laid_out = order.laid_out((with_choices(order.keep(keep), made) for keep in keeps), bias)
     given = {"loads": loads, "target": name, "skips": of_heads}

@@ -47,6 +47,29 @@ attention = torch.ops.sparsify.attention.default
 attention_lse = torch.ops.sparsify.attention_lse.default
 
 
+def called(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
+    """The output of `attention`; of plain tensors without the way through the dispatcher, which takes some 25 us."""
+    if not torch.compiler.is_compiling() and _undisturbed() and all(map(_plain, (q, k, v, *loads))):
+        return _attention(q, k, v, loads, q_offset, scale, program)
+    return attention(q, k, v, loads, q_offset, scale, program)
+
+
+def _undisturbed() -> bool:
+    """Whether nobody would see or change a call on its way: no mode, transform, trace or profile is on."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what its memory holds."""
+    return type(tensor) is torch.Tensor and (tensor.is_cpu or tensor.is_cuda) and not tensor.is_neg()
+
+
 LIBRARY.define("sizes(Tensor like, SymInt n, str[] names) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -119,6 +120,7 @@ def _parts(node: Any) -> tuple[Any, ...]:
     return tuple(getattr(node, name) for name in node.__match_args__)
 
 
+@functools.lru_cache(maxsize=16384)
 def variables(node: Any) -> frozenset[str]:
     """The names of the variables in a node."""
     return frozenset(leaf.name for leaf in _leaves(node) if isinstance(leaf, Var))

@@ -148,7 +148,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, **outputs: Callable[[Inputs], Any])
         timed[:] = runs
         return {name: [float(number)] * 5 for number, name in enumerate(runs, 1)}
 
-    monkeypatch.setattr(measuring, "peers_of", lambda case: outputs)
+    monkeypatch.setattr(measuring, "peers_of", lambda case, device: outputs)
     monkeypatch.setattr(measuring, "interleaved", interleaved)
     monkeypatch.setattr(measuring, "gemm_side", lambda dtype, device: 16)
     return timed
@@ -278,9 +278,9 @@ def test_decoding_counts_the_bytes_that_a_group_keeps(eager: None, monkeypatch: 
 
     monkeypatch.setattr(decode, "interleaved", interleaved)
     monkeypatch.setattr(decode, "KEYS", 3000)
-    monkeypatch.setattr(decode, "READ_BYTES", 2**20)
+    monkeypatch.setitem(decode.SIZES, "cpu", decode.Size(1, 8, 2**20))
     for case, keys in zip(decode.CASES, (2 * 1028, 2 * 3000, 3000 + 7 * 1028), strict=True):
-        found = decode.measure(case, "bfloat16", 5, 0.1, lambda text: None)
+        found = decode.measure(case, "bfloat16", "cpu", 5, 0.1, lambda text: None)
         assert found.right and found.kept == keys * 128 * 2 * 2 and found.of_memory == found.kept / 2**20
         assert json.loads(json.dumps(found.as_dict()))["of_memory"] == found.of_memory
     wrong = replace(found, error=1.0)

@@ -146,6 +146,22 @@ def test_one_key_head_for_all():
     assert capture.sites[0].k.meta["val"].shape[1] == 1
 
 
+@pytest.mark.parametrize("attention", [eager, F.scaled_dot_product_attention])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_heads_of_queries_keys_and_values_in_one_tensor(heads_first, attention):
+    """Cut along the heads, as OpenELM does: each part's are its own."""
+
+    def function(x, weight):
+        packed = F.linear(x, weight).unflatten(-1, (-1, D))
+        packed = packed.transpose(1, 2) if heads_first else packed
+        q, k, v = packed.split([H, 2, 2], 1 if heads_first else 2)
+        q, k, v = (q, k, v) if heads_first else (t.transpose(1, 2) for t in (q, k, v))
+        return attention(q, k.repeat_interleave(H // 2, 1), v.repeat_interleave(H // 2, 1))
+
+    (site,) = traced(function, torch.randn(B, N, 16), torch.nn.Parameter(torch.randn((H + 4) * D, 16))).sites
+    assert site.q.meta["val"].shape == (B, H, N, D) and site.k.meta["val"].shape == (B, 2, N, D)
+
+
 def test_a_bias_becomes_a_term_beside_its_mask():
     def function(q, k, v, bias):
         scores = q @ k.mT * D**-0.5 + bias

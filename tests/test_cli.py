@@ -110,7 +110,7 @@ def test_schema_prints_the_schema(run):
     assert (code, err) == (0, "") and json.loads(out) == schema()
 
 
-@pytest.mark.parametrize("command", [function.__name__ for function in cli.COMMANDS])
+@pytest.mark.parametrize("command", [function.__name__.strip("_") for function in cli.COMMANDS])
 def test_every_command_explains_itself_at_80_columns(run, command):
     code, out, err = run(f"{command} --help")
     assert (code, err) == (0, "") and f"Usage: sparsify {command}" in out
@@ -121,7 +121,10 @@ def test_every_command_explains_itself_at_80_columns(run, command):
 def test_doctor_reports_each_check(run):
     code, out, err = run("doctor --json")
     found = {finding["name"]: finding for finding in json.loads(out)}
-    names = ["python", "torch", "processor", "compiler", "cache", "triton", "gpu", "target cpp", "target triton"]
+    names = [
+        "python", "torch", "processor", "compiler", "cache", "tuned kernels", "triton", "gpu", "target cpp",
+        "target triton",
+    ]  # fmt: skip
     assert list(found) == names and err == ""
     assert code == (0 if found["target cpp"]["ok"] or found["target triton"]["ok"] else 1)
     assert "torch" in run("doctor")[1]
@@ -163,12 +166,14 @@ def test_doctor_tells_a_wrong_kernel(monkeypatch):
 
 def test_doctor_prints_the_table_of_kernels(run, monkeypatch):
     resources = pytest.importorskip("sparsify.codegen.triton.resources")
-    rows = [resources.Row("causal__bfloat16__d64__m128n64w4s3", "sm_90", 168, 0, 49152)]
+    rows = [resources.Row("causal__bfloat16__d64__m128n64w4s3", "sm_90", 168, 0, 49152, "wgmma+tma")]
     rows += [resources.Row("expr__float32__d128__m64n32w4s2", "gfx942", 255, 64, 65536)]
     monkeypatch.setattr(resources, "kernel_resources", lambda progress: rows)
     code, out, err = run("doctor --kernels")
-    assert (code, err) == (0, "") and out.splitlines()[0].split() == ["kernel", "chip", "registers", "spills", "shared"]
-    assert out.splitlines()[1].split() == ["causal__bfloat16__d64__m128n64w4s3", "sm_90", "168", "0", "49152"]
+    titles = ["kernel", "chip", "registers", "spills", "shared", "matrix"]
+    assert (code, err) == (0, "") and out.splitlines()[0].split() == titles
+    first = ["causal__bfloat16__d64__m128n64w4s3", "sm_90", "168", "0", "49152", "wgmma+tma"]
+    assert out.splitlines()[1].split() == first
     assert json.loads(run("doctor --kernels --json")[1])[1]["spills"] == 64
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from sparsify.walk import evaluate, variables
 
 CPP = Path(__file__).parents[1] / "codegen" / "cpp"
 HEAD = 3
+TRUTH = cost.machine("epyc-zen3")
 CLOSED = (
     p.dense(),
     p.causal(),
@@ -77,10 +76,16 @@ def test_pairs_are_those_of_the_dense_mask(drawn, shape):
     mask = drawn[0].mask(HEAD + 1, at.q_len, at.k_len, at.offset)[HEAD].numpy()
     assert kept_pairs(keep, HEAD, at) == mask.sum()
     assert kept_by_any(((keep, HEAD),), at) == mask.any(0).sum()
+    last, other = _at(1, at.k_len, at.offset + at.q_len - 1), (p.sinks(7) | p.window(3)) & p.causal()
+    both = mask[-1] | other.mask(1, 1, at.k_len, last.offset)[0, 0].numpy()
+    assert (
+        kept_by_any(((other.keep(), 0), (keep, HEAD)), Positions(1, at.k_len, last.offset, at.q_len, at.k_len))
+        == both.sum()
+    )
     nest = Nest(16, 1, 16, 4, 8)
     found = tiles_of(((keep, HEAD),), 1, at, nest)
     assert ((found.full + found.partial) * found.rows).sum() * nest.keys >= mask.sum()
-    assert found.whole.sum() + found.live.sum() >= mask.sum() - 1e-6
+    assert found.whole.sum() + found.masked.sum() >= mask.sum() - 1e-6
 
 
 @pytest.mark.parametrize("pattern", CLOSED, ids=str)
@@ -130,26 +135,53 @@ def test_the_drivers_numbers_are_those_of_its_headers():
     text = "\n".join((CPP / name).read_text() for name in ("parts.h", "worker.h", "driver.h"))
     found = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([^,;]+)[,;]", text))
     for module in (nests, schedule):
-        for name in (
-            "CACHE_BYTES",
-            "TOTAL_CACHE_BYTES",
-            "MANY_ITEMS",
-            "WORTH_A_SPLIT",
-            "WORTH_A_THREAD",
-            "DIRECT_WORK",
-        ):
+        for name in ("TOTAL_CACHE_BYTES", "MANY_ITEMS", "WORTH_A_SPLIT", "WORTH_A_THREAD", "DIRECT_WORK"):
             if name in vars(module):
                 assert eval(found[name]) == getattr(module, name), name
-    assert found["DIRECT_ROWS"] == "4 * MR" and nests.DIRECT_ROWS == 4 * nests.BLOCK_ROWS
 
 
 def test_few_queries_are_read_where_keys_lie_and_share_tiles():
     one = cpp_nest(Shape(8, 2, 1, 4096, 64), "avx2", 2)
-    assert (one.rows, one.heads, one.direct, one.split) == (1, 4, True, True)
+    assert (one.rows, one.heads, one.direct, one.whole_group) == (1, 4, True, True)
+    tuned = cpp_nest(Shape(8, 2, 4096, 4096, 64), "avx2", 2, tuned=(("blocks", 8), ("cache_kib", 512)))
+    assert (tuned.rows, tuned.held) == (48, 16)
     many = cpp_nest(Shape(8, 2, 4096, 4096, 64), "avx2", 2)
     assert (many.rows, many.heads, many.direct, many.held) == (96, 1, False, 256)
     assert not cpp_nest(Shape(8, 2, 1, 4096, 40), "avx512", 2).direct  # rows are no whole panels
     assert cpp_nest(Shape(8, 2, 512, 512, 64), "avx2", 2, list_rows=128).rows == 64
+
+
+TILED = (
+    (p.causal(), {}),
+    (p.window(300), {"q_len": 1}),
+    (p.window(300), {"q_len": 5, "heads": 8, "kv_heads": 2}),
+    (p.neighborhood([64, 64], 13), {}),
+    (p.dense(), {"q_len": 1, "heads": 64, "kv_heads": 8, "batch": 4}),
+)
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("pattern", "sizes"), TILED, ids=str)
+def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
+    import torch
+
+    from sparsify.codegen import Launch
+    from sparsify.codegen.triton.kernels import processors
+    from sparsify.codegen.triton.tuning import tiled
+    from sparsify.cost.site import site_of
+
+    shape = Shape(sizes.get("heads", 4), sizes.get("kv_heads", 4), sizes.get("q_len", 4096), 4096, 64, dtype,
+                  sizes.get("batch", 1))  # fmt: skip
+    site = site_of((pattern,) * shape.heads, shape)
+    q, k = (torch.empty(shape.batch, heads, length, 64, dtype=getattr(torch, dtype), device="meta")
+            for heads, length in ((shape.heads, shape.q_len), (shape.kv_heads, 4096)))  # fmt: skip
+    launch = Launch(site.program()[0], q, k, k, (), 4096 - shape.q_len, 0.125)
+    found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
+    machine = TRUTH.model_copy(update={"target": "triton", "arch": arch, "cores": processors(launch)})
+    nest = site.nest(machine)
+    assert (nest.rows, nest.heads, nest.keys) == (found.rows, found.heads, found.block_n)
+    assert (nest.block, nest.splits, nest.near) == (found.block_m, found.splits, found.l2_mib << 20)
 
 
 NATTEN = (
@@ -185,7 +217,7 @@ def test_an_estimate_adds_up_on_every_shipped_machine(name, sizes):
     joined = [mask[-1] for mask in masks]
     held = sum(int(sum(joined[g : g + 4]).bool().sum()) for g in (0, 4, 8))
     assert found.kv_bytes == batch * held * 2 * 64 * 4
-    assert 0 < found.busy <= 1 + 1e-9 and found.launches == 1 and found.permutations == 0
+    assert 0 < found.busy <= 1 + 1e-9 and found.launches in (1, 2) and found.permutations == 0
     assert name in str(found)
 
 
@@ -264,15 +296,6 @@ def test_a_calibrated_machine_is_found_before_a_shipped_one(tmp_path, monkeypatc
     mine = cost.machine("epyc-zen3").model_copy(update={"name": "mine"})
     path = cost.save(mine)
     assert cost.machine() == mine and cost.machine(path.stem) == mine
-
-
-def test_counting_needs_no_torch():
-    code = (
-        "import sys; from sparsify import cost, patterns as p\n"
-        "cost.estimate([p.causal()], length=300, head_dim=64, machine='h100')\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_pieces_name_every_tile_once():

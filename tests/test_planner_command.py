@@ -51,7 +51,7 @@ def run(monkeypatch, capsys, folder):
     return command
 
 
-GIVEN = "--data text.txt --lengths 32,48 --candidates few.yaml --samples 1 --rounds 0 --of pairs"
+GIVEN = "--data text.txt --lengths 32,48 --candidates few.yaml --samples 1 --rounds 0 --of pairs --no-evidence"
 
 
 def test_a_folder_and_text_give_a_spec(run, folder):

@@ -28,7 +28,7 @@ LARGE = [
 
 @pytest.fixture(scope="module")
 def device() -> str:
-    from sparsify.codegen.triton.target import interpreting
+    from sparsify.codegen.triton.kernels import interpreting
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU was found")

@@ -157,9 +157,10 @@ def _rows(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kee
     scores = q @ k.transpose(-1, -2) * launch.scale
     scores = (scores if cap is None else cap * torch.tanh(scores / cap)) + bias  # as model code spells it
     if sink is not None:
-        logit = biases.evaluate(sink, env).to(scores.dtype).expand(*scores.shape[:3], 1)
+        logit = biases.evaluate(sink, env).to(scores).expand(*scores.shape[:3], 1)
         out = torch.softmax(torch.cat([scores, logit], -1), dim=-1)[..., :-1] @ v
     elif cap is None:
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))  # CUDA's kernels take no odd strides
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=launch.scale)
     else:
         out = torch.softmax(scores, dim=-1) @ v
@@ -231,6 +232,37 @@ def _mixed() -> list[Case]:
     ]
 
 
+def _split() -> list[Case]:
+    """Few queries over many keys, which splits share; groups whose heads share a tile, and some that can't."""
+    mixture = (
+        C,
+        p.window(9),
+        (p.sinks(4) | p.window("N/8 + 3")) & C,
+        p.dense(),
+        p.same_block(16),
+        p.window(5) & ~p.window(5),
+    )
+    holes = "k <= q and (_0[b, k] or k < 3)"
+    return [
+        Case("split", C, lengths=(1, 701), heads=(4, 1)),
+        Case("split_window", (p.sinks(4) | p.window(300)) & C, lengths=(3, 701), heads=(6, 2), layout="strided"),
+        Case("split_mixture", mixture, lengths=(5, 700), heads=(6, 2), batch=2),
+        Case("split_holes", holes, lengths=(2, 701), heads=(6, 3), batch=2, loads=(("bool", (2, 701)),)),
+        Case("split_stride", p.column_stride(3, block=32, offset="head") & C, lengths=(16, 701), heads=(2, 1)),
+        Case("split_bias", C, lengths=(3, 700), heads=(4, 2), bias="sum", sink="by head", q_offset=0),
+        Case(
+            "split_minima",
+            p.dense(),
+            lengths=(1, 700),
+            bias="tensor",
+            q_offset=0,
+            loads=(*MINIMA[:3], ("minima", (1, 2, 1, 700))),
+        ),
+        Case("split_softcap", C, lengths=(2, 700), heads=(8, 2), softcap=5.0, sizes=(24, 40)),
+        Case("split_nothing", p.window(5) & ~p.window(5), lengths=(2, 700), heads=(4, 2)),
+    ]
+
+
 def _data() -> list[Case]:
     """Tiles that data makes empty or full, and indices whose runs are hard to bound."""
     padding = (("bool", (2, 130)),)
@@ -265,13 +297,24 @@ def _data() -> list[Case]:
 
 def _halves() -> list[Case]:
     """Both 16-bit dtypes over the kinds that differ in them."""
-    found = {case.name: case for case in _static() + _mixed()}
+    found = {case.name: case for case in _static() + _mixed() + _split()}
     names = ("dense", "streaming", "same_block", "column_stride", "mixture", "gqa", "odd_heads", "decode1", "documents")
-    names += ("bool_tensor", "bias_tensor", "softcap", "before", "bias_alibi", "bias_sum", "sink_by head")
+    names += (
+        "bool_tensor",
+        "bias_tensor",
+        "softcap",
+        "before",
+        "bias_alibi",
+        "bias_sum",
+        "sink_by head",
+        "split_window",
+        "split_holes",
+        "split_bias",
+    )
     return [replace(found[name], dtype=dtype) for dtype in DTYPES[1:] for name in names]
 
 
-CASES: list[Case | Made] = [*_static(), *_mixed(), *_data(), *_halves(), *MADE]
+CASES: list[Case | Made] = [*_static(), *_mixed(), *_split(), *_data(), *_halves(), *MADE]
 # A kernel may be twice as far from the oracle as PyTorch is, plus what one rounding of an output near 1 costs.
 FLOOR = {"float32": 1e-6, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 LSE_ERROR = 1e-5  # sums are made in float32 whatever the dtype, and compared where 1 or less with 1

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from sparsify import env, runtime
 from sparsify.codegen.cpp.launch import Kernel, build, built
 from sparsify.codegen.cpp.source import Shape, render
+from sparsify.codegen.cpp.tuned import tuning
 from sparsify.codegen.target import DTYPES, Launch, dtype_name
+from sparsify.codegen.tuned import FEW
 from sparsify.errors import InputError, Refusal
 from sparsify.program import MAX_RANK
 
@@ -43,23 +45,25 @@ class CppTarget:
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
-        """The C++ source for this machine's instruction set (or the one that SPARSIFY_ISA forces)."""
-        return render(program, Shape.of(dtype, head_dim, value_dim), runtime.machine_isa())[1]
+        """The C++ source for this machine's instruction set (or the one that SPARSIFY_ISA forces), for many queries."""
+        how = tuning(program, dtype, head_dim, value_dim, q_len=FEW + 1)
+        return render(program, Shape.of(dtype, head_dim, value_dim, how), runtime.machine_isa())[1]
 
     def run(self, launch: Launch) -> torch.Tensor:
         """Builds the kernel on first use, and runs it. Raises InputError for what `refuse` refuses, and BuildError."""
         if launch.q.device.type != "cpu":
             raise InputError(f"the C++ target runs on cpu tensors, found {launch.q.device}")
-        return self.kernel(launch.program, launch.q.dtype, launch.q.shape[-1], launch.v.shape[-1]).run(launch)
+        sizes = launch.q.shape[-1], launch.v.shape[-1], launch.q.shape[-2]
+        return self.kernel(launch.program, launch.q.dtype, *sizes).run(launch)
 
-    def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
-        """The built kernel. Raises as `run` does."""
-        found = built(program, dtype, head_dim, value_dim)
+    def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel:
+        """The built kernel for so many queries. Raises as `run` does."""
+        found = built(program, dtype, head_dim, value_dim, q_len)
         if found is None:
             refusal = self.refuse(program, dtype, head_dim, value_dim)
             if refusal is not None:
                 raise InputError(str(refusal))
-            found = build(program, dtype, head_dim, value_dim)
+            found = build(program, dtype, head_dim, value_dim, q_len)
         return found
 
 

@@ -79,7 +79,7 @@ class _BiasRows(Rows):
     """Rows whose elements are floats: expressions of type Floats for the keys v .. v + W - 1 of a tile."""
 
     def __init__(self, names: Names) -> None:
-        super().__init__(names.text)
+        super().__init__(names.text, names.keys)
         self.names = names
 
     def term(self, term: Term, share: int) -> str:

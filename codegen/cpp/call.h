@@ -1,4 +1,4 @@
-// What a launch passes (mirrored by `Call` in launch.py), and the integer arithmetic of tile rules.
+// What a launch passes (mirrored by `CALL` in launch.py), and the integer arithmetic of tile rules.
 
 typedef int64_t I;
 

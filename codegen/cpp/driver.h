@@ -3,7 +3,7 @@
 constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
 constexpr I DIRECT_WORK = 12; // of a tile that few rows meet, which waits for memory
 constexpr I MANY_ITEMS = 32; // for one thread
-constexpr I CACHE_BYTES = 8 << 20, TOTAL_CACHE_BYTES = 64 << 20;
+constexpr I TOTAL_CACHE_BYTES = 64 << 20;
 
 struct Plan {
     const Call* call;
@@ -128,12 +128,12 @@ static bool share_out(Call& c, Plan& plan, Item* items, bool once) {
     I worth = c.parallel ? most(1, least(c.threads, plan.work / WORTH_A_THREAD)) : 1;
     if (once && worth_a_split(items, plan.count, worth)) {
         c.threads = worth;
-        return split(plan.split, items, plan.count, worth, plan.blocks);
+        return split(plan.split, items, plan.count, worth * PARTS_A_THREAD, plan.blocks);
     }
     for (I i = 0; i < plan.count; i++) items[i].cost = about(items[i].cost, plan.count / c.threads);
     qsort(items, plan.count, sizeof(Item), longest_first);
     c.threads = least(worth, plan.count);
-    plan.step = most(1, least(8, plan.count / (c.threads * 8)));
+    plan.step = most(1, least(ITEMS_AT_ONCE, plan.count / (c.threads * 8)));
     return true;
 }
 

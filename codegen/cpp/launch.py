@@ -5,17 +5,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
+
+import torch
 
 from sparsify import env, runtime
 from sparsify.codegen.cpp.source import Shape, render
+from sparsify.codegen.cpp.tuned import tuning
 from sparsify.codegen.slots import slot_count
 from sparsify.codegen.target import Launch, dtype_name
+from sparsify.codegen.tuned import FEW
 from sparsify.errors import BuildError, Refusal
+from sparsify.runtime import tuned
+from sparsify.sizes import size_values
 
 if TYPE_CHECKING:
-    import torch
-
     from sparsify.program import Program
 
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -29,20 +35,9 @@ class Source(ctypes.Structure):
     _fields_ = (("data", POINTER), ("type", I64), ("size", I64 * 4), ("stride", I64 * 4))
 
 
-_POINTERS = ("q", "k", "v", "out", "lse", "sizes", "loads", "summaries", "rules", "below", "parallel")
-_NUMBERS = ("threads", "b", "heads", "kv_heads", "q_len", "k_len", "q_slots", "k_slots", "offset")
-
-
-class Call(ctypes.Structure):
-    """`Call` of call.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in _POINTERS),
-        *((name, I64) for name in _NUMBERS),
-        *((name, I64 * 4) for name in ("qs", "ks", "vs", "os")),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    )
+# `Call` of call.h: 11 pointers, 9 numbers, 4 times 4 strides, 2 factors. Packing it takes a tenth of what filling the
+# fields of a ctypes structure does.
+CALL = struct.Struct("@11P9q16q2d")
 
 
 class Kernel:
@@ -53,69 +48,66 @@ class Kernel:
         if isinstance(compiler, Refusal):
             raise BuildError(str(compiler))
         name, source = render(program, shape, isa)
-        self.function = runtime.load_library(name, source, isa.flags, compiler).sparsify_run
-        self.function.argtypes, self.function.restype = [ctypes.POINTER(Call)], ctypes.c_int
+        self.function = runtime.load_library(name, source, (*isa.flags, *shape.tuning.flags()), compiler).sparsify_run
+        self.function.argtypes, self.function.restype = [ctypes.c_char_p], ctypes.c_int
         self.program = program
         self.softcap = program.softcap or 0.0
         self.rules = (ctypes.c_int32 * len(program.heads))(*program.heads)
-        self.sizes = functools.lru_cache(maxsize=64)(self._sizes)
-        self.below = functools.lru_cache(maxsize=64)(self._below)
-        self.slots = functools.lru_cache(maxsize=64)(self._slots)
+        self.rules_at = ctypes.addressof(self.rules)
+        self.names = frozenset(program.sizes())
+        self.of_length = functools.lru_cache(maxsize=64)(self._of_length)
 
-    def _sizes(self, n: int) -> ctypes.Array:
-        values = self.program.size_values(n)
-        return (I64 * len(values))(*values)
-
-    def _below(self, k_len: int) -> ctypes.Array:
-        below = [-math.inf if skip is None else skip.below(k_len) for skip in self.program.skips]
-        return (ctypes.c_float * len(below))(*below)
-
-    def _slots(self, q_len: int, k_len: int) -> tuple[int, int]:
-        env = {"N": k_len, "Nq": q_len}
-        env |= dict(zip(self.program.sizes(), self.program.size_values(k_len), strict=True))
-        return slot_count(self.program.queries, q_len, env), slot_count(self.program.keys, k_len, env)
+    def _of_length(self, q_len: int, k_len: int) -> tuple[int, int, int, int, object]:
+        """What lengths decide: where sizes and limits of skips are, how many slots; and what keeps them alive."""
+        sizes, program = size_values(self.names, k_len), self.program
+        env = {"N": k_len, "Nq": q_len} | sizes
+        slots = slot_count(program.queries, q_len, env), slot_count(program.keys, k_len, env)
+        below = [-math.inf if skip is None else skip.below(k_len) for skip in program.skips]
+        held = (I64 * len(sizes))(*(sizes[name] for name in sorted(sizes))), (ctypes.c_float * len(below))(*below)
+        return (*map(ctypes.addressof, held), *slots, held)  # type: ignore[return-value]
 
     def run(self, launch: Launch) -> torch.Tensor:
         """The output of one call."""
-        import torch
-
         q, k, v, out = launch.q, launch.k, launch.v, launch.empty_output()
         if self.program.queries is not None:
             launch.clear(out)  # there may be tokens that no slot holds
         loads = [_source(load) for load in launch.loads]  # keeps what was widened alive, too
-        sources = (Source * len(loads))(*(source for source, _ in loads))
-        call = Call(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
-        if launch.lse is not None:
-            call.lse = launch.lse.data_ptr()
-        call.qs, call.ks, call.vs, call.os = q.stride(), k.stride(), v.stride(), out.stride()
-        call.b, call.heads, call.q_len, call.kv_heads, call.k_len = *q.shape[:3], k.shape[1], k.shape[2]
-        call.offset, call.scale, call.softcap = launch.q_offset, launch.scale, self.softcap
-        call.q_slots, call.k_slots = self.slots(q.shape[2], k.shape[2])
-        sizes, below = self.sizes(k.shape[2]), self.below(k.shape[2])
-        arrays = (sizes, sources, self.rules, below)
-        call.sizes, call.loads, call.rules, call.below = map(ctypes.addressof, arrays)
-        call.threads, call.parallel = torch.get_num_threads(), runtime.parallel_function()
-        if self.function(call):
+        sources = (Source * len(loads))(*(source for source, _ in loads)) if loads else None
+        (batch, heads, q_len, _), (_, kv_heads, k_len, _) = q.shape, k.shape
+        sizes, below, q_slots, k_slots, _ = self.of_length(q_len, k_len)
+        lse = 0 if launch.lse is None else launch.lse.data_ptr()
+        given = 0 if sources is None else ctypes.addressof(sources)
+        tensors = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse
+        threads, parallel = torch.get_num_threads(), runtime.parallel_function()
+        numbers = threads, batch, heads, kv_heads, q_len, k_len, q_slots, k_slots, launch.q_offset
+        strides = *q.stride(), *k.stride(), *v.stride(), *out.stride()
+        pointers = sizes, given, 0, self.rules_at, below, parallel  # the third is what the kernel itself makes
+        if self.function(CALL.pack(*tensors, *pointers, *numbers, *strides, launch.scale, self.softcap)):
             raise MemoryError("sparsify: no memory for a kernel's packed tiles")
         return out
 
 
 # By the program's identity, as hashing one walks all of its predicates; a kernel keeps its program, and so its id.
-_BUILT: dict[tuple[int, torch.dtype, int, int, tuple[str | None, ...]], Kernel] = {}
+_BUILT: dict[tuple[Hashable, ...], Kernel] = {}
 
 
-def built(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel | None:
-    """The kernel for this machine, environment and cache folder, if this process has it."""
-    return _BUILT.get((id(program), dtype, head_dim, value_dim, env.build_variables()))
+def built(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel | None:
+    """The kernel for this machine, environment, cache folder and store of tuned kernels, if this process has it."""
+    return _BUILT.get(_key(program, dtype, head_dim, value_dim, q_len))
 
 
-def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> Kernel:
+def build(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel:
     """Builds the kernel, or loads it from the cache folder. Raises BuildError."""
     if len(_BUILT) >= MAX_BUILT:
         _BUILT.clear()
-    found = Kernel(program, Shape.of(dtype, head_dim, value_dim))
-    _BUILT[id(program), dtype, head_dim, value_dim, env.build_variables()] = found
+    how = tuning(program, dtype, head_dim, value_dim, q_len)
+    found = Kernel(program, Shape.of(dtype, head_dim, value_dim, how))
+    _BUILT[_key(program, dtype, head_dim, value_dim, q_len)] = found
     return found
+
+
+def _key(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> tuple[Hashable, ...]:
+    return id(program), dtype, head_dim, value_dim, q_len <= FEW, tuned.token(), env.build_variables()
 
 
 def _source(load: torch.Tensor) -> tuple[Source, torch.Tensor]:

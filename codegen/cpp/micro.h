@@ -67,11 +67,14 @@ static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes,
 #endif
 }
 
-// acc[r][n] += sum over steps of a[r * row + step * next] * b[step][n], for steps first..last-1.
-template <int NV>
+// acc[r][n] += sum over steps of a[r * row + step * next] * b[step][n], for steps first..last-1, or those at `steps`.
+template <int NV, bool SOME = false>
 static inline __attribute__((always_inline)) void
-multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* b, int stride, int first, int last) {
-    for (int step = first; step < last; step++) {
+multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* b, int stride, int first, int last,
+         const uint8_t* steps = nullptr) {
+#pragma GCC unroll UNROLL
+    for (int i = first; i < last; i++) {
+        int step = SOME ? steps[i] : i;
         Floats lanes[NV];
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n++) lanes[n] = *(const AnyFloats*)(b + (int64_t)step * stride + n * W);
@@ -80,6 +83,22 @@ multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* 
 #pragma GCC unroll 8
             for (int n = 0; n < NV; n++) dot(acc[r][n], lanes[n], a + r * row + step * next);
     }
+}
+
+// The steps of a product that count, where not all of them do.
+struct Steps {
+    int count;
+    uint8_t at[KS];
+};
+
+static Steps steps_of(uint64_t keys) {
+    Steps steps;
+    steps.count = 0;
+    for (; keys; keys &= keys - 1) {
+        int step = __builtin_ctzll(keys) / PAIR;
+        if (PAIR == 1 || !steps.count || steps.at[steps.count - 1] != step) steps.at[steps.count++] = step;
+    }
+    return steps;
 }
 
 // The running state of MR query rows. Scores and references are in units of log2.
@@ -124,12 +143,13 @@ static __attribute__((noinline)) void raise_references(Rows& rows, int count, co
 }
 
 // out += weights * values for MR rows and a panel of NV vectors. The sum over one tile is made apart from the running
-// one, which keeps rounding errors from growing with the number of keys.
+// one, which keeps rounding errors from growing with the number of keys. steps: those that count, null for all.
 template <int NV>
 static inline __attribute__((always_inline)) void
-weigh_values(float* out, const float* weights, const float* values, int first, int last) {
+weigh_values(float* out, const float* weights, const float* values, const Steps* steps) {
     Floats acc[MR][NV] = {};
-    multiply<NV>(acc, weights, KS, 1, values, NV * W, first, last);
+    if (steps) multiply<NV, true>(acc, weights, KS, 1, values, NV * W, 0, steps->count, steps->at);
+    else multiply<NV>(acc, weights, KS, 1, values, NV * W, 0, KS);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
@@ -174,29 +194,31 @@ template <bool ALL, typename Use> static inline __attribute__((always_inline)) v
 
 // From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
 // of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile.
-template <bool ALL>
+template <bool ALL, bool SOME>
 static inline __attribute__((always_inline)) bool
-weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
+weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
     float factor = scoring.factor;
+    auto used = [&](int v) __attribute__((always_inline)) { // whether any key of a vector counts
+        return !SOME || (masks->any >> (v * W) & first_keys(W)) != 0;
+    };
     Floats top[MR];
     if (SOFTCAP) {
         for (int r = 0; r < count; r++)
             for (int v = 0; v < KV; v++) scores[r][v] = tanh_of(scores[r][v] * scoring.inner) * factor;
         factor = 1.0f;
     }
-    if (masks) {
-        if (BIAS) {
-            for (int r = 0; r < count; r++)
-                for (int v = 0; v < KV; v++)
-                    scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
-            factor = LOG2E;
-        }
+    if (BIAS) {
+        for (int r = 0; r < count; r++)
+            for (int v = 0; v < KV; v++)
+                scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
+        factor = LOG2E;
     }
-    if (masks && (!BIAS || masks->keep)) {
+    if (SOME) {
         Ints lane;
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
         for (int r = 0; r < count; r++) {
             for (int v = 0; v < KV; v++) {
+                if (!used(v)) continue;
                 Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
                 scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
             }
@@ -204,16 +226,22 @@ weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
     }
     Ints above = {}, counts = {};
     auto look = [&](int r) __attribute__((always_inline)) {
-        top[r] = scores[r][0];
+        top[r] = SOME ? Floats{} - __builtin_inff() : scores[r][0];
 #pragma GCC unroll 16
-        for (int v = 1; v < KV; v++) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+        for (int v = 0; v < KV; v++) {
+            if (!used(v)) continue;
+            top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+            if (SKIPS) counts |= scores[r][v] != scores[r][v]; // a NaN counts
+        }
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
-        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
+        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r]));
     };
     auto weigh = [&](int r) __attribute__((always_inline)) {
         Floats sum = rows.sum[r], row[KV];
 #pragma GCC unroll 16
         for (int v = 0; v < KV; v++) {
+            row[v] = Floats{};
+            if (!used(v)) continue;
             row[v] = exp2_of(scores[r][v] * factor - rows.reference[r]);
             sum += row[v];
         }
@@ -227,11 +255,17 @@ weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
     return true;
 }
 
+template <bool ALL>
+static inline __attribute__((always_inline)) bool
+weigh_keys(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
+    return masks && (!BIAS || masks->keep) ? weigh_some<ALL, true>(rows, count, scores, scoring, masks, to)
+                                           : weigh_some<ALL, false>(rows, count, scores, scoring, masks, to);
+}
+
 // One tile of keys for MR rows; `masks` is null on a full tile.
 static __attribute__((noinline)) void
 meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring, const Masks* masks) {
     Floats scores[MR][KV];
-    int first = 0, last = KS;
 #pragma GCC unroll 16
     for (int panel = 0; panel < KV; panel += NR) {
         if (masks && !(masks->any >> (panel * W) & first_keys(NRW))) { // dropped below
@@ -253,14 +287,14 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     }
     float weights[MR * KS] __attribute__((aligned(64)));
     if (!weigh_keys<true>(rows, MR, scores, scoring, masks, weights)) return;
-    if (masks && (!BIAS || masks->keep)) {
-        first = __builtin_ctzll(masks->any) / PAIR;
-        last = (64 - __builtin_clzll(masks->any) + PAIR - 1) / PAIR;
-    }
+    Steps some;
+    bool all = !masks || (masks->any & first_keys(KB)) == first_keys(KB);
+    if (!all) some = steps_of(masks->any);
+    const Steps* steps = all ? nullptr : &some;
 #pragma GCC unroll 16
     for (int panel = 0; panel + NR <= DVV; panel += NR)
-        weigh_values<NR>(rows.out + panel * W * MR, weights, values + (int64_t)panel * W * KS, first, last);
+        weigh_values<NR>(rows.out + panel * W * MR, weights, values + (int64_t)panel * W * KS, steps);
     constexpr int REST = DVV % NR, DONE = DVV - REST;
     if constexpr (REST > 0)
-        weigh_values<REST>(rows.out + DONE * W * MR, weights, values + (int64_t)DONE * W * KS, first, last);
+        weigh_values<REST>(rows.out + DONE * W * MR, weights, values + (int64_t)DONE * W * KS, steps);
 }

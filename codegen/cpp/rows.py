@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sparsify.codegen.cpp.inside import K0, KEYS, inside, values
 from sparsify.expr import (
     And,
     Eq,
@@ -41,7 +42,6 @@ from sparsify.expr import (
 from sparsify.walk import rewrite, variables
 
 K, Q = "k", "q"
-KEYS = 64  # of a key tile: one bit each in a row's mask
 PARAMETERS = "const Call& c, I b, I h, I q0, I count, I k0, int keys"
 LISTED_PARAMETERS = "const Call& c, I b, I h, I q0, I count, const int32_t* at, int keys"
 
@@ -50,9 +50,10 @@ class Rows:
     """Collects what is computed once a query tile, once a key tile and once a row. A tile's keys go on from k0."""
 
     key = "k0 + j"  # key j of a tile
+    aligned = True  # whether that starts at a multiple of `KEYS`
 
-    def __init__(self, text: Callable[[Expr | Pred], str]) -> None:
-        self.text = text
+    def __init__(self, text: Callable[[Expr | Pred], str], keys: int = KEYS) -> None:
+        self.text, self.aligned = text, self.aligned and keys == KEYS
         self.query: list[Expr] = []
         self.tile: list[str] = []
         self.row: list[str] = []
@@ -93,9 +94,13 @@ class Rows:
 
     def bits(self, pred: Pred) -> str:
         """An expression of type uint64_t: bit j says whether key k0 + j is kept."""
+        return self.bits_of(inside(pred) if self.aligned else pred)
+
+    def bits_of(self, pred: Pred) -> str:
+        """The same of a predicate over k and k0."""
         names = variables(pred)
         if K not in names:
-            return f"({self.text(pred)} ? ~0ull : 0ull)"
+            return f"({self.text(self.separate(pred) if Q in names else pred)} ? ~0ull : 0ull)"
         line = self.line(pred.load) if isinstance(pred, Test) else None
         if line is not None:
             name, new = self.slot(pred, "bits")
@@ -105,14 +110,17 @@ class Rows:
         found = linear(pred.expr) if isinstance(pred, Ge) else None
         if found is not None:
             return self.threshold(*found)
+        of_keys = values(pred.expr) if self.aligned and isinstance(pred, Ge | Eq) else None
+        if of_keys is not None:
+            return self.looked_up(pred, *of_keys)
         if Q not in names and not isinstance(pred, And | Or | Not):
             return self.gathered(pred, self.tile, self.text(rewrite(pred, self.read)))
         pred = _split(pred)
         match pred:
             case And(parts) | Or(parts):
-                return "(" + (" & " if isinstance(pred, And) else " | ").join(map(self.bits, parts)) + ")"
+                return "(" + (" & " if isinstance(pred, And) else " | ").join(map(self.bits_of, parts)) + ")"
             case Not(part):
-                return "~" + self.bits(part)
+                return "~" + self.bits_of(part)
         found = self.separate(pred)
         by_row = variables(found) & {Q, *(name for name in self.slots.values() if name[0] == "y")}
         return self.gathered(pred, self.row, self.text(found), *(by_row - {Q} if len(by_row) == 1 else ()))
@@ -121,8 +129,23 @@ class Rows:
         """coefficient * k + rest >= 0, where rest is free of k."""
         limit = floordiv(rest, abs(coefficient))
         if Q in variables(rest) and not all(isinstance(atom, Var) for _, atom in _terms(limit)):
-            limit = self.by_row(limit)
-        bits = self.side(coefficient > 0, self.text(limit))
+            limit = self.separate(limit)
+        return self.shared(self.side(coefficient > 0, self.text(limit)), rest)
+
+    def looked_up(self, pred: Ge | Eq, of_keys: tuple[int, ...], rest: Expr) -> str:
+        """of_keys[j] + rest >= 0, or == 0, where rest is free of k: a row of a table that is printed."""
+        low, high = min(of_keys), max(of_keys)
+        table, new = self.slot(("table", of_keys), "table")
+        if new:
+            words = (sum(1 << j for j, x in enumerate(of_keys) if x >= limit) for limit in range(low, high + 2))
+            self.tile.append(f"static const uint64_t {table}[] = {{{', '.join(f'{word:#x}ull' for word in words)}}};")
+        limit = -rest - low
+        at = self.text(self.separate(limit) if Q in variables(rest) else limit)
+        bits = [f"{table}[most(0_I, least({high - low + 1}_I, {at}{more}))]" for more in ("", " + 1")]
+        return self.shared(bits[0] if isinstance(pred, Ge) else f"({bits[0]} & ~{bits[1]})", rest)
+
+    def shared(self, bits: str, rest: Expr) -> str:
+        """Bits that know of a row what `rest` says: computed once a tile if that is nothing."""
         if Q in variables(rest):
             return bits
         name, new = self.slot(bits, "bits")
@@ -165,6 +188,15 @@ class Rows:
             self.tile.append(fill if line is None else f"integers_of({line}, keys, {name});")
         return Var(f"{name}[j]")
 
+    def by_tile(self, expr: Expr) -> Expr:
+        """An expression of a tile's first key, computed once a tile."""
+        if isinstance(expr, Var):
+            return expr
+        name, new = self.slot(expr, "s")
+        if new:
+            self.tile.append(f"const I {name} = {self.text(expr)};")
+        return Var(name)
+
     def read(self, leaf: Expr) -> Expr | None:
         """A load that is free of q and linear in k, read once a tile."""
         return self.by_key(leaf) if isinstance(leaf, Load) and self.line(leaf) else None
@@ -187,11 +219,13 @@ class Rows:
 
     def separate(self, node: Expr | Pred) -> Expr | Pred:
         """The node for one key of one row, with everything that can be computed less often taken out."""
-        go = self.separate
-        if isinstance(node, Expr) and K not in variables(node):
+        go, names = self.separate, variables(node)
+        if isinstance(node, Expr) and K not in names and K0.name not in names:
             return self.by_row(node)
-        if isinstance(node, Expr) and Q not in variables(node):
-            return self.by_key(node)
+        if isinstance(node, Expr) and Q not in names:
+            return self.by_key(node) if K in names else self.by_tile(node)
+        if isinstance(node, Var):
+            return node
         match node:
             case And(parts):
                 return conjunction(map(go, parts))
@@ -209,7 +243,8 @@ class Rows:
                 return Load(source, tuple(map(go, index)))
             case Sum():
                 by_key, by_row, both = _parts(node)
-                return sum((go(atom) * c for c, atom in both), start=self.by_key(by_key) + self.by_row(by_row))
+                start = self.by_tile if K not in variables(by_key) and variables(by_key) else self.by_key
+                return sum((go(atom) * c for c, atom in both), start=start(by_key) + self.by_row(by_row))
             case FloorDiv(left, right) | Mod(left, right):
                 return self.divided(node, left, right)
             case Mul(left, right):
@@ -225,20 +260,22 @@ class Rows:
     def divided(self, node: Expr, left: Expr, right: Expr) -> Expr:
         """(x + y) // d and (x + y) mod d from the quotients and remainders of x (by key) and y (by row)."""
         by_key, by_row, both = _parts(left)
-        if both or variables(right) & {K, Q}:
+        if both or variables(right) & {K, Q, K0.name}:
             divide = floordiv if isinstance(node, FloorDiv) else mod
             return divide(self.separate(left), self.separate(right))
-        rest = self.by_key(mod(by_key, right)) + self.by_row(mod(by_row, right))
+        here = self.by_key if K in variables(by_key) else self.by_tile if variables(by_key) else self.by_row
+        rest = here(mod(by_key, right)) + self.by_row(mod(by_row, right))
         wraps, divisor = rest >= right, self.by_row(right)
         if isinstance(node, Mod):
             return select(wraps, rest - divisor, rest)
-        return self.by_key(floordiv(by_key, right)) + self.by_row(floordiv(by_row, right)) + select(wraps, 1, 0)
+        return here(floordiv(by_key, right)) + self.by_row(floordiv(by_row, right)) + select(wraps, 1, 0)
 
 
 class ListedRows(Rows):
     """Rows of a tile whose keys come from a list: they are at[0], at[1], ..., ascending."""
 
     key = "at[j]"
+    aligned = False
 
     def line(self, load: Load) -> str | None:
         return None
@@ -278,13 +315,13 @@ def _each_row(lines: list[str]) -> str:
 
 
 def _parts(expr: Expr) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
-    """A sum as (what depends on k but not on q, what is free of k, the terms with both)."""
+    """A sum as (what depends on k, or a tile, but not on q, what is free of these, the terms with both)."""
     terms = _terms(expr)
     by_key, by_row = as_expr(0), as_expr(expr.const if isinstance(expr, Sum) else 0)
     both = []
     for coefficient, atom in terms:
         names = variables(atom)
-        if K not in names:
+        if not names & {K, K0.name}:
             by_row = by_row + atom * coefficient
         elif Q not in names:
             by_key = by_key + atom * coefficient

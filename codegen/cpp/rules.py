@@ -54,7 +54,7 @@ class Step:
 
     def rows(self, names: Names) -> tuple[Rows, str]:
         """What rows of a tile need to know, and the bits of the keys that one keeps."""
-        rows = ListedRows(names.text) if self.gathers else Rows(names.text)
+        rows = ListedRows(names.text) if self.gathers else Rows(names.text, names.keys)
         return rows, rows.bits(self.rule.keep)
 
     def tests(self) -> list[Expr | Pred]:
@@ -82,9 +82,10 @@ def uses_head(program: Program) -> bool:
 
 
 class Names:
-    """What the names in a program's predicates and biases are called in its kernel."""
+    """What the names in a program's predicates and biases are called in its kernel; `keys` are those of a key tile."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, keys: int = KEYS) -> None:
+        self.keys = keys
         self.scalars = {"N": "c.k_len", "Nq": "c.q_len"}
         self.scalars |= {size: f"c.sizes[{i}]" for i, size in enumerate(program.sizes())}
         self.ranks = program.load_ranks()

@@ -11,7 +11,6 @@ import jinja2
 from jinja2 import meta
 
 from sparsify.codegen.cpp.biases import print_biases
-from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.rules import (
     Names,
     gathers,
@@ -23,9 +22,10 @@ from sparsify.codegen.cpp.rules import (
     print_rules,
     uses_head,
 )
+from sparsify.codegen.cpp.tuning import Tuning
+from sparsify.codegen.names import program_name, size_name
 from sparsify.codegen.target import DTYPES, dtype_name
-from sparsify.expr import TRUE, Pred, Sum, Var, constant
-from sparsify.patterns.lists import lists, tile_rows
+from sparsify.patterns.lists import tile_rows
 from sparsify.patterns.tiles import BLOCK
 from sparsify.runtime import Isa
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sparsify.program import Program
 
 SKELETON = "kernel.cpp.jinja"
-BLOCK_ROWS, BLOCKS = 6, 16  # rows of a register block, and blocks of a query tile
 SLOTS = 64  # of a query tile in a layout of queries: as many as in a key tile, so both can be a box of space
 
 # 2**f for |f| <= 1/2, minimax in relative error with the constant fixed at 1: to 1.0e-4, 2.8e-6 and 9.1e-8.
@@ -48,20 +47,25 @@ EXP2 = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for, beside its program: the dtype's short name and the sizes of a head."""
+    """What a kernel is compiled for, beside its program: the dtype's short name, the sizes of a head, how it works."""
 
     io: str
     head_dim: int
     value_dim: int
+    tuning: Tuning
 
     @classmethod
-    def of(cls, dtype: torch.dtype, head_dim: int, value_dim: int) -> Shape:
-        return cls(DTYPES[dtype_name(dtype)], head_dim, value_dim)
+    def of(cls, dtype: torch.dtype, head_dim: int, value_dim: int, tuning: Tuning) -> Shape:
+        return cls(DTYPES[dtype_name(dtype)], head_dim, value_dim, tuning)
+
+    def blocks(self, program: Program) -> int:
+        """Blocks of a query tile: as many as are asked for, or as hold the slots of a box."""
+        return max(self.tuning.blocks, 0 if program.queries is None else -(-SLOTS // self.tuning.block_rows))
 
 
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
     """(name, source) of the kernel."""
-    name, names = kernel_name(program, shape, isa), Names(program)
+    name, names = kernel_name(program, shape, isa), Names(program, shape.tuning.keys)
     return name, fill(
         SKELETON,
         name=name,
@@ -70,9 +74,8 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         io=shape.io,
         head_dim=shape.head_dim,
         value_dim=shape.value_dim,
-        block_rows=BLOCK_ROWS,
-        block_vectors=isa.block_vectors,
-        blocks=BLOCKS,
+        tuning=shape.tuning,
+        blocks=shape.blocks(program),
         max_bands=max_bands(program),
         exp2=EXP2[shape.io],
         softcap=program.softcap is not None,
@@ -82,7 +85,7 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         skips=any(program.skips),
         query_layout=program.queries is not None,
         key_layout=program.keys is not None,
-        tile_rows=tile_rows(program.keep, BLOCK_ROWS * BLOCKS if program.queries is None else SLOTS),
+        tile_rows=tile_rows(program.keep, shape.tuning.rows if program.queries is None else SLOTS),
         bias=bool(program.bias),
         sink=program.sink is not None,
         facts=max_facts(program),
@@ -115,36 +118,8 @@ def _environment() -> jinja2.Environment:
 
 
 def kernel_name(program: Program, shape: Shape, isa: Isa) -> str:
-    """A readable name: what is kept, target and instruction set, dtype, sizes, tile."""
-    rules = [_rule_name(keep) for keep in program.keep]
-    parts = rules if len(rules) <= 3 else [*rules[:2], f"{len(rules) - 2}more"]
-    if program.bias:
-        parts.append("bias")
-    if program.sink is not None:
-        parts.append("sink")
-    if program.softcap is not None:
-        parts.append("softcap")
-    if program.queries is not None or program.keys is not None:
-        parts.append("layout")
-    if any(program.skips):
-        parts.append("skip")
-    size = f"d{shape.head_dim}" + (f"v{shape.value_dim}" if shape.value_dim != shape.head_dim else "")
-    dot = "bf16" if isa.bf16_dot else ""
-    return f"{'_'.join(parts)}__cpp_{isa.name}{dot}__{shape.io}__{size}__m{BLOCK_ROWS * BLOCKS}n{KEYS}"
-
-
-def _rule_name(keep: Pred) -> str:
-    q, k = Var("q"), Var("k")
-    if keep == TRUE:
-        return "dense"
-    if keep == (k <= q):
-        return "causal"
-    found = lists(keep)
-    if found:
-        return f"list{found[0].unit}"
-    for part in getattr(keep, "parts", ()):
-        expr = getattr(part, "expr", None)
-        width = constant(expr + q - k) if isinstance(expr, Sum) else None
-        if width is not None and keep == ((k <= q) & part):
-            return f"window{width + 1}"
-    return "rule"
+    """A readable name: what is kept, target and instruction set, dtype, sizes, tile, and what is tuned."""
+    size, dot = size_name(shape.head_dim, shape.value_dim), "bf16" if isa.bf16_dot else ""
+    tuned = "".join(f"_{name}{value}" for name, value in shape.tuning.changed(isa).items())
+    tile = f"m{shape.tuning.rows}n{shape.tuning.keys}{tuned}"
+    return f"{program_name(program)}__cpp_{isa.name}{dot}__{shape.io}__{size}__{tile}"

@@ -162,7 +162,7 @@ static void meet_tile(
             all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
         }
         if (marked && !any) continue;
-        bool whole = !marked || all == ~0ull;
+        bool whole = !marked || (all & first_keys(KB)) == first_keys(KB);
         Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
         const Masks* masks = whole && !BIAS ? nullptr : &some;
 #if READS
@@ -192,6 +192,8 @@ static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& ke
     int kind = class_of(c, t, keys);
     if (kind) meet_tile(c, w, t, keys, kind, scoring);
 }
+
+constexpr I WHOLE = 64; // units of lists that are multiples of it are whole tiles, as rules.py has it
 
 // Goes through a part of a list whose units are whole tiles.
 static void meet_whole(
@@ -241,7 +243,7 @@ static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Sco
             if (w.lists[j].same(list)) w.rules[w.lists[j].head - t.head] = w.lists[j].rule;
         begin(c, w, t);
         Part here = {most(0, part.from - first), least(tiles_of(list), part.to - first)};
-        (list.unit % KB ? gather : meet_whole)(c, w, t, list, here, scoring);
+        (list.unit % WHOLE ? gather : meet_whole)(c, w, t, list, here, scoring);
     }
 }
 
@@ -304,6 +306,7 @@ static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high && number < part.to; tile++) {
             int kind = SUMMARIES || part.has(number) ? class_of(c, t, tile_of(c, tile)) : 0;
+            if (FETCHES && !w.direct && tile + 1 < w.spans[i].high) fetch_packed(w, t, tile + 1);
             if (kind && part.has(number)) meet_tile(c, w, t, tile_of(c, tile), kind, scoring);
             number += SUMMARIES ? kind != 0 : 1; // as costs are counted
         }

@@ -2,7 +2,6 @@
 
 constexpr int BM = BLOCKS * MR; // most query rows of a tile: rows are queries of one head, or of several when few
 constexpr int FEW_ROWS = 4 * MR; // so few that reading keys costs more than multiplying them: sum more exactly
-constexpr int DIRECT_ROWS = 4 * MR; // so few that packing keys costs more than it saves
 
 struct Tag { I batch, kv_head, tile; };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sparsify.codegen.triton.listing import rounds
+from sparsify.codegen.triton.listing import packing, rounds
 from sparsify.codegen.triton.printer import LOG2_E, longest_last, skip_arguments, units, used_loads
 from sparsify.codegen.triton.ranges import exact, far, large, slots
 from sparsify.codegen.triton.summaries import summary_arguments
@@ -17,23 +17,62 @@ if TYPE_CHECKING:
 
     from sparsify.codegen.target import Launch
 
-L2_BYTES = 24 << 20  # for the keys and values of neighbouring programs; chips have 32 MB and more
+
+Parts = tuple["torch.Tensor", "torch.Tensor"]
 
 
-def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
+def empty_parts(launch: Launch, shape: Shape) -> Parts | None:
+    """Where splits write: their outputs before the last division, float32 (splits, B, Hq, Nq, Dv), and each row's
+    largest score and sum of weights (2, splits, B, Hq, Nq); None without splits."""
+    if shape.splits == 1:
+        return None
+    import torch
+
+    rows = (shape.splits, *launch.q.shape[:3])
+    return tuple(launch.q.new_empty(size, dtype=torch.float32) for size in ((*rows, launch.v.shape[3]), (2, *rows)))
+
+
+def arguments(
+    launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool, parts: Parts | None = None
+) -> dict[str, Any]:
     """Every argument by name: tensors, strides, sizes, and compiled-in constants. The scale must be above 0.
 
     The launch is one that `tiled` gave, together with the shape.
     """
+    return tensor_arguments(launch, out, shape, parts) | _numbers(launch, out, shape, interpret)
+
+
+def tensor_arguments(launch: Launch, out: torch.Tensor, shape: Shape, parts: Parts | None = None) -> dict[str, Any]:
+    """The tensors among the arguments, or what stands for them; summaries of loads are made here."""
+    values: dict[str, Any] = {"Q": launch.q, "K": launch.k, "V": launch.v, "OUT": out}
+    if _described(launch, shape):
+        values |= {"K": _descriptor(launch.k, shape), "V": _descriptor(launch.v, shape)}
+    if launch.program.queries is None:
+        values["PARTS"], values["STATISTICS"] = parts or (out, out)
+    values |= {} if launch.lse is None else {"LSE": launch.lse}
+    return values | _load_tensors(launch) | summary_arguments(launch)
+
+
+def merge_arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool, parts: Parts) -> dict[str, Any]:
+    """Those of the kernel that merges what splits wrote."""
+    values = {"PARTS": parts[0], "STATISTICS": parts[1], "OUT": out}
+    values |= {} if launch.lse is None else {"LSE": launch.lse}
+    values |= _strides("o", out, "bhmd")
+    heads, q_len = launch.q.shape[1:3]
+    values |= {"all_heads": heads, "Nq": q_len, "rows": launch.q.shape[0] * heads * q_len}
+    return values | {"SPLITS": shape.splits, "BLOCK_V": padded(launch.v.shape[3]), "INTERPRET": interpret}
+
+
+def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -> dict[str, Any]:
+    """All other arguments: the same for all launches of the same shapes and strides."""
     import triton.language as tl
 
     program, (batch, heads, q_len, head_dim), (q_slots, k_slots) = launch.program, launch.q.shape, slots(launch)
-    tensors = {"Q": launch.q, "K": launch.k, "V": launch.v, "OUT": out}
-    values: dict[str, Any] = dict(tensors)
-    for letter, tensor, axes in zip("qkvo", tensors.values(), ("bhmd", "bhnd", "bhnd", "bhmd"), strict=True):
-        values |= _strides(letter, tensor, axes)
-    values |= {} if launch.lse is None else {"LSE": launch.lse}
-    values |= load_arguments(launch) | summary_arguments(launch)
+    values: dict[str, Any] = {}
+    tensors, axes = (launch.q, launch.k, launch.v, out), ("bhmd", "bhnd", "bhnd", "bhmd")
+    for letter, tensor, names in zip("qkvo", tensors, axes, strict=True):
+        values |= _strides(letter, tensor, names)
+    values |= _load_numbers(launch)
     values |= {f"size_{i}": size for i, size in enumerate(program.size_values(launch.k.shape[2]))}
     values |= {
         "heads": heads // shape.heads,
@@ -43,11 +82,12 @@ def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) 
         "q_offset": launch.q_offset,
         "q_tiles": -(-q_slots // shape.rows),
         "all_heads": batch * heads // shape.heads,
-        "section": max(1, _section(launch) // shape.heads),
+        "section": max(1, _section(launch, shape) // shape.heads),
     }
     values |= {"q_slots": q_slots} if program.queries else {}
-    values |= {"k_slots": k_slots} if program.keys else {}
-    values |= {"QUERIES": shape.rows, "PACK": shape.heads} if rounds(program) else {}
+    values |= {"k_slots": k_slots} if program.keys else {"DESCRIBED": _described(launch, shape)}
+    values |= {"QUERIES": shape.rows, "PACK": shape.heads} if packing(program) else {}
+    values |= {} if program.queries else {"SPLITS": shape.splits}
     base = math.log(2) if units(program) == "natural" else 1.0
     values |= {name: skip.below(launch.k.shape[2]) * base for name, skip in skip_arguments(program)}
     natural = program.softcap is not None or units(program) == "natural"
@@ -65,28 +105,57 @@ def arguments(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) 
     }
 
 
+def _described(launch: Launch, shape: Shape) -> bool:
+    """Whether tensor descriptors say where keys and values lie: rows of whole 16 bytes, one by one in memory."""
+    return (
+        shape.described
+        and launch.program.keys is None
+        and all(turn.unit % shape.block_n == 0 for turn in rounds(launch.program))
+        and all(
+            tensor.stride(3) == 1
+            and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+            and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+            for tensor in (launch.k, launch.v)
+        )
+    )
+
+
+def _descriptor(tensor: torch.Tensor, shape: Shape) -> Any:
+    """A tensor descriptor of keys or values (B, Hkv, N, D), whose block is a key tile of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [1, 1, shape.block_n, padded(tensor.shape[3])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
 def _strides(letter: str, tensor: torch.Tensor, axes: str) -> dict[str, int]:
     return {f"{letter}_stride_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
 
 
-def load_arguments(launch: Launch) -> dict[str, Any]:
-    """The tensors that predicates and biases read, with their lengths and strides."""
-    values: dict[str, Any] = {}
-    in_rows = {one.index.source for keep in launch.program.keep for one in lists(keep)}
-    for source, rank in used_loads(launch.program).items():
+def _load_tensors(launch: Launch) -> dict[str, torch.Tensor]:
+    """The tensors that predicates and biases read."""
+    program, found = launch.program, {}
+    in_rows = {one.index.source for keep in program.keep for one in lists(keep)} if launch.loads else set()
+    for source in used_loads(program):
         tensor = launch.loads[int(source[1:])]
-        if source in in_rows and tensor.stride(-1) != 1:  # the kernel steps from element to element of a list
-            tensor = tensor.contiguous()
-        values[source] = tensor
-        for axis in range(rank):
-            values[f"{source}_length_{axis}"] = tensor.shape[axis]
-            values[f"{source}_stride_{axis}"] = tensor.stride(axis)
-    return values
+        # The kernel steps from element to element of a list.
+        found[source] = tensor.contiguous() if source in in_rows and tensor.stride(-1) != 1 else tensor
+    return found
 
 
-def _section(launch: Launch) -> int:
+def _load_numbers(launch: Launch) -> dict[str, int]:
+    """Their lengths and strides."""
+    ranks, found = used_loads(launch.program), {}
+    for source, tensor in _load_tensors(launch).items():
+        for axis in range(ranks[source]):
+            found[f"{source}_length_{axis}"] = tensor.shape[axis]
+            found[f"{source}_stride_{axis}"] = tensor.stride(axis)
+    return found
+
+
+def _section(launch: Launch, shape: Shape) -> int:
     """How many query heads run side by side: as many as have keys and values that fit the L2 cache together."""
     batch, heads, _, head_dim = launch.q.shape
     kv_heads, k_len = launch.k.shape[1:3]
     bytes_per_head = k_len * (head_dim + launch.v.shape[3]) * launch.k.element_size()
-    return min(batch * heads, max(1, L2_BYTES // bytes_per_head) * (heads // kv_heads))
+    return min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))

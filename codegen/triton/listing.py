@@ -58,14 +58,19 @@ def predicates(program: Program) -> tuple[Pred, ...]:
     return (*map(static, program.keep), *steps)
 
 
+def packing(program: Program) -> bool:
+    """Whether a kernel's tiles can hold fewer queries than rows, and several heads of each."""
+    return program.queries is None or bool(rounds(program))
+
+
 def packs(program: Program, group: int) -> bool:
-    """Whether the `group` query heads of a key head can share a query tile: they read the same lists by one rule.
+    """Whether the `group` query heads of a key head can share a query tile: they keep the same keys by one rule.
 
     What is added to scores may still differ from head to head.
     """
     heads = program.heads
     alike = all(heads[i] == heads[i // group * group] for i in range(len(heads)))
-    whole = program.queries is None and program.keys is None and bool(rounds(program))
+    whole = program.queries is None and program.keys is None
     steps = [step.listed for turn in rounds(program) for step in turn.steps if step is not None]
     shared = all(_by_group(load, group) for one in steps for load in (one.index, one.count))
     return whole and alike and shared and not any("h" in variables(pred) for pred in predicates(program))

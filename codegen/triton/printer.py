@@ -11,7 +11,7 @@ from typing import Any
 from sparsify.bias import Term
 from sparsify.codegen.target import DTYPES
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
-from sparsify.codegen.triton.listing import predicates, rounds, static
+from sparsify.codegen.triton.listing import packing, predicates, rounds, static
 from sparsify.codegen.triton.round_holes import round_holes
 from sparsify.codegen.triton.summaries import gaps, scanned, split, summaries
 from sparsify.expr import FALSE, TRUE, Expr
@@ -20,6 +20,7 @@ from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Layout, Program, Skip
 from sparsify.ranges import Ranges, of_numbers, text_of
 from sparsify.text import to_text
+from sparsify.walk import loads as loads_in
 from sparsify.walk import variables
 
 LOG2_E = 1.4426950408889634
@@ -125,15 +126,18 @@ def holes(
         "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
         "scope": scope,
-        "own": "head, " if turns else "",
+        "packing": packing(program),
+        "one_loop": program.keys is None
+        and not any(rank(load) == 3 for part in predicates(program) for load in loads_in(part)),
+        "own": "head, " if packing(program) else "",
         "tile_scope": ", ".join([scope, *found, *(name for name, _ in printer.rows.values())]),
         "bounds": list(printer.rows.values()),
-        "step": "QUERIES" if turns else "BLOCK_M",
+        "step": "QUERIES" if packing(program) else "BLOCK_M",
         "queries": "Nq" if program.queries is None else "q_slots",
         "keys": "N" if program.keys is None else "k_slots",
         "query_layout": _layout(program.queries, printer),
         "key_layout": _layout(program.keys, printer),
-        "skips": _skips(program, "head" if turns else "h"),
+        "skips": _skips(program, "head" if packing(program) else "h"),
         "summaries": bool(found),
         "block": BLOCK,
         "launch_loads": "".join(f"{source}, " for source in (*loads, *found)),

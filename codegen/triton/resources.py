@@ -18,16 +18,52 @@ from sparsify.errors import BuildError
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
+MATRIX = ("wgmma", "tcgen05", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
+
+
+# Of a multiprocessor: registers (of 32 bits), bytes of shared memory, threads, and threads of a warp.
+CHIPS: dict[int | str, tuple[int, int, int, int]] = {
+    80: (65536, 163 << 10, 2048, 32),
+    86: (65536, 99 << 10, 1536, 32),
+    89: (65536, 99 << 10, 1536, 32),
+    90: (65536, 227 << 10, 2048, 32),
+    100: (65536, 227 << 10, 2048, 32),
+    120: (65536, 99 << 10, 1536, 32),
+    "gfx942": (4 * 512 * 64, 64 << 10, 2048, 64),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program (a tile's threads) of a built kernel takes. registers, spills: of a thread; spills and shared
+    memory in bytes. matrix: what multiplies its tiles, "" for ordinary instructions."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: str = ""
+
+    def programs(self, num_warps: int, arch: int | str) -> int:
+        """How many run side by side on a multiprocessor; 0 where not even one fits."""
+        registers, shared, threads, warp = CHIPS[arch]
+        each = num_warps * warp
+        fits = registers // max(1, self.registers * each), shared // max(1, self.shared), threads // each
+        return min(fits)
+
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes."""
+    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes.
+
+    matrix: what multiplies its tiles, "" for ordinary instructions.
+    """
 
     kernel: str
     arch: str
     registers: int
     spills: int
     shared: int
+    matrix: str = ""
 
 
 def kernel_resources(
@@ -58,7 +94,7 @@ def _compile_mode() -> None:
 
 def build(entry: Entry, arch: int | str) -> Row:
     """One kernel for one chip. Needs a Triton that compiles (not one imported as an interpreter)."""
-    from sparsify.codegen.triton.target import interpreting
+    from sparsify.codegen.triton.kernels import interpreting
 
     if interpreting():
         raise BuildError("kernels can't be compiled while TRITON_INTERPRET=1 (unset it)")
@@ -66,11 +102,18 @@ def build(entry: Entry, arch: int | str) -> Row:
     size = f"m{shape.block_m}n{shape.block_n}w{shape.num_warps}s{shape.num_stages}"
     name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{size}"
     try:
-        compiled = compile_for(entry.launch(), arch)
-        registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
+        found = resources_of(entry.launch(), arch)
     except Exception as error:
         raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
-    return Row(name, arch if isinstance(arch, str) else f"sm_{arch}", registers, spills, compiled.metadata.shared)
+    chip = arch if isinstance(arch, str) else f"sm_{arch}"
+    return Row(name, chip, found.registers, found.spills, found.shared, found.matrix)
+
+
+def resources_of(launch: Launch, arch: int | str) -> Resources:
+    """What a launch's kernel takes on a chip, built now."""
+    compiled = compile_for(launch, arch)
+    registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
+    return Resources(registers, spills, compiled.metadata.shared, _matrix(compiled))
 
 
 def compile_for(launch: Launch, arch: int | str) -> Any:
@@ -80,7 +123,7 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     from triton.compiler import ASTSource
 
     from sparsify.codegen.triton.arguments import arguments
-    from sparsify.codegen.triton.target import kernel
+    from sparsify.codegen.triton.kernels import kernel
 
     launch, shape = tiled(launch, arch)
     values = arguments(launch, launch.empty_output(), shape, False)
@@ -124,6 +167,13 @@ def _amd(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
     # Scalar registers spill into lanes of a vector register, never to memory: what counts is the scratch memory.
     return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+
+
+def _matrix(compiled: Any) -> str:
+    """The instructions of the matrix units, by the name of their family, and tma where descriptors copy the tiles."""
+    text = compiled.asm.get("ptx", "") or compiled.asm.get("amdgcn", "")
+    units = next((name for name in MATRIX if name in text), "")
+    return f"{units}+tma" if "cp.async.bulk.tensor" in text else units
 
 
 def _number(pattern: str, text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from dataclasses import replace
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sparsify import bias
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import DTYPES, Launch, dtype_name
-from sparsify.codegen.triton import printer
-from sparsify.codegen.triton.arguments import arguments
-from sparsify.codegen.triton.module import import_source
-from sparsify.codegen.triton.ranges import wrapped
+from sparsify.codegen.triton import printer, ready
+from sparsify.codegen.triton.arguments import arguments, empty_parts, merge_arguments
+from sparsify.codegen.triton.kernels import interpreting, kernel, merger
 from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError, Refusal
-from sparsify.expr import Expr
 from sparsify.program import Program
 
 if TYPE_CHECKING:
@@ -68,12 +65,21 @@ class TritonTarget:
             launch = replace(launch, q=-launch.q if launch.scale < 0 else launch.q * 0, scale=-launch.scale or 1.0)
         if launch.program.queries is not None:
             launch.clear(out)  # the kernel writes only what some slot holds
-        launch, shape = tiled(launch, None if interpreting() else architecture(launch.q.device.index))
-        values = arguments(launch, out, shape, interpreting())
-        grid = (values["q_tiles"] * values["all_heads"],)
         with _on_device(launch.q):
-            kernel(launch)[grid](**values, num_warps=shape.num_warps, num_stages=shape.num_stages)
+            if interpreting():
+                self._interpret(launch, out)
+            else:
+                ready.run(launch, out)
         return out
+
+    def _interpret(self, launch: Launch, out: torch.Tensor) -> None:
+        launch, shape = tiled(launch, None)
+        parts = empty_parts(launch, shape)
+        values = arguments(launch, out, shape, True, parts)
+        kernel(launch)[values["q_tiles"] * values["all_heads"], shape.splits](**values)
+        if parts is not None:
+            values = merge_arguments(launch, out, shape, True, parts)
+            merger(launch)[values["rows"],](**values)
 
     def _without_keys(self, launch: Launch, out: torch.Tensor) -> torch.Tensor:
         """The output where there are no keys, and the lse: that of the sinks."""
@@ -85,7 +91,7 @@ class TritonTarget:
         return launch.clear(out)
 
     def _check(self, launch: Launch) -> None:
-        refusal = self.unavailable()
+        refusal = None if launch.q.is_cuda else self.unavailable()  # which takes a while to look
         if refusal is None:
             refusal = self.refuse(launch.program, launch.q.dtype, launch.q.shape[3], launch.v.shape[3])
         if refusal is not None:
@@ -96,39 +102,9 @@ class TritonTarget:
             )
 
 
-def kernel(launch: Launch) -> Any:
-    """The jitted kernel of a launch, from the cache or newly written."""
-    sizes = launch.q.shape[3], launch.v.shape[3]
-    return _kernel(launch.program, dtype_name(launch.q.dtype), *sizes, wrapped(launch), launch.lse is not None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernel(program: Program, dtype: str, head_dim: int, value_dim: int, wrapped: frozenset[Expr], lse: bool) -> Any:
-    name = printer.kernel_name(program, dtype, head_dim, value_dim, wrapped, lse)
-    module = import_source(name, printer.kernel_source(program, dtype, head_dim, value_dim, wrapped, lse))
-    return getattr(module, name)
-
-
-@functools.lru_cache(maxsize=1)
-def interpreting() -> bool:
-    """Whether Triton was imported as an interpreter (TRITON_INTERPRET=1): it decides that once, at import."""
-    import triton.language as tl
-
-    return type(tl.zeros_like).__name__ == "InterpretedFunction"
-
-
-@functools.lru_cache(maxsize=64)
-def architecture(device: int | None) -> int | str:
-    """The capability of an NVIDIA GPU (80, 90, 100, ...) or the name of an AMD one ("gfx942")."""
-    import torch
-
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     import torch
 
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsify.codegen.target import dtype_name
-from sparsify.codegen.triton.listing import packed, packs, rounds
+from sparsify.codegen.triton.kernels import processors
+from sparsify.codegen.triton.listing import packed, packing, packs, rounds, static
 from sparsify.codegen.triton.ranges import slots
+from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
 from sparsify.errors import InputError
-from sparsify.expr import FloorDiv
+from sparsify.expr import FloorDiv, Pred
+from sparsify.patterns.count import TILE, executed
 from sparsify.patterns.lists import lists, tile_rows
 from sparsify.patterns.tiles import BLOCK
+from sparsify.program import Program
 from sparsify.walk import evaluate, loads, variables
 
 if TYPE_CHECKING:
     from sparsify.codegen.target import Launch
 
 MANY = 4096  # queries of a prefill
+L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
+FEW = 16  # queries at most that are taken together with the heads of their group, and whose keys are split
+MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they lose at the borders of a pattern
+MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
+TILES_AT_ONCE = 2  # that a multiprocessor runs at decode
+LEAST_TILES, MOST_SPLITS = 2, 64  # key tiles of a split; splits
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,9 @@ class Shape:
 
     queries, heads: what is in the `block_m` rows where that is not one query a row: so many queries, each with so many
     heads, and rows that nothing is in.
+    splits: between how many tiles a tile's keys are split, a power of two.
+    described: whether keys and values are read by tensor descriptors, where their layout allows it.
+    l2_mib: of keys and values that query tiles which run side by side read, about.
     """
 
     block_m: int
@@ -34,6 +49,9 @@ class Shape:
     num_stages: int
     queries: int = 0
     heads: int = 1
+    splits: int = 1
+    described: bool = False
+    l2_mib: int = L2_MIB
 
     @property
     def rows(self) -> int:
@@ -44,13 +62,15 @@ class Shape:
 INTERPRETED = Shape(32, 32, 4, 1)
 INTERPRETED_SLOTS = Shape(64, 64, 4, 1)  # fewer tiles: each is asked for by a long predicate
 # The largest padded head size of a row -> its shape: the largest of those tried with which no kernel of the catalogue
-# spills, or fewest do (`sparsify doctor --kernels` shows it). Not yet tuned by time on any of these chips.
+# spills, or fewest do (`sparsify doctor --kernels` shows it); only Hopper's are chosen by time.
 _HALF = {
     "ampere": {64: Shape(128, 64, 8, 3), 128: Shape(64, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
-    "hopper": {64: Shape(128, 64, 8, 3), 128: Shape(128, 64, 8, 2), 256: Shape(64, 32, 8, 2)},
+    "hopper": {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 4, 3), 256: Shape(64, 32, 8, 2)},
     "blackwell": {64: Shape(128, 64, 8, 2), 128: Shape(128, 32, 8, 3), 256: Shape(64, 32, 8, 1)},
     "cdna3": {64: Shape(128, 64, 4, 2), 128: Shape(128, 32, 8, 1), 256: Shape(64, 32, 8, 1)},
 }
+# Hopper's for many keys a query. By time on an H200, as is the row of "hopper".
+_LONG = {64: Shape(64, 128, 4, 3, described=True), 128: Shape(128, 128, 8, 3, described=True)}
 # float32 multiplies in float32 ("ieee"), on NVIDIA without tensor cores.
 _FLOAT = {
     "ampere": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 2), 256: Shape(16, 32, 8, 1)},
@@ -69,44 +89,105 @@ def chip_class(arch: int | str) -> str:
 
 def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
     """The shape to launch with; `arch` None is the interpreter. Few queries (decode) take a low tile."""
+    described = dtype != "float32" and (arch is None or (isinstance(arch, int) and arch >= 90))
     if arch is None:
-        return replace(INTERPRETED, block_m=16) if q_len <= 16 else INTERPRETED
-    table = (_FLOAT if dtype == "float32" else _HALF)[chip_class(arch)]
-    shape = next(shape for limit, shape in table.items() if max(padded(head_dim), padded(value_dim)) <= limit)
+        shape = INTERPRETED
+    else:
+        table = (_FLOAT if dtype == "float32" else _HALF)[chip_class(arch)]
+        shape = next(shape for limit, shape in table.items() if max(padded(head_dim), padded(value_dim)) <= limit)
     if isinstance(arch, int) and arch in (86, 89, 120):  # about 100 KB of shared memory
         shape = replace(shape, num_stages=min(shape.num_stages, 2))
-    return replace(shape, block_m=16) if q_len <= 16 else shape
+    return replace(shape, block_m=16 if q_len <= 16 else shape.block_m, described=described)
 
 
 def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
     """`launch_shape` for a kernel with lists. Their tiles are no wider than a block of a summary (`list_rule`)."""
     shape = launch_shape(dtype, head_dim, value_dim, q_len, arch)
-    if arch == 90 and dtype != "float32" and max(head_dim, value_dim) > 64:
-        shape = replace(shape, block_m=min(shape.block_m, 64))  # more spill beside the loops of static rules
     return replace(shape, block_n=min(shape.block_n, BLOCK))
+
+
+def untuned(launch: Launch, arch: int | str | None) -> Shape:
+    """The shape of a launch by default, before what its program asks of a tile."""
+    return _shape(launch, arch, slots(launch)[0])
+
+
+def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
+    program = launch.program
+    sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
+    if rounds(program):
+        return listed_shape(*sizes, q_len, arch)
+    shape, size = launch_shape(*sizes, q_len, arch), max(map(padded, sizes[1:]))
+    plain = program.queries is None and program.keys is None and not program.skips
+    if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
+        keys = mean_keys(program, launch.k.shape[2])
+        return _LONG[size] if sum(keys) >= MANY_KEYS * len(keys) else shape
+    return shape
 
 
 def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     """The shape of a launch, and the launch as it runs so: a query tile never has queries of two lists.
 
-    Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they share their lists.
+    Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they keep the same keys.
     """
     program, q_len = launch.program, slots(launch)[0]
-    sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
-    shape = (listed_shape if rounds(program) else launch_shape)(*sizes, q_len, arch)
+    shape = tuned_shape(launch, arch, untuned(launch, arch))
+    if rounds(program):
+        shape = replace(shape, block_n=min(shape.block_n, BLOCK))
     if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
         shape = INTERPRETED_SLOTS if arch is None else shape
         shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
-    if not rounds(program):
+    if not packing(program):
         return launch, shape
     heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
-    if min(queries, q_len) <= 16 and packs(program, group):
-        most = listed_shape(*sizes, MANY, arch).block_m
+    few = q_len <= FEW and program.queries is None and not program.skips  # a skip goes by the largest score so far
+    splits = tuned_splits(launch, arch) if few else 1
+    if min(queries, q_len) <= FEW and packs(program, group):
+        most = rows_of_heads(_shape(launch, arch, MANY))
         heads = next(heads for heads in range(min(group, most), 0, -1) if group % heads == 0)
         queries = tile_rows(program.keep, min(max(1, most // heads), 1 << (q_len - 1).bit_length()))
         launch = replace(launch, program=packed(program)) if heads > 1 else launch
     _check_starts(launch, queries)
-    return launch, replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
+    shape = replace(shape, block_m=padded(queries * heads), queries=queries, heads=heads)
+    shape = replace(shape, num_warps=max(8, shape.num_warps)) if heads > 1 and shape.block_m >= MANY_HEADS else shape
+    return launch, replace(shape, splits=splits or _splits(launch, shape))
+
+
+def rows_of_heads(prefill: Shape) -> int:
+    """The most rows of a tile that heads of a group share, by the shape of a prefill."""
+    return max(prefill.block_m, MANY_HEADS if prefill.described else 0)
+
+
+def _splits(launch: Launch, shape: Shape) -> int:
+    program, k_len = launch.program, launch.k.shape[2]
+    lists_of = {one for rule in program.keep for one in lists(rule)}
+    listed = max((launch.loads[int(one.index.source[1:])].shape[-1] * one.unit for one in lists_of), default=0)
+    keys = [min(k_len, 2 * mean + listed) for mean in mean_keys(program, k_len)]
+    tiles = launch.q.shape[0] * -(-launch.q.shape[2] // shape.rows)
+    return splits(keys, tiles / shape.heads, shape.block_n, processors(launch))
+
+
+def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: int) -> int:
+    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes more
+    than its share of the multiprocessors' time, and each split still has some key tiles.
+
+    keys: those of a query, for each head. tiles: query tiles for a head, a part of one where heads share it.
+    """
+    wanted = TILES_AT_ONCE * multiprocessors * max(keys) / max(1.0, tiles * sum(keys))
+    most = int(min(wanted, max(keys) / (LEAST_TILES * block_n), MOST_SPLITS))
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def mean_keys(program: Program, length: int) -> list[float]:
+    """About how many keys are in the tiles of a query, for each head, of as many queries as keys; without those of
+    lists."""
+    rules = [program.rule_of(head) for head in range(len(program.heads))]
+    found = {rule: _mean_keys(static(rule), 1 << max(0, length - 1).bit_length()) for rule in set(rules)}
+    return [found[rule] for rule in rules]
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean_keys(rule: Pred, length: int) -> float:
+    return executed(rule, length, samples=16)[0] * TILE * TILE / length
 
 
 def _check_starts(launch: Launch, queries: int) -> None:

@@ -20,13 +20,15 @@ PIECES = ("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", 
 class Origin:
     """A walk from queries or keys back to where their features are made.
 
-    batch: the axes that may be heads. features: what the elements of one head run over, on the way.
+    batch: the axes that may be heads. features: what the elements of one head run over, on the way. wholes: for an axis
+    of which batch axes are a piece (heads of queries, of keys and of values in one tensor), these.
     """
 
     node: fx.Node
     layout: Layout
     batch: Collection[Axis]
     features: set[Axis] = field(default_factory=set)
+    wholes: dict[Axis, Dim] = field(default_factory=dict)
     projections: int = 0
 
     def heads(self, limit: int = 80) -> Dim | None:
@@ -44,8 +46,10 @@ class Origin:
 
     def _beside_features(self) -> Dim:
         """Axes in one dimension with features: a projection made them together."""
-        batch = set(leaves(self.batch))
-        return tuple(axis for dim in self.layout if self.features & set(dim) for axis in dim if axis in batch)
+        batch = {axis: (axis,) for axis in leaves(self.batch)}
+        batch |= {part: dim for whole, dim in self.wholes.items() for part in leaves((whole,))}
+        beside = [axis for dim in self.layout if self.features & set(dim) for axis in dim if axis in batch]
+        return tuple(dict.fromkeys(axis for one in beside for axis in leaves(batch[one])))
 
     def _step(self) -> bool:
         """One operation further back; False where the walk ends."""
@@ -102,10 +106,13 @@ class Origin:
         return self._to(node, tuple(dim if same(a, b) else self._instead(dim, b) for dim, a, b in pairs))
 
     def _instead(self, dim: Dim, size: Any) -> Dim:
-        """A fresh axis in place of others: of features, if those were."""
+        """A fresh axis in place of others: of features, if those were, or one of which heads are a piece."""
         made = fresh((size,))[0]
+        pieces = tuple(axis for one in dim for axis in self.wholes.get(one, (one,)))
         if self.features & set(dim):
             self.features |= set(made)
+        elif made and set(leaves(self.batch)) & set(leaves(pieces)):
+            self.wholes[made[0]] = pieces
         return made
 
     def _projected(self, node: fx.Node, dim: int) -> bool:

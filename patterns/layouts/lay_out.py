@@ -10,6 +10,7 @@ from sparsify.bias import Bias
 from sparsify.expr import Pred
 from sparsify.patterns.grid import Grid
 from sparsify.patterns.layouts.best import BestLayout, best_layout, over_slots
+from sparsify.patterns.layouts.by_head import BestByHead
 from sparsify.patterns.layouts.placed import Placed
 from sparsify.patterns.lists import choices, lists
 from sparsify.program import Layout
@@ -24,7 +25,7 @@ class LaidOut:
     sink: Bias | None = None
     queries: Layout | None = None
     keys: Layout | None = None
-    chosen: BestLayout | None = None
+    chosen: BestLayout | BestByHead | None = None
 
     def fields(self) -> dict[str, Any]:
         """Those that `Program.of` takes by name."""
@@ -32,18 +33,23 @@ class LaidOut:
 
 
 def lay_out(
-    keeps: Sequence[Pred], grids: Sequence[Grid], total: int, bias: Bias = (), sink: Bias | None = None
+    keeps: Sequence[Pred],
+    grids: Sequence[Grid],
+    total: int,
+    bias: Bias = (),
+    sink: Bias | None = None,
+    by_head: BestByHead | None = None,
 ) -> LaidOut:
     """The fields for heads that keep `keeps`, where all `total` tokens are queries and keys in their order.
 
     All heads share one layout, that of one of `grids` (those in their patterns, as often as they occur); the other
-    patterns work in it all the same. Where none saves enough, and where a head has a list of keys, which counts
-    tokens in their own order, the fields are those over tokens.
+    patterns work in it all the same. Where none saves enough, it is those that each key head has `by_head`, if any;
+    else, and where a head has a list of keys, which counts tokens in their own order, the fields are over tokens.
     """
     listed = any(lists(keep) or choices(keep) for keep in keeps)
     chosen = None if listed or not grids else best_layout(tuple(keeps), tuple(grids), total)
     if chosen is None:
-        return LaidOut(tuple(keeps), bias, sink)
+        return LaidOut(tuple(keeps), bias, sink) if listed or by_head is None else _by_head(keeps, bias, sink, by_head)
     placed = Placed(chosen.boxes)
     return LaidOut(
         over_slots(tuple(keeps), chosen.boxes),
@@ -51,5 +57,17 @@ def lay_out(
         None if sink is None else placed.bias(sink),
         chosen.boxes.layout("q"),
         chosen.boxes.layout("k"),
+        chosen,
+    )
+
+
+def _by_head(keeps: Sequence[Pred], bias: Bias, sink: Bias | None, chosen: BestByHead) -> LaidOut:
+    laid = chosen.laid
+    return LaidOut(
+        tuple(laid.keep(keep, head) for head, keep in enumerate(keeps)),
+        laid.bias(bias),
+        None if sink is None else laid.bias(sink),
+        laid.layout("q"),
+        laid.layout("k"),
         chosen,
     )

@@ -39,6 +39,7 @@ PATTERNS = {
     "window256": lambda heads: (p.window(256),) * heads,
     "window512": lambda heads: (p.window(512),) * heads,
     "window1024": lambda heads: (p.window(1024),) * heads,
+    "window2048": lambda heads: (p.window(2048),) * heads,
     "streaming": lambda heads: ((p.sinks(4) | p.window(1024)) & CAUSAL,) * heads,
     "s2_stride": lambda heads: (
         ((p.block_window(64, 16) | p.column_stride(8, block=64, offset="head")) & CAUSAL,) * heads

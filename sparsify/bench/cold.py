@@ -11,6 +11,8 @@ from unittest import mock
 import torch
 from torch._inductor.utils import fresh_cache
 
+from sparsify import env
+
 
 @contextmanager
 def cold_caches() -> Iterator[None]:
@@ -22,10 +24,10 @@ def cold_caches() -> Iterator[None]:
 
 @contextmanager
 def cold_kernels() -> Iterator[None]:
-    """The cache of sparsify's own kernels empty, and nothing compiled before in memory."""
+    """The cache of sparsify's own kernels empty, but for what is tuned, and nothing compiled before in memory."""
     torch._dynamo.reset()
     with (
         tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder,
-        mock.patch.dict(os.environ, SPARSIFY_CACHE_DIR=folder),
+        mock.patch.dict(os.environ, SPARSIFY_CACHE_DIR=folder, SPARSIFY_TUNED=str(env.tuned() or 0)),
     ):
         yield

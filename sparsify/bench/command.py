@@ -57,6 +57,26 @@ def bench(
             "--decode", rich_help_panel=MODE, help="Measure one query over a long cache beside the rate of memory."
         ),
     ] = False,
+    mixture: Annotated[
+        bool,
+        typer.Option(
+            "--mixture", rich_help_panel=MODE, help="Measure eight unlike heads in one call beside each of them alone."
+        ),
+    ] = False,
+    overhead: Annotated[
+        bool,
+        typer.Option(
+            "--overhead",
+            rich_help_panel=MODE,
+            help="Measure eager calls, the passes' part of compiling, and what a longer sequence builds again.",
+        ),
+    ] = False,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", rich_help_panel=MODE, help="Predict drawn patterns and shapes, and measure them beside it."
+        ),
+    ] = False,
     preparation: Annotated[
         bool,
         typer.Option("--preparation", rich_help_panel=MODE, help="Measure what a mask costs before the first tile."),
@@ -84,6 +104,10 @@ def bench(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of --model's config, as NAME=VALUE (repeat it).")
     ] = None,
+    count: Annotated[int, typer.Option(help="How many patterns --simulate draws.", min=10)] = 80,
+    seed: Annotated[
+        int | None, typer.Option(help="What --simulate draws from; another one each time, if not given.", min=0)
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds, at most.", min=5)] = 30,
     seconds: Annotated[float, typer.Option(help="Time for one case's rounds, about.")] = 6.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -97,7 +121,8 @@ def bench(
 
     Without options: causal windows 512 of 4096 and 1024 of 8192, head sizes 64 and 128, float32 and bfloat16.
     A case whose numbers miss the oracle's bound is reported as wrong and gets no speed; the exit code is then 1.
-    --compare exits with 1 when something got slower by more than 5 % and beyond its spread.
+    --compare exits with 1 when something got slower by more than 5 % and beyond its spread, --simulate when its errors
+    are larger than those of a calibrated machine should be.
     """
     from sparsify.bench import runs
     from sparsify.bench.modes import mode_of
@@ -117,6 +142,12 @@ def bench(
         holds = runs.selection(case, dtype, how)
     elif mode == "decode":
         holds = runs.decode(case, dtype, how)
+    elif mode == "mixture":
+        holds = runs.mixture(length, head_dim, dtype, kv_heads, how)
+    elif mode == "overhead":
+        holds = runs.overhead(how)
+    elif mode == "simulate":
+        holds = runs.simulate(count, seed, dtype, how)
     elif mode == "preparation":
         holds = runs.preparation()
     else:

@@ -21,35 +21,48 @@ from sparsify.bench.tables import SHORT, new_table
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
 
-KEYS, HEAD_DIM, HEADS = 32768, 128, 8
-READ_BYTES = 2**28  # of the tensor whose sum tells how fast memory is read: more than caches hold
+KEYS, HEAD_DIM = 32768, 128
 STREAMING = (p.sinks(4) | p.window(1024)) & p.causal()
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much is measured on a kind of device: sequences, query heads, and the bytes of the tensor whose sum tells how
+    fast memory is read (more than caches hold)."""
+
+    batch: int
+    heads: int
+    read_bytes: int
+
+
+SIZES = {"cpu": Size(1, 8, 2**28), "cuda": Size(8, 32, 2**31)}
+
+
+@dataclass(frozen=True)
 class DecodeCase:
-    """One query of each of `HEADS` heads, on k and v of (1, kv_heads, KEYS, HEAD_DIM)."""
+    """One query of each head, on keys and values that `group` heads share; the pattern of every head."""
 
     name: str
-    heads: tuple[Pattern, ...]
-    kv_heads: int = 2
+    rules: Callable[[int], tuple[Pattern, ...]]
+    group: int = 4
 
 
 CASES = (
-    DecodeCase("streaming", (STREAMING,) * HEADS),
-    DecodeCase("causal", (p.causal(),) * HEADS),
-    DecodeCase("mixture", (p.causal(), *(STREAMING,) * (HEADS - 1)), kv_heads=8),
+    DecodeCase("streaming", lambda heads: (STREAMING,) * heads),
+    DecodeCase("causal", lambda heads: (p.causal(),) * heads),
+    DecodeCase("mixture", lambda heads: (p.causal(), *(STREAMING,) * 7) * (heads // 8), group=1),
 )
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One case measured: seconds of `sparsify`, of `dense` SDPA and of reading `READ_BYTES`.
+    """One case measured: seconds of `sparsify`, of `dense` SDPA and of reading as many bytes as `size` says.
 
     kept: bytes of the keys and values that some head of a group keeps. error, bound: as in `sparsify bench`.
     """
 
     case: DecodeCase
+    size: Size
     dtype: str
     timings: dict[str, Timing]
     kept: int
@@ -65,14 +78,15 @@ class Decoded:
     def of_memory(self) -> float | None:
         """The rate at which kept bytes are read, as a share of that of one large tensor; None for a wrong case."""
         seconds = {name: found.median for name, found in self.timings.items()}
-        return self.kept * seconds["memory"] / (READ_BYTES * seconds["sparsify"]) if self.right else None
+        return self.kept * seconds["memory"] / (self.size.read_bytes * seconds["sparsify"]) if self.right else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "name": self.case.name,
-            "rules": [str(rule) for rule in self.case.heads],
-            "kv_heads": self.case.kv_heads,
+            "rules": [str(rule) for rule in self.case.rules(self.size.heads)],
+            "batch": self.size.batch,
+            "kv_heads": self.size.heads // self.case.group,
             "keys": KEYS,
             "head_dim": HEAD_DIM,
             "dtype": self.dtype,
@@ -91,30 +105,31 @@ def named(names: Sequence[str] | None) -> tuple[DecodeCase, ...]:
     return tuple(pick(known, names))
 
 
-def measure(case: DecodeCase, dtype: str, repeats: int, seconds: float, tell: Callable[[str], None]) -> Decoded:
+def measure(
+    case: DecodeCase, dtype: str, device: str, repeats: int, seconds: float, tell: Callable[[str], None]
+) -> Decoded:
     """Checks the numbers, then times; what is read in between leaves no key in a cache, as the layers of a model do."""
-    g, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
-    q, k, v = (
-        torch.randn(1, heads, length, HEAD_DIM, generator=g).to(kind)
-        for heads, length in ((HEADS, 1), (case.kv_heads, KEYS), (case.kv_heads, KEYS))
-    )
-    large = torch.ones(READ_BYTES // 4)
+    size, kind = SIZES[device], getattr(torch, dtype)
+    rules, shape = case.rules(size.heads), (size.batch, size.heads // case.group)
+    g = torch.Generator(device).manual_seed(0)
+    q = torch.randn(size.batch, size.heads, 1, HEAD_DIM, generator=g, device=device).to(kind)
+    k, v = (torch.randn(*shape, KEYS, HEAD_DIM, generator=g, device=device).to(kind) for _ in "kv")
+    large = torch.ones(size.read_bytes // 4, device=device)
     runs = {
-        "sparsify": lambda: attention(q, k, v, case.heads),
-        "dense": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=case.kv_heads != HEADS),
+        "sparsify": lambda: attention(q, k, v, rules),
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1),
         "memory": large.sum,
     }
     with torch.inference_mode():
         tell(f"{case.name}: checking")
-        group = HEADS // case.kv_heads
-        keep = torch.stack([rule.mask(HEADS, 1, KEYS)[h] for h, rule in enumerate(case.heads)])
-        whole = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        errors, bound = compared(q, *whole, keep, HEAD_DIM**-0.5, {"out": runs["sparsify"]()})
-        pairs = int(keep.view(case.kv_heads, group, KEYS).any(1).sum())
+        keep = torch.stack([rule.mask(size.heads, 1, KEYS)[h] for h, rule in enumerate(rules)])
+        whole = (t.repeat_interleave(case.group, dim=1) for t in (k, v))
+        errors, bound = compared(q, *whole, keep.to(device), HEAD_DIM**-0.5, {"out": runs["sparsify"]()})
+        pairs = size.batch * int(keep.view(shape[1], case.group, KEYS).any(1).sum())
         tell(f"{case.name}: timing")
-        samples = interleaved(runs, "cpu", repeats, seconds)
+        samples = interleaved(runs, device, repeats, seconds, True)
     timings = {name: timing(found, statistics.median(found)) for name, found in samples.items()}
-    return Decoded(case, dtype, timings, pairs * 2 * HEAD_DIM * kind.itemsize, errors["out"], bound)
+    return Decoded(case, size, dtype, timings, pairs * 2 * HEAD_DIM * kind.itemsize, errors["out"], bound)
 
 
 def table(results: Sequence[Decoded]) -> Table:
@@ -123,9 +138,9 @@ def table(results: Sequence[Decoded]) -> Table:
     for result in results:
         mine, dense = (result.timings[name].median * 1e3 for name in ("sparsify", "dense"))
         found.add_row(
-            f"{result.case.name} {HEADS}/{result.case.kv_heads} {SHORT[result.dtype]}",
-            f"{mine:.2f}" if result.right else f"WRONG {result.error:.0e}",
-            f"{dense:.2f}",
+            f"{result.case.name} {result.size.heads}/{result.size.heads // result.case.group} {SHORT[result.dtype]}",
+            f"{mine:.3f}" if result.right else f"WRONG {result.error:.0e}",
+            f"{dense:.3f}",
             f"{dense / mine:.2f}x" if result.right else "",
             f"{result.kept / 1e6:.1f}",
             "" if result.of_memory is None else f"{result.of_memory:.0%}",
@@ -133,8 +148,8 @@ def table(results: Sequence[Decoded]) -> Table:
     return found
 
 
-def write_json(results: Sequence[Decoded], path: Path) -> Path:
+def write_json(results: Sequence[Decoded], device: str, path: Path) -> Path:
     """Writes machine and results."""
-    about = machine("cpu")
+    about = machine(device)
     return write({"machine": about, "results": [result.as_dict() for result in results]},
                  json_path(path, about["machine"] + " decode"))  # fmt: skip

@@ -80,12 +80,12 @@ def measure(
     tell(f"{name}: making the model")
     wanted = replace(wanted, command="bench", drawn=True)
     with torch.inference_mode(), cold_kernels():
-        made, args, given = _model(name, wanted, device)
+        made, args, given = model_of(name, wanted, device)
         length = given["input_ids"].shape[1] if "input_ids" in given else 0
         common = (name, "" if spec is None else str(spec))
         how = (spec, device, repeats, seconds)
-        jobs = {"prefill": (args, _prefill(made, given))}
-        if not args and "input_ids" in given and (step := _decode(made, given, wanted)):
+        jobs = {"prefill": (args, prefill(made, given))}
+        if not args and "input_ids" in given and (step := decode_step(made, given, wanted)):
             jobs["decode"] = ((), step)
         found = []
         for phase, (positional, inputs) in jobs.items():
@@ -95,7 +95,8 @@ def measure(
     return found
 
 
-def _model(name: str, wanted: Wanted, device: str) -> Call:
+def model_of(name: str, wanted: Wanted, device: str) -> Call:
+    """A model on a device, and inputs for it. Raises InputError for what can't be made."""
     if ":" in name:
         made, args, given = called(name, wanted)
     else:
@@ -106,14 +107,14 @@ def _model(name: str, wanted: Wanted, device: str) -> Call:
     return made.to(device), args, place
 
 
-def _prefill(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def prefill(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of one call on all tokens, which keeps nothing and gives the logits of the last ones only."""
     known = signature(made.forward).parameters
     wanted = {"logits_to_keep": ROWS, "use_cache": False} if "input_ids" in given else {}
     return dict(given) | {key: value for key, value in wanted.items() if key in known}
 
 
-def _decode(made: Any, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any] | None:
+def decode_step(made: Any, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any] | None:
     """The inputs of a step with a cache; None for a model that keeps none."""
     try:
         return decoding(made, dict(given), wanted)

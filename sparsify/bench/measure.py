@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsify.bench import gpu
 from sparsify.bench.cases import Case
 from sparsify.bench.check import Check, check
 from sparsify.bench.cold import cold_kernels
@@ -85,9 +86,9 @@ class Result:
 
     @property
     def of_ideal(self) -> float | None:
-        """Dense SDPA's time times the share of pairs that are kept, over sparsify's time; or None."""
-        ratio = self.ratio("dense")
-        return None if ratio is None else ratio * self.share
+        """The fastest dense attention's time times the share of pairs that are kept, over sparsify's time; or None."""
+        ratios = [ratio for ratio in map(self.ratio, ("dense", "cudnn")) if ratio is not None]
+        return min(ratios) * self.share if ratios else None
 
     def ratio(self, peer: str) -> float | None:
         """How many times as fast sparsify is as a peer, or None."""
@@ -137,7 +138,9 @@ def measure(
                 ready.drop(name, f"its numbers are wrong by {found.error[name]:.1e}")
         tell(f"{case.name}: timing")
         size = gemm_side(inputs.q.dtype, device)
-        samples = interleaved(ready.runs | {"gemm": gemm_rate(inputs.q.dtype, device, size)}, device, repeats, seconds)
+        samples = interleaved(
+            ready.runs | {"gemm": gemm_rate(inputs.q.dtype, device, size)}, device, repeats, seconds, True
+        )
         tell(f"{case.name}: looking at memory")
         memory = {name: ready.memory(name) for name in ready.runs}
     timings = {name: timing(samples[name], ready.first[name]) for name in ready.runs}
@@ -149,7 +152,7 @@ class _Ready:
     """The peers of a case, prepared and called once: `runs`, seconds of the `first` results, and `failures`."""
 
     def __init__(self, inputs: Inputs, device: str, tell: Callable[[str], None]) -> None:
-        self.inputs, self.device, self.prepare = inputs, device, peers_of(inputs.case)
+        self.inputs, self.device, self.prepare = inputs, device, peers_of(inputs.case, device)
         self.runs: dict[str, Run] = {}
         self.first: dict[str, float] = {}
         self.failures: dict[str, str] = {}
@@ -200,31 +203,43 @@ def gemm_side(dtype: torch.dtype, device: str) -> int:
 def kept_share(inputs: Inputs) -> float:
     """Kept pairs of all pairs."""
     case = inputs.case
-    if not case.dynamic:
+    if not case.dynamic and not inputs.q.is_cuda:
         kept = sum(kept_by_head(rule.keep(), head, case.length, case.length) for head, rule in enumerate(case.rules))
         return kept / (case.heads * case.length**2)
-    heads = torch.arange(0, case.heads, case.heads // inputs.chosen.shape[0])  # those of a list keep the same
+    step = case.heads // inputs.chosen.shape[0] if case.dynamic else 1 if inputs.per_head else case.heads
+    heads = torch.arange(0, case.heads, step)  # those of a list keep the same
     rows = torch.arange(case.length).split(256)
     kept = sum(int(inputs.kept(heads, some).count_nonzero()) for some in rows)
     return kept / (len(heads) * case.length**2)
 
 
-def interleaved(runs: Mapping[str, Run], device: str, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every run in each round, a run warmed up before; see `measure` for when it stops."""
+def interleaved(
+    runs: Mapping[str, Run], device: str, repeats: int, seconds: float, kernels: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every run in each round, a run warmed up before; see `measure` for when it stops.
+
+    kernels: on a GPU, the time that the device takes, of captured calls (`bench.gpu`).
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+    captured = kernels and device != "cpu"
+    ready = {name: gpu.replayed(run) for name, run in runs.items()} if captured else runs
+    for run in ready.values():
         run()
     begin = time.perf_counter()
     for round_number in range(repeats):
-        for name, run in runs.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            samples[name].append(time.perf_counter() - start)
+        for name, run in ready.items():
+            samples[name].append(gpu.seconds(run) if captured else _seconds(run, device))
         if round_number >= 4 and time.perf_counter() - begin > seconds:
             break
     return samples
+
+
+def _seconds(run: Run, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: str) -> None:

@@ -18,7 +18,10 @@ MODES: dict[str, tuple[str, ...]] = {
     "lossless": (*CASES, "dtype"),
     "neighborhood": CASES,
     "selection": (*CASES, "dtype"),
-    "decode": (*CASES, "dtype"),
+    "decode": (*CASES, "dtype", "device"),
+    "mixture": ("length", "head_dim", "dtype", "kv_heads", *TIMING),
+    "overhead": ("json",),
+    "simulate": ("count", "seed", "dtype", "json"),
     "preparation": (),
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from sparsify.bench.cases import Case
@@ -106,6 +107,17 @@ def full(inputs: Inputs) -> Run:
     return _sdpa(inputs)
 
 
+def cudnn(inputs: Inputs) -> Run:
+    """cuDNN's kernel with every pair, or every causal pair."""
+    run = _sdpa(inputs, is_causal=inputs.case.causal)
+
+    def chosen() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return run()
+
+    return chosen
+
+
 def masked(inputs: Inputs) -> Run:
     """PyTorch's own kernel with the same mask as a bool tensor (built outside the timing)."""
     heads = torch.arange(inputs.case.heads if inputs.per_head else 1)
@@ -179,19 +191,20 @@ def mask_mod(heads: Sequence[Pattern], length: int) -> Mask:
 
 # Name -> how to prepare it. Sparsify first: the ratios are against it.
 PEERS: dict[str, Callable[[Inputs], Run]] = {
-    "sparsify": sparsify, "dense": dense, "full": full, "mask": masked, "flex": flex, "natten": natten,
+    "sparsify": sparsify, "dense": dense, "cudnn": cudnn, "full": full, "mask": masked, "flex": flex, "natten": natten,
 }  # fmt: skip
 SAME = ("sparsify", "mask", "flex")  # those that have the same mask and layout: their numbers are compared
 
 
-def peers_of(case: Case) -> dict[str, Callable[[Inputs], Run]]:
+def peers_of(case: Case, device: str = "cpu") -> dict[str, Callable[[Inputs], Run]]:
     """The peers of a case.
 
-    `full` goes with causal cases, whose dense peer is causal; `mask` where the mask is affordable; NATTEN with
-    neighborhoods and where it is installed.
+    `full` goes with causal cases, whose dense peer is causal; `mask` where the mask is affordable; cuDNN's with 16 bits
+    on an NVIDIA GPU; NATTEN's with neighborhoods and where it is installed.
     """
     near = any(map(grids, case.rules)) and importlib.util.find_spec("natten") is not None
-    there = {"full": case.causal, "mask": case.length <= MASKED, "natten": near}
+    half = device == "cuda" and torch.version.cuda is not None and case.dtype != "float32"
+    there = {"full": case.causal, "mask": case.length <= MASKED, "natten": near, "cudnn": half}
     return {name: prepare for name, prepare in PEERS.items() if there.get(name, True)}
 
 

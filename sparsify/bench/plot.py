@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sparsify.bench.measure import Result
 from sparsify.errors import InputError
+from sparsify.pictures.axes import along, powers, ticks
 
 ENDINGS = (".png", ".html")
 COLOURS = {"float32": "#2563eb", "bfloat16": "#d97706", "float16": "#059669"}
@@ -52,23 +52,12 @@ class Plot:
     @property
     def x(self) -> tuple[float, float]:
         """The least and the greatest density shown."""
-        return _powers([mark.density for mark in self.marks] + [1.0])
+        return powers([mark.density for mark in self.marks] + [1.0])
 
     @property
     def y(self) -> tuple[float, float]:
         """The least and the greatest speed-up shown; the ideal of the sparsest case is among them."""
-        return _powers([mark.speedup for mark in self.marks] + [1.0, 1 / min(mark.density for mark in self.marks)])
-
-
-def _powers(values: Sequence[float]) -> tuple[float, float]:
-    low, high = math.floor(math.log2(min(values)) + 1e-9), math.ceil(math.log2(max(values)) - 1e-9)
-    return 2.0 ** min(low, high - 1), 2.0**high
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """The powers of two from one to another, every second one where there are many."""
-    powers = list(range(round(math.log2(low)), round(math.log2(high)) + 1))
-    return [2.0**power for power in powers if len(powers) <= 9 or power % 2 == 0]
+        return powers([mark.speedup for mark in self.marks] + [1.0, 1 / min(mark.density for mark in self.marks)])
 
 
 def percent(density: float) -> str:
@@ -146,19 +135,13 @@ def html(plot: Plot) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     def x(density: float) -> float:
-        return LEFT + _along(density, plot.x) * (WIDTH - LEFT - RIGHT)
+        return LEFT + along(density, plot.x) * (WIDTH - LEFT - RIGHT)
 
     def y(speedup: float) -> float:
-        return HEIGHT - BOTTOM - _along(speedup, plot.y) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - along(speedup, plot.y) * (HEIGHT - TOP - BOTTOM)
 
     folder = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=folder, undefined=StrictUndefined, autoescape=True).get_template("plot.html")
     frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
     helpers: dict[str, Any] = {"x": x, "y": y, "ticks": ticks, "percent": percent, "times": times}
     return template.render(plot=plot, title=TITLE, note=NOTE, colours=COLOURS, **frame, **helpers)
-
-
-def _along(value: float, ends: tuple[float, float]) -> float:
-    """Where a value lies between the ends of an axis, 0 to 1."""
-    low, high = map(math.log2, ends)
-    return (math.log2(value) - low) / (high - low)

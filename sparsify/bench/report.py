@@ -21,8 +21,10 @@ from sparsify.bench.summary import Summary
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import SparsifyError
 from sparsify.runtime import machine_isa
+from sparsify.runtime.machine import cpu_name
 
-RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table; NATTEN joins where it ran
+RATIOS = ("dense", "full", "mask", "flex")  # the peers of every table
+SOMETIMES = ("cudnn", "natten")  # those that join where they ran
 MEMORY = ("sparsify", "dense", "mask", "flex")
 LIBRARIES = ("numpy", "transformers", "diffusers", "triton", "natten")
 SPEED_NOTE = (
@@ -33,7 +35,7 @@ SPEED_NOTE = (
 
 def speed_table(results: Sequence[Result]) -> Table:
     """One line a case: kept pairs, milliseconds and spread, useful rate, its shares of GEMM's and the ideal, ratios."""
-    peers = [*RATIOS, *(["natten"] if any("natten" in result.timings for result in results) else [])]
+    peers = [*RATIOS, *(peer for peer in SOMETIMES if any(peer in result.timings for result in results))]
     found = new_table(
         "speed (medians of interleaved repeats)", "kept", "ms", "±", "GFLOP/s", "GEMM", "ideal", *peers, gap=1
     )
@@ -124,7 +126,7 @@ def remarks(results: Sequence[Result], summaries: Sequence[Summary]) -> Iterator
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on, and with what."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "machine": name,
         "cores": os.cpu_count(),
@@ -155,14 +157,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_json(results: Sequence[Result], summaries: Sequence[Summary], device: str, path: Path) -> Path:

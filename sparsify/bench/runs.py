@@ -218,12 +218,76 @@ def decode(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
     from sparsify.bench import decode
 
     _check_dtypes(dtype)
-    jobs = [(one, kind) for one in decode.named(case) for kind in dtype or ("float32", "bfloat16")]
-    results = _each(jobs, lambda job, tell: decode.measure(*job, how.repeats, how.seconds, tell))
+    place = how.place
+    kinds = dtype or ("float32", "bfloat16") if place == "cpu" else dtype or ("bfloat16",)
+    jobs = [(one, kind) for one in decode.named(case) for kind in kinds]
+    results = _each(jobs, lambda job, tell: decode.measure(*job, place, how.repeats, how.seconds, tell))
     Console().print(decode.table(results))
     if how.json is not None:
-        _written(decode.write_json(results, how.json))
+        _written(decode.write_json(results, place, how.json))
     return all(result.right for result in results)
+
+
+def mixture(
+    length: list[int] | None, head_dim: list[int] | None, dtype: list[str] | None, kv_heads: int | None, how: How
+) -> bool:
+    """Unlike heads in one call, and each alone."""
+    from sparsify.bench import mixture
+    from sparsify.bench.cases import grid
+    from sparsify.bench.peers import Inputs
+
+    _check_dtypes(dtype)
+    shape = (head_dim or [64, 128], dtype or ["float32"], mixture.HEADS, kv_heads or mixture.HEADS)
+    jobs = grid(["mixture"], length or [4096], *shape)
+
+    def measured(case: Case, tell: Callable[[str], None]) -> Any:
+        return mixture.measure(Inputs.draw(case, "cpu"), how.repeats, how.seconds, tell)
+
+    results = _each(jobs, measured)
+    Console().print(mixture.table(results))
+    if how.json is not None:
+        _written(mixture.write_json(results, how.json))
+    return all(result.right for result in results)
+
+
+def overhead(how: How) -> bool:
+    """What sparsify takes beside computing. Fails where a longer sequence builds anything again."""
+    from sparsify.bench import overhead
+
+    with Steps([1.0]) as steps:
+        found = overhead.measure(steps.tell)
+        steps.advance()
+    for table in overhead.tables(found):
+        Console().print(table, "", sep="\n")
+    if how.json is not None:
+        _written(overhead.write_json(found, how.json))
+    return all(grown.later == 0 for grown in found.growth)
+
+
+def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) -> bool:
+    """Predictions beside measurements, of drawn patterns and shapes."""
+    import secrets
+
+    from sparsify import cost
+    from sparsify.bench import draws, simulate
+    from sparsify.bench.cases import DTYPES as USUAL
+    from sparsify.runtime import tuned
+
+    _check_dtypes(dtype)
+    seed, kinds, given = secrets.randbelow(10**6) if seed is None else seed, tuple(dtype or USUAL), cost.machine()
+    jobs = [*draws.draw(seed, count, kinds), *draws.draw_crossings(seed, max(1, count // 8), kinds)]
+    with tuned.forced({}):
+        simulate.build(jobs)
+        found = _each(jobs, lambda job, tell: simulate.measured(job, given, tell))
+    results, crossed = (
+        [one for one in found if isinstance(one, kind)] for kind in (simulate.Predicted, simulate.Crossed)
+    )
+    accuracy, console = simulate.Accuracy.of(results, crossed), Console(highlight=False)
+    console.print(simulate.table(results), "", simulate.crossover_table(crossed), "", sep="\n")
+    console.print(f"{given}; seed {seed}", str(accuracy), sep="\n", markup=False, soft_wrap=True)
+    if how.json is not None:
+        _written(simulate.write_json(results, crossed, given, seed, how.json))
+    return accuracy.holds
 
 
 def _each(jobs: Sequence[Any], measured: Callable[..., Any], around: Any = None) -> list[Any]:

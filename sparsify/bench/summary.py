@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from sparsify.bench.measure import Result
 
-PEERS = ("dense", "full", "mask", "flex", "natten")
+PEERS = ("dense", "cudnn", "full", "mask", "flex", "natten")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,30 @@ def _cache() -> Finding:
     return Finding("cache", True, f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 
+def _tuned() -> Finding:
+    """What `sparsify tune` found, as far as it is for this machine and software."""
+    from sparsify import env
+    from sparsify.runtime import tuned
+    from sparsify.tuner.targets import tunable
+
+    path, (entries, why) = env.tuned(), tuned.held()
+    if path is None or why or not entries:
+        found = "none: SPARSIFY_TUNED is 0" if path is None else why or f"none in {path}"
+        hint = "kernels run as by default" if why else "sparsify tune --grid finds what is fastest on this machine"
+        return Finding("tuned kernels", None, found, hint)
+    wrong = []
+    for number, entry in enumerate(entries.values()):
+        try:
+            tunable(entry.target).check(entry.values)
+        except SparsifyError as error:
+            wrong.append(f"tuned[{number}]: {error}")
+    if wrong:
+        return Finding("tuned kernels", False, f"{path}: {wrong[0]}", "such a kernel runs as by default")
+    mine = [entry for entry in entries.values() if tunable(entry.target).holds(entry)]
+    others = f", {len(entries) - len(mine)} for others, which are ignored" if len(mine) < len(entries) else ""
+    return Finding("tuned kernels", None, f"{len(mine)} for this machine and software{others} ({path})")
+
+
 def _triton() -> Finding:
     try:
         return Finding("triton", None, version("triton"))
@@ -176,7 +200,7 @@ def _tried(name: str, device: str) -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    _python, _torch, _processor, _compiler, _cache, _triton, _gpu, _cpp_target, _triton_target,
+    _python, _torch, _processor, _compiler, _cache, _tuned, _triton, _gpu, _cpp_target, _triton_target,
 )  # fmt: skip
 
 
@@ -196,7 +220,8 @@ def _kernels(as_json: bool) -> None:
     table = Table("kernel", "chip", box=None, padding=(0, 1, 0, 0))
     for title in ("registers", "spills", "shared"):
         table.add_column(title, justify="right")
+    table.add_column("matrix")
     for row in rows:
         spills = f"[red]{row.spills}[/]" if row.spills else "0"
-        table.add_row(_plain(row.kernel), row.arch, str(row.registers), spills, str(row.shared))
+        table.add_row(_plain(row.kernel), row.arch, str(row.registers), spills, str(row.shared), row.matrix)
     console().print(table)

@@ -55,14 +55,19 @@ def plan(
     machine: Annotated[str | None, typer.Option(help="Whose time is predicted. Default: this machine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    evidence: Annotated[
+        bool, typer.Option("--evidence/--no-evidence", help="Draw it beside the spec, as a page and a PNG.")
+    ] = True,
 ) -> None:
     """Choose a pattern for every head of a model, by predicted cost and measured quality, and write the spec.
 
     Its attentions are caught, candidates are profiled on the text, a budget is spent on the heads that need it, and the
     choice is validated on text and at a length that no profile saw. A run that was killed goes on where it was.
     """
+    from sparsify.cli.evidence import draw_evidence, origin
     from sparsify.cli.output import console
     from sparsify.planner.memory import keep_freed
+    from sparsify.planner.samples import read_texts
     from sparsify.planner.terminal import Bar, summary
 
     keep_freed()
@@ -75,16 +80,20 @@ def plan(
     }  # fmt: skip
     _check_out(out)
     made, tokenizer = _model(model, dtype, device)
+    texts = read_texts(data)
     with Bar() as progress:
-        found = _planned(made, data, validate, tokenizer, model, out, progress, settings)
-    found.spec().save(out)
+        found = _planned(made, texts, validate, tokenizer, model, out, progress, settings)
+    found.spec().save(out, origin(found))
     found.save(out.with_suffix(".plan.json"))
+    drawn = draw_evidence(found, made, texts, tokenizer, out) if evidence else []
     console().print(summary(found))
-    console().print(f"{out}: the spec; {out.with_suffix('.plan.json')}: the plan", soft_wrap=True)
+    written = [f"{out}: the spec", f"{out.with_suffix('.plan.json')}: the plan"]
+    written += [f"{', '.join(map(str, drawn))}: the evidence"] if drawn else []
+    console().print("; ".join(written), soft_wrap=True)
 
 
 def _planned(
-    made: Any, data: list[Path], validate: list[Path] | None, tokenizer: Tokenizer, name: str, out: Path, progress: Any,
+    made: Any, texts: list[str], validate: list[Path] | None, tokenizer: Tokenizer, name: str, out: Path, progress: Any,
     settings: dict[str, Any],
 ) -> Plan:  # fmt: skip
     from sparsify.planner import plan as make
@@ -93,7 +102,7 @@ def _planned(
     held_out = read_texts(validate) if validate else None
     state = out.with_name(f"{out.name}.state")
     return make(
-        made, read_texts(data), held_out=held_out, tokenizer=tokenizer, name=Path(name).name, state=state,
+        made, texts, held_out=held_out, tokenizer=tokenizer, name=Path(name).name, state=state,
         progress=progress, **settings,
     )  # fmt: skip
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsify.codegen.target import DTYPES
 from sparsify.cost.find import machine as find_machine
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Shape
 from sparsify.cost.site import site_of
 from sparsify.cost.time import site_cost
-from sparsify.errors import InputError
+from sparsify.errors import InputError, nearest
 from sparsify.patterns import Pattern
 
 
@@ -114,11 +115,12 @@ def estimate(
     given, queries = find_machine(machine), length if q_len is None else q_len
     heads = len(patterns)
     shape = Shape(heads, heads if kv_heads is None else kv_heads, queries, length, head_dim, dtype, batch)
-    _check(patterns, shape)
+    check(patterns, shape)
     return _estimate(tuple(patterns), shape, given)
 
 
-def _check(patterns: Sequence[Pattern], shape: Shape) -> None:
+def check(patterns: Sequence[Pattern], shape: Shape) -> None:
+    """Raises InputError for patterns and sizes that do not go together."""
     if not patterns or not all(isinstance(one, Pattern) for one in patterns):
         raise InputError(f"cost: patterns: expected one pattern for each query head, found {patterns!r}")
     for name, value in (("length", shape.k_len), ("head_dim", shape.head_dim), ("batch", shape.batch)):
@@ -128,6 +130,8 @@ def _check(patterns: Sequence[Pattern], shape: Shape) -> None:
         raise InputError(f"cost: q_len: expected an integer from 1 to the length {shape.k_len}, found {shape.q_len!r}")
     if not isinstance(shape.kv_heads, int) or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
         raise InputError(f"cost: kv_heads: {shape.heads} query heads are no multiple of {shape.kv_heads!r}")
+    if shape.dtype not in DTYPES:
+        raise InputError(f"cost: dtype: found '{shape.dtype}'; {nearest(shape.dtype, DTYPES)}")
     for one in dict.fromkeys(patterns):
         if wrong := one.fits(shape.k_len):
             raise InputError(f"cost: patterns: {wrong}")

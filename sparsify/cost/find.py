@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import platform
 import re
 import tempfile
 from importlib.resources import files
@@ -14,6 +13,7 @@ from pathlib import Path
 from sparsify import env
 from sparsify.cost.machine import Machine, read
 from sparsify.errors import InputError, SparsifyError, nearest
+from sparsify.runtime.machine import cpu_model
 
 FOLDER = "machines"
 
@@ -68,21 +68,9 @@ def calibrated_path() -> Path:
 
 def this_name() -> str:
     """A name for this machine: its processor, cores, instruction set, and a hash of these."""
-    about = f"{processor()} {isa()} {cores()} cores"
+    about = f"{cpu_model()} {isa()} {cores()} cores"
     short = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")
     return f"{short}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-
-
-def processor() -> str:
-    """The processor's model as the system calls it, with family and model where it says these."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    parts = [found.get("model name", platform.machine())]
-    parts += [f"{name} {found[key]}" for key, name in (("cpu family", "family"), ("model", "model")) if key in found]
-    return " ".join(parts)
 
 
 def isa() -> str:

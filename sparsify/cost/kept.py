@@ -10,6 +10,7 @@ from sparsify.cost.spans import band_pieces, interior_pieces, listed, without
 from sparsify.cost.tiles import Positions, corners, spread, tile_rule
 from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
+from sparsify.ranges import Ranges, joined
 from sparsify.walk import evaluate
 
 ROWS = 2**14  # queries that are asked one by one; of more, a quarter as many spread evenly
@@ -62,12 +63,21 @@ def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     return total + kept * share
 
 
+@functools.lru_cache(maxsize=4096)
+def _last(keep: Pred, head: int, at: Positions) -> Ranges:
+    """What the only query keeps by intervals."""
+    found = band_pieces([(tile_rule(keep), corners(keep, head, at, 1))], 1, at.k_slots)
+    ends = zip(found.low[:, 0].tolist(), found.high[:, 0].tolist(), strict=True)
+    return tuple((low, high - 1) for low, high in ends if low < high)
+
+
 @functools.lru_cache(maxsize=1024)
 def kept_by_any(rules: tuple[tuple[Pred, int], ...], at: Positions) -> float:
     """Keys of which some query of some head keeps a pair: what is read where few queries share their keys."""
     if at.q_slots == 1 and all(by_intervals(keep) for keep, _ in rules):
-        pairs = [(tile_rule(keep), corners(keep, head, at, 1)) for keep, head in rules]
-        return float(band_pieces(pairs, 1, at.k_slots).lengths.sum())
+        return float(
+            sum(last - first + 1 for first, last in joined(sorted(one for rule in rules for one in _last(*rule, at))))
+        )
     total = np.zeros(at.k_slots, bool)
     k = np.arange(at.k_slots)
     for keep, head in rules:

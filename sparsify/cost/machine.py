@@ -14,6 +14,7 @@ from sparsify.errors import InputError, nearest
 from sparsify.runtime.toolchain import ISAS
 
 VERSION = 1
+FEW = 8  # fewer queries than this are a decode step, which waits for memory
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
 
 Cost = float  # nanoseconds of one core, never negative
@@ -32,7 +33,7 @@ class Rates(_Strict):
     block that runs with a mask, live: one of those of its keys that are multiplied at all. partial: a row of a partial
     tile, to know what it keeps. visit: a key tile that a loop comes to. pack: a key and its value, copied for many
     queries. row: a row of a query tile, to start and to store. read: a key and its value read where they lie, direct: a
-    pair of such a key and a row.
+    pair of such a key and a row. item: a query tile that a core is given, whatever is in it.
     """
 
     dtype: str
@@ -47,6 +48,7 @@ class Rates(_Strict):
     row: Cost = _Cost
     read: Cost = _Positive
     direct: Cost = _Cost
+    item: Cost = _Cost
 
 
 class Dense(_Strict):
@@ -85,9 +87,9 @@ class Machine(_Strict):
 
     name: a short one, in lower case. about: what it is, for people. target: which kernels it runs. arch: their
     instruction set (avx512, avx2, portable), a CUDA capability ("90") or gfx942. cores: of a processor, or
-    multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does. item:
-    nanoseconds of one core for each query tile that it is given. measured: whether the rates are; if not, `sources`
-    says where they are from.
+    multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does;
+    cold: that a call of fewer than FEW queries takes beside them, as caches then hold what other layers left there.
+    measured: whether the rates are; if not, `sources` says where they are from.
     """
 
     version: Literal[1] = VERSION
@@ -98,7 +100,7 @@ class Machine(_Strict):
     cores: int = Field(ge=1)
     memory: float = _Positive
     launch: Cost = _Cost
-    item: Cost = _Cost
+    cold: Cost = _Cost
     measured: bool
     sources: tuple[str, ...] = ()
     rates: tuple[Rates, ...] = Field(min_length=1)
@@ -118,6 +120,10 @@ class Machine(_Strict):
     def __str__(self) -> str:
         how = "measured" if self.measured else "not measured"
         return f"{self.name}: {self.about} ({how})"
+
+    def launch_of(self, q_len: int) -> Cost:
+        """Nanoseconds of a call of so many queries, whatever it does."""
+        return self.launch + (self.cold if q_len < FEW else 0.0)
 
     def text(self) -> str:
         """As JSON."""
@@ -149,6 +155,14 @@ class Machine(_Strict):
             found = [one for one in found if one.tile == nearest_tile]
         return _at_size(found, dtype, head_dim)
 
+    def weight(self, entry: Rates, dtype: str, head_dim: int) -> float:
+        """How much of an entry is in the rates for a dtype and head size: 1 where it is the only one."""
+        found = _of_dtype(self.rates, dtype)
+        if entry not in found:
+            return 0.0
+        below, above, part = _around(found, head_dim)
+        return (1 - part) * (entry.head_dim == below) + part * (entry.head_dim == above)
+
     def dense_of(self, dtype: str, head_dim: int) -> Dense:
         """Dense attention's, in the same way."""
         return _at_size(_of_dtype(self.dense, dtype), dtype, head_dim)
@@ -175,8 +189,6 @@ def _fields_at(place: tuple[Any, ...]) -> Iterable[str]:
 
 def _of_dtype(entries: Iterable[Any], dtype: str) -> list[Any]:
     found = list(entries)
-    if dtype not in DTYPES:
-        raise InputError(f"cost: dtype: found '{dtype}'; {nearest(dtype, DTYPES)}")
     names = {one.dtype for one in found}
     others = [dtype, *({"bfloat16", "float16"} if dtype != "float32" else ()), *sorted(names)]
     taken = next(name for name in others if name in names)
@@ -187,19 +199,20 @@ def _apart(tile: tuple[int, int], other: tuple[int, int]) -> float:
     return sum(max(a / b, b / a) for a, b in zip(tile, other, strict=True))
 
 
+def _around(found: list[Any], head_dim: int) -> tuple[int, int, float]:
+    """The sizes around this one, the same twice outside all of them, and the share of the second."""
+    sizes = sorted({one.head_dim for one in found})
+    below = max((size for size in sizes if size <= head_dim), default=sizes[0])
+    above = min((size for size in sizes if size >= head_dim), default=sizes[-1])
+    return below, above, 0.0 if below == above else (head_dim - below) / (above - below)
+
+
 def _at_size(found: list[Any], dtype: str, head_dim: int) -> Any:
     """Linear between the two sizes around it; outside them in proportion to the nearest."""
-    sizes = sorted({one.head_dim for one in found})
     by_size = {one.head_dim: one for one in found}
-    below, above = (
-        max((s for s in sizes if s <= head_dim), default=None),
-        min((s for s in sizes if s >= head_dim), default=None),
-    )
-    if below is None or above is None:
-        one = by_size[above if below is None else below]
-        return _mixed(one, one, 0.0, dtype, head_dim, head_dim / one.head_dim)
-    part = 0.0 if below == above else (head_dim - below) / (above - below)
-    return _mixed(by_size[below], by_size[above], part, dtype, head_dim, 1.0)
+    below, above, part = _around(found, head_dim)
+    times = head_dim / below if below == above else 1.0
+    return _mixed(by_size[below], by_size[above], part, dtype, head_dim, times)
 
 
 GROWS = {"full", "live", "pack", "row", "read", "direct", "pair", "causal", "few", "key"}  # with the head size

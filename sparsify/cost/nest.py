@@ -7,17 +7,21 @@ otherwise.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sparsify.codegen.cpp.rows import KEYS
-from sparsify.codegen.cpp.source import BLOCK_ROWS, BLOCKS, SLOTS
+from sparsify.codegen.cpp.source import SLOTS
+from sparsify.codegen.cpp.tuning import Tuning
+from sparsify.program import Program
 from sparsify.runtime.toolchain import ISAS
 
-# As in codegen/cpp/parts.h, worker.h and driver.h (a test reads them there).
-DIRECT_ROWS = 4 * BLOCK_ROWS
-CACHE_BYTES, TOTAL_CACHE_BYTES = 8 << 20, 64 << 20
+# As in codegen/cpp/parts.h and driver.h (a test reads them there).
+TOTAL_CACHE_BYTES = 64 << 20
 MANY_ITEMS = 32
 WORTH_A_SPLIT = 8
+
+Tuned = tuple[tuple[str, int], ...]  # what a kernel has else than by default, by the names of its target's tuning
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Nest:
 
     whole_group: a query tile is all queries of its heads, and these are all of a key head's, as in decoding. direct:
     keys are read where they lie, row by row. held: how many packed key tiles a core keeps; 0 where none are packed.
-    split: whether the key tiles of one query tile may be shared out between cores.
+    step: query tiles that a core takes at a time, at most. splits: between how many query tiles the keys of one are
+    split. near: bytes of keys and values that query tiles read which run side by side, about; 0 where cores have no
+    cache together.
     """
 
     rows: int
@@ -61,46 +67,59 @@ class Nest:
     whole_group: bool = False
     direct: bool = False
     held: int = 0
-    split: bool = False
+    step: int = 1
+    splits: int = 1
+    near: int = 0
 
 
-def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0) -> Nest:
+def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0, tuned: Tuned = ()) -> Nest:
     """That of the C++ target. list_rows: how many queries share a list, 0 without lists. slots: those of a layout of
-    queries, 0 where there is none."""
-    q_slots, tallest = slots or shape.q_len, SLOTS if slots else BLOCK_ROWS * BLOCKS
-    rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
-    heads = max(1, min(shape.group, BLOCK_ROWS * BLOCKS // rows))
-    whole = rows == q_slots and heads == shape.group
+    queries, 0 where there is none. tuned: what a kernel has else than by default (`codegen.cpp.tuning`)."""
     isa = ISAS[arch]
-    panel_bytes = isa.block_vectors * isa.vector_bytes
+    how = Tuning.of(isa, dict(tuned))
+    keys = getattr(how, "keys", KEYS)
+    q_slots, tallest = slots or shape.q_len, SLOTS if slots else how.rows
+    rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
+    heads = max(1, min(shape.group, how.rows // rows))
+    whole = rows == q_slots and heads == shape.group
+    panel_bytes = how.block_vectors * isa.vector_bytes
     reads = shape.head_dim * shape.size % isa.vector_bytes == 0 and shape.head_dim * 4 % panel_bytes == 0
-    direct = reads and whole and rows * heads <= DIRECT_ROWS
-    tile_bytes = 4 * KEYS * 2 * shape.head_dim
-    held = 1 if whole else max(1, min(CACHE_BYTES, TOTAL_CACHE_BYTES // cores) // tile_bytes)
-    return Nest(rows, heads, KEYS, BLOCK_ROWS, min(KEYS, panel_bytes // 4), whole, direct, held, whole)
+    direct = reads and whole and rows * heads <= how.direct_rows
+    tile_bytes = 4 * keys * 2 * shape.head_dim
+    held = 1 if whole else max(1, min(how.cache_kib << 10, TOTAL_CACHE_BYTES // cores) // tile_bytes)
+    return Nest(rows, heads, keys, how.block_rows, min(keys, panel_bytes // 4), whole, direct, held, how.items)
 
 
-def triton_nest(shape: Shape, arch: str, list_rows: int = 0, slots: int = 0) -> Nest:
-    """That of the Triton target, on a chip by its capability ("90") or name ("gfx942")."""
-    from sparsify.codegen.triton.tuning import launch_shape, listed_shape, padded
-    from sparsify.patterns.tiles import BLOCK
+def triton_nest(
+    shape: Shape, program: Program, arch: str, cores: int, capacities: Sequence[int] = (), tuned: Tuned = ()
+) -> Nest:
+    """That of the Triton target, on a chip by its capability ("90") or name ("gfx942") with so many multiprocessors.
 
-    chip = int(arch) if arch.isdigit() else arch
-    choose = listed_shape if list_rows else launch_shape
-    sizes = shape.dtype, shape.head_dim, shape.head_dim
-    found = choose(*sizes, slots or shape.q_len, chip)
-    if slots:
-        found = replace(found, block_m=min(found.block_m, BLOCK), block_n=min(found.block_n, BLOCK))
-    if not list_rows:
-        rows, heads = found.block_m, 1
-    else:
-        rows, heads = dividing(list_rows, found.block_m), 1
-        if min(rows, shape.q_len) <= 16:
-            heads = next(heads for heads in range(min(shape.group, 64), 0, -1) if shape.group % heads == 0)
-            rows = min(dividing(list_rows, max(1, 64 // heads)), 1 << (shape.q_len - 1).bit_length())
-    used = padded(rows * heads) if list_rows else rows
-    whole = heads == shape.group and rows >= shape.q_len
-    return Nest(rows, heads, found.block_n, used, found.block_n, whole)
+    program: that runs. capacities: of its lists, the longest of which each index and count in turn is a load.
+    """
+    from sparsify.codegen.target import Launch
+    from sparsify.codegen.triton.tuning import tiled
+    from sparsify.runtime import tuned as store
+
+    q, k = (_Described((shape.batch, heads, length, shape.head_dim), shape.dtype, cores)
+            for heads, length in ((shape.heads, shape.q_len), (shape.kv_heads, shape.k_len)))  # fmt: skip
+    loads = tuple(_Described((1, 1, 1, room), "int32", cores) for room in capacities for _ in range(2))
+    launch = Launch(program, q, k, k, loads, shape.k_len - shape.q_len, 1.0)  # type: ignore[arg-type]
+    with store.forced(dict(tuned)):
+        found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
+    whole = found.heads == shape.group and found.rows >= shape.q_len
+    sizes = found.rows, found.heads, found.block_n, found.block_m, found.block_n, whole
+    return Nest(*sizes, splits=found.splits, near=found.l2_mib << 20)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What stands for a tensor on a GPU with so many multiprocessors: its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    processors: int
+    is_cuda: bool = False
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,9 +24,9 @@ def about(cost: Array, items_per_core: float) -> Array:
     return whole >> shift << shift
 
 
-def step_of(count: int, cores: int) -> int:
-    """How many items a core takes at once."""
-    return max(1, min(8, count // (cores * 8)))
+def step_of(count: int, cores: int, most: int) -> int:
+    """How many items a core takes at once, `most` at most."""
+    return max(1, min(most, count // (cores * 8)))
 
 
 def makespan(times: Array, cores: int, step: int = 1) -> float:

@@ -7,16 +7,19 @@ import math
 from dataclasses import dataclass
 
 from sparsify.codegen.slots import slot_count
-from sparsify.cost.choosing import Head, head_of
+from sparsify.cost.choosing import Head, head_of, kept_units, rows_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest, Shape, cpp_nest, triton_nest
 from sparsify.cost.tiles import Positions
 from sparsify.errors import InputError, PatternError
-from sparsify.expr import TRUE, Pred, conjunction
+from sparsify.expr import TRUE, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.head_choices import complaint
 from sparsify.patterns.layouts.lay_out import lay_out
+from sparsify.patterns.pattern import Q
+from sparsify.patterns.selector import Selector
+from sparsify.program import Layout, Program
 from sparsify.walk import variables
 
 
@@ -33,6 +36,7 @@ class Site:
     keeps: tuple[Pred | None, ...]
     filled: Pred = TRUE
     orders: int = 0
+    tuned: tuple[tuple[str, int], ...] = ()
 
     @property
     def placed(self) -> bool:
@@ -48,8 +52,27 @@ class Site:
         """The loop nest that a machine's target makes of it."""
         slots = self.at.q_slots if self.placed else 0
         if machine.target == "triton":
-            return triton_nest(self.shape, machine.arch, self.list_rows, slots)
-        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots)
+            program, capacities = self.program()
+            return triton_nest(self.shape, program, machine.arch, machine.cores, capacities, self.tuned)
+        return cpp_nest(self.shape, machine.arch, machine.cores, self.list_rows, slots, self.tuned)
+
+    def program(self) -> tuple[Program, list[int]]:
+        """What a GPU runs, as far as its nest goes: where there is a layout, that one is of the queries only. And how
+        many units each of its lists has room for."""
+        layout = Layout(as_expr(self.at.q_slots), Q) if self.placed else None
+        keeps: list[Pred] = []
+        rooms: list[int] = []
+        places: dict[str, int] = {}
+        for one in self.heads:
+            if one.selector is None:
+                keeps.append(one.static)
+                continue
+            if one.text not in places:
+                rows = rows_of(one.selector, self.at, one.causal or self.at.q_len == 1)
+                places[one.text] = 2 * len(rooms)
+                rooms += [math.ceil(kept.max(initial=0)) for _, kept in kept_units(one.selector, rows)]
+            keeps.append(one.static | (lists_from(one.selector, places[one.text], self.shape) & one.listed))
+        return Program.of(keeps, loads=2 * len(rooms), queries=layout, target="triton"), rooms
 
     def pairs_rule(self, head: int) -> tuple[Pred, int]:
         """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""
@@ -59,6 +82,18 @@ class Site:
     def rules(self, heads: range) -> tuple[tuple[Pred, int], ...]:
         """The distinct static rules of some heads, each with a head that has it."""
         return tuple(dict.fromkeys(rule_of(self.heads[h].static, h) for h in heads))
+
+
+def lists_from(selector: Selector, first: int, shape: Shape) -> Pred:
+    """The lists of a selector, as a predicate over loads `_first` and so on."""
+    lists = selector.lists(shape.heads, shape.kv_heads)
+    which = as_expr(0) if lists == 1 else Var("h") if lists == shape.heads else Var("h") // (shape.heads // lists)
+    place = (Var("b"), which, (Q - Var("N") + Var("Nq")) // selector.unit.q)
+    names = enumerate(selector.units())
+    return disjunction(
+        Listed(Load(f"_{first + 2 * i}", (*place, as_expr(0))), Load(f"_{first + 2 * i + 1}", place), unit)
+        for i, unit in names
+    )
 
 
 def rule_of(keep: Pred, head: int) -> tuple[Pred, int]:

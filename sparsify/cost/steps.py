@@ -18,31 +18,22 @@ from sparsify.cost.tiles import Positions, Tiles, tiles_of
 from sparsify.expr import TRUE, Pred
 from sparsify.patterns.pattern import K, Q
 
+# The fields of `Rates`, and what query tiles are counted in.
+STEPS = ("full", "masked", "live", "partial", "visit", "pack", "row", "item", "read", "direct")
 LIVE = 0.6  # of a tile at the diagonal: the share of its panels that some row keeps something of
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Arrays, one value for each query tile; the names are those of `Rates`, where whole is what `full` multiplies."""
+def steps(count: int, **given: Array) -> Array:
+    """Those of `count` query tiles: float64 (STEPS, query tiles), 0 for what is not given."""
+    found = np.zeros((len(STEPS), count))
+    for name, values in given.items():
+        found[STEPS.index(name)] = values
+    return found
 
-    whole: Array
-    masked: Array
-    live: Array
-    partial: Array
-    visit: Array
-    row: Array
-    read: Array
-    direct: Array
 
-    def __add__(self, other: Steps) -> Steps:
-        return Steps(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def times(self, rates: Rates, hidden: bool) -> Array:
-        """Nanoseconds of one core for each query tile. hidden: whether rows are read while others are multiplied."""
-        work = self.whole * rates.full + self.masked * rates.masked + self.live * rates.live
-        work = work + self.partial * rates.partial + self.direct * rates.direct
-        read = self.read * rates.read
-        return self.visit * rates.visit + self.row * rates.row + (np.maximum(work, read) if hidden else work + read)
+def rates_vector(rates: Rates) -> Array:
+    """The nanoseconds of each step, in the order of STEPS."""
+    return np.array([getattr(rates, name) for name in STEPS])
 
 
 class Listing(NamedTuple):
@@ -87,7 +78,7 @@ class Group:
     """The heads that share query tiles. visited: the key tiles that each comes to. pieces: those of the static rules;
     lists: how many key tiles of lists are packed for this tile alone, and found among packed ones."""
 
-    steps: Steps
+    steps: Array
     visited: Array
     pieces: Pieces
     gathered: Array
@@ -97,9 +88,9 @@ class Group:
 @functools.lru_cache(maxsize=4096)
 def _static(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Group:
     tiles = tiles_of(rules, heads, at, nest)
-    steps = _direct(rules, at, tiles) if nest.direct else _blocks(tiles)
     zero = tiles.visited * 0
-    return Group(steps, tiles.visited, tiles.pieces, zero, zero)
+    found = _direct(rules, at, tiles) if nest.direct else _blocks(tiles)
+    return Group(found, tiles.visited, tiles.pieces, zero, zero)
 
 
 def group_of(site: Site, nest: Nest, heads: range) -> Group:
@@ -107,16 +98,16 @@ def group_of(site: Site, nest: Nest, heads: range) -> Group:
     static = _static(site.rules(heads), len(heads), site.at, nest)
     if not any(site.heads[h].selector for h in heads):
         return static
-    steps, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed
+    done, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed
     for h, sharing in _lists(site, heads).items():
         found = listing(site, site.heads[h], h, nest)
         assert found is not None
-        rows = static.steps.row * sharing / len(heads)
-        steps = steps + _list_steps(found, rows, nest)
+        rows = static.steps[STEPS.index("row")] * sharing / len(heads)
+        done = done + _list_steps(found, rows, nest)
         visited = visited + found.tiles
         gathered = gathered + found.gathered
         listed = listed + np.maximum(found.tiles - found.gathered / nest.keys, 0)
-    return Group(steps, visited, static.pieces, gathered, listed)
+    return Group(done, visited, static.pieces, gathered, listed)
 
 
 def _lists(site: Site, heads: range) -> dict[int, int]:
@@ -130,28 +121,29 @@ def _lists(site: Site, heads: range) -> dict[int, int]:
     return {hs[0]: len(hs) for hs in found.values()}
 
 
-def _blocks(tiles: Tiles) -> Steps:
-    zero = tiles.rows * 0.0
-    return Steps(
-        tiles.whole, tiles.masked, tiles.live, tiles.partial * tiles.rows, tiles.visited, tiles.rows * 1.0, zero, zero
-    )
+def _blocks(tiles: Tiles) -> Array:
+    return steps(
+        tiles.rows.size, full=tiles.whole, masked=tiles.masked, live=tiles.live, partial=tiles.partial * tiles.rows,
+        visit=tiles.visited, row=tiles.rows,
+    )  # fmt: skip
 
 
-def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) -> Steps:
+def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) -> Array:
     """Of the one query tile of a group whose keys are read where they lie."""
-    zero = tiles.rows * 0.0
-    keys = zero + kept_by_any(rules, at)
-    rows = tiles.rows * 1.0
-    return Steps(zero, zero, zero, tiles.partial * rows, tiles.visited, rows, keys, keys * rows)
+    keys = kept_by_any(rules, at)
+    return steps(
+        tiles.rows.size, partial=tiles.partial * tiles.rows, visit=tiles.visited, row=tiles.rows, read=keys,
+        direct=keys * tiles.rows,
+    )  # fmt: skip
 
 
-def _list_steps(found: Listing, rows: Array, nest: Nest) -> Steps:
-    zero = rows * 0.0
+def _list_steps(found: Listing, rows: Array, nest: Nest) -> Array:
     if nest.direct:
         keys = found.run * nest.keys
-        return Steps(zero, zero, zero, found.partial * rows, found.tiles, zero, keys, keys * rows)
+        return steps(rows.size, partial=found.partial * rows, visit=found.tiles, read=keys, direct=keys * rows)
     pairs = np.ceil(rows / nest.block) * nest.block * nest.keys
     masked = found.partial * pairs
-    return Steps(
-        (found.run - found.partial) * pairs, masked, masked * LIVE, found.partial * rows, found.tiles, zero, zero, zero
-    )
+    return steps(
+        rows.size, full=(found.run - found.partial) * pairs, masked=masked, live=masked * LIVE,
+        partial=found.partial * rows, visit=found.tiles,
+    )  # fmt: skip

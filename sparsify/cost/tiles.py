@@ -11,11 +11,13 @@ import numpy as np
 from sparsify.cost.nest import Nest
 from sparsify.cost.spans import Array, Pieces, band_pieces, interior_pieces, listed, without
 from sparsify.expr import Pred
+from sparsify.patterns.interior import by_intervals
 from sparsify.patterns.tiles import TileRule, analyse
 from sparsify.sizes import size_values
 from sparsify.walk import evaluate, variables
 
 MANY = 2**18  # key tiles that are asked for their class one by one; of more, those of some query tiles
+CELLS = 512  # blocks of rows by panels of keys of which pairs are looked at
 LOOKED_INTO = 256  # partial tiles whose blocks are counted; of more, so many spread evenly
 GOLDEN = 0.6180339887498949
 
@@ -156,9 +158,23 @@ class _Classes:
         blocks = int((start + first <= last).sum())
         whole, some = every.all(-1), live.any(-1)
         masked = some & ~whole
-        panels = panel.size
-        return (
-            float(whole.sum() / blocks),
-            float(masked.sum() / blocks),
-            float((live & masked[..., None]).sum() / (blocks * panels)),
-        )
+        running = float((live & masked[..., None]).sum() / (blocks * panel.size))
+        if not by_intervals(rule.keep):
+            running *= (1 + self._kept_of_live(here, live & masked[..., None])) / 2
+        return float(whole.sum() / blocks), float(masked.sum() / blocks), running
+
+    def _kept_of_live(self, here: dict[str, Any], live: Array) -> float:
+        """Of the keys in panels that run, the share that some row of the block keeps: the others have no part in the
+        second product. Panels of a rule without holes are all kept, but for those at its borders."""
+        cells = np.argwhere(live)
+        if not len(cells):
+            return 1.0
+        cells = cells[spread(len(cells), min(len(cells), CELLS))]
+        at = [
+            np.broadcast_to(here[name], live.shape)[tuple(cells.T)][:, None, None] for name in ("q0", "q1", "k0", "k1")
+        ]
+        q = np.minimum(at[0] + np.arange(self.nest.block)[:, None], at[1])
+        k = np.minimum(at[2] + np.arange(self.nest.panel), at[3])
+        names = {name: value for name, value in here.items() if name not in ("q0", "q1", "k0", "k1")}
+        found = np.broadcast_to(evaluate(self.rules[0][0].keep, names | {"q": q, "k": k}), np.broadcast(q, k).shape)
+        return float(found.any(1).mean())

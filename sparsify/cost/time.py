@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from sparsify.cost.choosing import Work, work_of
 from sparsify.cost.kept import kept_by_any, kept_pairs
+from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
-from sparsify.cost.schedule import about, cpp_threads, makespan, packed, splits, step_of
 from sparsify.cost.site import Site, rule_of
-from sparsify.cost.spans import Array, merged
-from sparsify.cost.steps import Group, group_of, listing
+from sparsify.cost.steps import group_of, listing, rates_vector
 from sparsify.cost.tiles import Positions, tiles_of
 from sparsify.expr import Pred
 from sparsify.patterns.select import Choice
@@ -52,27 +48,19 @@ class SiteCost:
     cores: int
 
 
-@dataclass(frozen=True)
-class Taken:
-    """The query tiles of a launch, handed out. times: nanoseconds of each, by the group of heads that it is of."""
-
-    times: list[Array]
-    span: float
-    cores: int
-    read: float  # keys, with their values, from memory
-
-
 def site_cost(site: Site, machine: Machine) -> SiteCost:
     """What a call of a site's attention costs."""
     nest, shape = site.nest(machine), site.shape
-    groups = [list(_groups(site, nest, j)) for j in range(shape.kv_heads)]
-    taken = (_on_cores if machine.target == "cpp" else _on_chip)(site, machine, nest, groups)
+    launch = launch_of(site, machine, nest)
     row = shape.head_dim * shape.size
-    moved = taken.read * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
+    moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
     choosing = _choosing(site, machine)
-    time = machine.launch + sum(choosing.values()) + max(taken.span, moved / machine.memory * 1e9)
-    heads = _parts(site, nest, taken, groups, choosing, time)
-    work = sum(float(times.sum()) for times in taken.times) * shape.batch
+    time = (
+        machine.launch_of(shape.q_len) * (2 if nest.splits > 1 else 1)
+        + sum(choosing.values())
+        + max(launch.span, moved / machine.memory * 1e9)
+    )
+    heads = _parts(site, nest, machine, choosing, time)
     kv = [_kept_keys(site, range(j * shape.group, (j + 1) * shape.group)) for j in range(shape.kv_heads)]
     return SiteCost(
         time=time,
@@ -80,91 +68,13 @@ def site_cost(site: Site, machine: Machine) -> SiteCost:
         heads=heads,
         kv_bytes=sum(kv) * 2 * row * shape.batch,
         select=sum(choosing.values()),
-        launches=1 + len(choosing),
+        launches=(2 if nest.splits > 1 else 1) + len(choosing),
         permutations=site.orders,
         tile=(nest.rows, nest.keys),
-        items=sum(times.size for times in taken.times) * shape.batch,
-        busy=work / (taken.span * taken.cores) if taken.span else 1.0,
-        cores=taken.cores,
+        items=launch.times.size,
+        busy=float(launch.times.sum()) / (launch.span * launch.cores) if launch.span else 1.0,
+        cores=launch.cores,
     )
-
-
-def _groups(site: Site, nest: Nest, kv_head: int) -> Iterator[tuple[range, Group]]:
-    """The heads of a key head that share query tiles, in order."""
-    first = kv_head * site.shape.group
-    for start in range(first, first + site.shape.group, nest.heads):
-        heads = range(start, min(start + nest.heads, first + site.shape.group))
-        yield heads, group_of(site, nest, heads)
-
-
-Groups = list[list[tuple[range, Group]]]
-
-
-def _on_cores(site: Site, machine: Machine, nest: Nest, groups: Groups) -> Taken:
-    """A processor's: an item is a query tile of all heads of a key head."""
-    shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
-    visited = [sum((group.visited for _, group in some), start=np.zeros(1)) for some in groups]
-    everything = np.tile(np.concatenate(visited), shape.batch)
-    threads = cpp_threads(everything, nest, machine.cores)
-    step = step_of(everything.size, threads)
-    times, read = [], 0.0
-    for some, cost in zip(groups, visited, strict=True):
-        packs = _packs(site, nest, some, about(cost, everything.size / threads), threads, step)
-        work = sum((group.steps.times(rates, False) for _, group in some), start=np.zeros(1))
-        times.append(work + packs * rates.pack + machine.item)
-        read += float(packs.sum()) + sum(float(group.steps.read.sum()) for _, group in some)
-    line = np.tile(np.concatenate(times), shape.batch)
-    if nest.split and splits(everything, threads):
-        span = float(line.sum()) / threads
-    else:
-        order = np.argsort(-about(everything, everything.size / threads), kind="stable")
-        span = makespan(line[order], min(threads, line.size), step)
-    return Taken(times, span, threads, read * shape.batch)
-
-
-def _packs(site: Site, nest: Nest, some: list[tuple[range, Group]], cost: Array, cores: int, step: int) -> Array:
-    """How many keys the query tiles of a key head pack."""
-    if nest.direct:
-        return some[0][1].visited * 0
-    if nest.whole_group:
-        return sum((group.visited * nest.keys for _, group in some), start=np.zeros(1))
-    found = [(low, high) for _, group in some for low, high in zip(group.pieces.low, group.pieces.high, strict=True)]
-    pieces = merged(found, cost.size)
-    again = np.where(pieces.lengths > nest.held, len(some), 1)
-    tiles = packed(pieces, pieces.lengths, cost, cores, step, nest.held) * again
-    for _, group in some:
-        units = -(-site.at.k_slots // nest.keys)
-        fresh = max(0.0, 1 - nest.held / units)
-        met = float(group.listed.sum())
-        share = min(1.0, fresh + cores * min(units, nest.held) / met) if met else 0.0
-        tiles = tiles + group.listed * share + group.gathered / nest.keys
-    return tiles * nest.keys
-
-
-def _on_chip(site: Site, machine: Machine, nest: Nest, groups: Groups) -> Taken:
-    """A GPU's: an item is a query tile of some heads, and sections of heads follow each other."""
-    from sparsify.codegen.triton.arguments import L2_BYTES
-
-    shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
-    flat = [group for some in groups for _, group in some]
-    times, read = [], 0.0
-    for group in flat:
-        keys = group.steps.whole * 0 + group.visited * nest.keys
-        steps = group.steps.times(rates, False)
-        times.append(np.maximum(steps, keys * rates.read) + machine.item)
-    for some in groups:
-        found = [(p.low, p.high) for p in (group.pieces for _, group in some)]
-        low, high = (np.concatenate([one[side] for one in found]) for side in (0, 1))
-        there = high > low
-        spread = np.where(there, high, 0).max(1) - np.where(there, low, 2**60).min(1)
-        static = min(float(np.clip(spread, 0, None).sum()), -(-site.at.k_slots // nest.keys))
-        lists = sum(float((group.listed + group.gathered / nest.keys).sum()) for _, group in some)
-        read += min(static + lists, -(-site.at.k_slots // nest.keys)) * nest.keys
-    line = np.tile(np.stack(times), (shape.batch, 1))
-    per_head = site.at.k_slots * 2 * shape.head_dim * shape.size
-    section = max(1, max(1, L2_BYTES // per_head) * shape.group // nest.heads)
-    order = [line[start : start + section, ::-1].T.ravel() for start in range(0, len(line), section)]
-    return Taken(times, makespan(np.concatenate(order), machine.cores), machine.cores, read * shape.batch)
 
 
 def _choosing(site: Site, machine: Machine) -> dict[str, float]:
@@ -182,13 +92,11 @@ def _work_time(work: Work, machine: Machine) -> float:
     return sum(amount * rates[name] for name, amount in vars(work).items())
 
 
-def _parts(
-    site: Site, nest: Nest, taken: Taken, groups: Groups, choosing: dict[str, float], time: float
-) -> tuple[Part, ...]:
-    shape, own = site.shape, []
-    for h in range(shape.heads):
-        own.append(_counted(site, nest, h))
-    weights = [part.visited + 1.0 for part in own]
+def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float], time: float) -> tuple[Part, ...]:
+    """The heads, each with its share of the time by what it would take alone."""
+    vector = rates_vector(machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys)))
+    own = [_counted(site, nest, h) for h in range(site.shape.heads)]
+    weights = [float((vector @ group_of(site, nest, range(h, h + 1)).steps).sum()) for h in range(site.shape.heads)]
     whole, rest = sum(weights), time - sum(choosing.values())
     sharing = {text: sum(one.text == text for one in site.heads) for text in choosing}
     found = []

@@ -12,6 +12,7 @@ Profile     what each candidate of each head loses                        (profi
 Problem     the knapsack, and its solution with a bound                   (solve, exchange)
 refined     solved and profiled in turn, from mild to tight budgets       (refine, uniform)
 Plan        the result                                                    (make, plan, write, terminal)
+Evidence    the result drawn, with the heads' attention                   (look, pictures, evidence)
 """
 
 from sparsify.planner.make import plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,3 +67,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Size):
         return int(value.text) if value.text.lstrip("-").isdigit() else value.text
     return list(value) if isinstance(value, tuple) else value
+
+
+def yaml_text(value: Mapping[str, Any], comment: str = "") -> str:
+    """A spec's dictionary as YAML under the lines of a comment."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 100
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines()) + text.getvalue()

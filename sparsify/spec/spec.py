@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from sparsify.errors import SpecError
 from sparsify.patterns import Pattern
 from sparsify.patterns.select import selections
 from sparsify.spec.document import VERSION, checked
-from sparsify.spec.dump import form_of
+from sparsify.spec.dump import form_of, yaml_text
 from sparsify.spec.forms import Builder, reserved
 from sparsify.spec.reader import file_text, read_text
 from sparsify.spec.rules import Rule, SiteInfo
@@ -106,21 +107,24 @@ class Spec:
         patterns = {name: form_of(pattern) for name, pattern in self.patterns.items()}
         return {"version": VERSION, "patterns": patterns, "sites": [rule.to_dict(inline) for rule in self.rules]}
 
-    def save(self, path: str | File) -> None:
-        """Writes the spec as JSON (a path that ends in .json) or YAML. Raises SpecError for what a file can't hold."""
+    def save(self, path: str | File, comment: str = "") -> None:
+        """Writes the spec as JSON (a path that ends in .json) or YAML, which begins with the lines of `comment`.
+
+        The file is there whole or not at all. Raises SpecError for what a file can't hold or can't be written.
+        """
         value = self.to_dict()
         _refuse_objects(value, str(path))
-        if not File(path).parent.is_dir():
-            raise SpecError(f"{path}: the folder '{File(path).parent}' does not exist")
-        if str(path).endswith(".json"):
-            File(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            return
-        from ruamel.yaml import YAML
-
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 100
-        with File(path).open("w", encoding="utf-8") as file:
-            yaml.dump(value, file)
+        file = File(path)
+        if not file.parent.is_dir():
+            raise SpecError(f"{path}: the folder '{file.parent}' does not exist")
+        text = json.dumps(value, indent=2) + "\n" if file.suffix == ".json" else yaml_text(value, comment)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise SpecError(f"{path}: can't be written: {error.strerror or error}") from None
 
     def __hash__(self) -> int:
         return hash((tuple(self.patterns.items()), self.rules))

@@ -1,0 +1,53 @@
+"""Rates from timed samples: least squares in relative error, with no rate below 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from sparsify.cost.launch import launch_of
+from sparsify.cost.machine import FEW, GROWS, Machine, Rates
+from sparsify.cost.sample import Sample
+from sparsify.cost.site import site_of
+from sparsify.cost.spans import Array
+from sparsify.cost.steps import STEPS
+
+ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
+LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
+
+
+def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[float]) -> Machine:
+    """The machine with the launch and the rates that fit the samples' times best; its own rates are a first guess."""
+    sites = [site_of(one.patterns, one.shape) for one in samples]
+    times = np.array(nanoseconds)
+    for _ in range(ROUNDS):
+        rows = np.stack([_row(site, machine) for site in sites])
+        found, _ = nnls(rows / times[:, None], np.ones(times.size))
+        machine = _with_rates(machine, found)
+    return machine
+
+
+def _row(site, machine: Machine) -> Array:
+    """What is multiplied with the launch and with the rates of each dtype and head size of the machine, one after the
+    other, and comes to the time of a site."""
+    launch, shape = launch_of(site, machine, site.nest(machine)), site.shape
+    span = launch.span / max(float(launch.times.sum()), 1e-9)
+    done = launch.steps.sum(1) * span
+    parts = [np.array([1.0, float(shape.q_len < FEW)])]
+    for entry in machine.rates:
+        weight = machine.weight(entry, shape.dtype, shape.head_dim)
+        grown = shape.head_dim / entry.head_dim if weight == 1.0 else 1.0
+        scale = np.array([weight * (grown if name in GROWS else 1.0) for name in STEPS])
+        parts.append(done * scale)
+    return np.concatenate(parts)
+
+
+def _with_rates(machine: Machine, found: Array) -> Machine:
+    rates = []
+    for i, entry in enumerate(machine.rates):
+        values = found[2 + i * len(STEPS) : 2 + (i + 1) * len(STEPS)]
+        named = {name: max(float(value), LEAST) for name, value in zip(STEPS, values, strict=True)}
+        rates.append(Rates(dtype=entry.dtype, head_dim=entry.head_dim, tile=entry.tile, **named))
+    return machine.model_copy(update={"launch": float(found[0]), "cold": float(found[1]), "rates": tuple(rates)})

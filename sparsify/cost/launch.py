@@ -1,0 +1,118 @@
+"""A launch: the query tiles that its cores take, with the steps of each, and when the last one is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsify.cost.machine import Machine
+from sparsify.cost.nest import Nest
+from sparsify.cost.schedule import about, cpp_threads, makespan, packed, splits, step_of
+from sparsify.cost.site import Site
+from sparsify.cost.spans import Array, merged
+from sparsify.cost.steps import STEPS, Group, group_of, rates_vector
+
+PACK, ITEM, READ = (STEPS.index(name) for name in ("pack", "item", "read"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """steps: of all query tiles, (STEPS, items) in the order in which cores take them, one batch after the other or
+    mixed. times: nanoseconds of each. span: until the last is done. cores: that take part. keys: that are read from
+    memory, each with its value."""
+
+    steps: Array
+    times: Array
+    span: float
+    cores: int
+    keys: float
+
+
+def launch_of(site: Site, machine: Machine, nest: Nest) -> Launch:
+    """That of a site on a machine, whose target has this nest for it."""
+    groups = [list(_groups(site, nest, kv_head)) for kv_head in range(site.shape.kv_heads)]
+    return (_on_cores if machine.target == "cpp" else _on_chip)(site, machine, nest, groups)
+
+
+def _groups(site: Site, nest: Nest, kv_head: int) -> Iterator[Group]:
+    """The heads of a key head that share query tiles, in order."""
+    first = kv_head * site.shape.group
+    for start in range(first, first + site.shape.group, nest.heads):
+        yield group_of(site, nest, range(start, min(start + nest.heads, first + site.shape.group)))
+
+
+def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Launch:
+    """A processor's: an item is a query tile of all heads of a key head."""
+    shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
+    visited = [sum((group.visited for group in some), start=np.zeros(1)) for some in groups]
+    costs = np.tile(np.concatenate(visited), shape.batch)
+    threads = cpp_threads(costs, nest, machine.cores)
+    step, order = step_of(costs.size, threads, nest.step), about(costs, costs.size / threads)
+    found = []
+    for some, cost in zip(groups, visited, strict=True):
+        done = sum((group.steps for group in some), start=np.zeros((len(STEPS), 1)))
+        done[PACK] += _packs(site, nest, some, about(cost, costs.size / threads), threads, step)
+        done[ITEM] += 1
+        found.append(done)
+    done = np.tile(np.concatenate(found, axis=1), (1, shape.batch))
+    if nest.whole_group and splits(costs, threads):
+        times = rates_vector(rates) @ done
+        span = float(times.sum()) / threads
+    else:
+        done = done[:, np.argsort(-order, kind="stable")]
+        times = rates_vector(rates) @ done
+        span = makespan(times, min(threads, times.size), step)
+    return Launch(done, times, span, threads, float(done[PACK].sum() + done[READ].sum()))
+
+
+def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, step: int) -> Array:
+    """How many keys the query tiles of a key head pack."""
+    if nest.direct:
+        return some[0].visited * 0
+    if nest.whole_group:
+        return sum((group.visited * nest.keys for group in some), start=np.zeros(1))
+    found = [(low, high) for group in some for low, high in zip(group.pieces.low, group.pieces.high, strict=True)]
+    pieces = merged(found, cost.size)
+    again = np.where(pieces.lengths > nest.held, len(some), 1)
+    tiles = packed(pieces, pieces.lengths, cost, cores, step, nest.held) * again
+    units = -(-site.at.k_slots // nest.keys)
+    for group in some:
+        met = float(group.listed.sum())
+        fresh = max(0.0, 1 - nest.held / units)
+        share = min(1.0, fresh + cores * min(units, nest.held) / met) if met else 0.0
+        tiles = tiles + group.listed * share + group.gathered / nest.keys
+    return tiles * nest.keys
+
+
+def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Launch:
+    """A GPU's: an item is a query tile of some heads, and sections of heads follow each other. While the products of
+    one key tile are made, the next one is read."""
+    shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
+    found = [group.steps.copy() for some in groups for group in some]
+    for done, group in zip(found, (group for some in groups for group in some), strict=True):
+        done[READ], done[ITEM] = group.visited * nest.keys, 1
+    line = np.tile(np.stack(found), (shape.batch, 1, 1))
+    if nest.splits > 1:
+        line = np.repeat(line, nest.splits, axis=2) / nest.splits
+        line[:, ITEM] = 1
+    per_head = site.at.k_slots * 2 * shape.head_dim * shape.size
+    section = max(1, max(1, nest.near // per_head) * shape.group // nest.heads)
+    heads = [line[start : start + section, :, ::-1] for start in range(0, len(line), section)]
+    done = np.concatenate([some.transpose(1, 2, 0).reshape(len(STEPS), -1) for some in heads], axis=1)
+    vector = rates_vector(rates)
+    reading = done[READ] * rates.read
+    times = np.maximum(vector @ done - reading, reading)
+    keys = sum(_touched(site, nest, some) for some in groups) * shape.batch
+    return Launch(done, times, makespan(times, machine.cores), machine.cores, keys)
+
+
+def _touched(site: Site, nest: Nest, some: list[Group]) -> float:
+    """How many keys some query tile of a key head meets, about: they come from memory once."""
+    low, high = (np.concatenate([getattr(group.pieces, side) for group in some]) for side in ("low", "high"))
+    there = high > low
+    spread = np.where(there, high, 0).max(1) - np.where(there, low, 2**60).min(1)
+    lists = sum(float((group.listed + group.gathered / nest.keys).sum()) for group in some)
+    units = -(-site.at.k_slots // nest.keys)
+    return min(float(np.clip(spread, 0, None).sum()) + lists, units) * nest.keys

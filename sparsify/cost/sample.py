@@ -1,0 +1,112 @@
+"""Samples: attentions that are run and timed, to fit a machine's rates or to see how well they predict."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sparsify import op
+from sparsify.codegen.cpp import CppTarget
+from sparsify.codegen.tuned import FEW as TUNED_FEW
+from sparsify.cost.machine import FEW
+from sparsify.cost.nest import Shape
+from sparsify.functional import planned
+from sparsify.patterns import Pattern
+from sparsify.patterns.causal import is_causal
+from sparsify.program import Program
+
+EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a cache, as when layers follow each other
+
+MANY = TUNED_FEW + 1  # queries: all kernels of so many or more are one
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One attention: the pattern of each query head, and sizes. Chosen keys are chosen before: that isn't timed."""
+
+    patterns: tuple[Pattern, ...]
+    shape: Shape
+
+    @property
+    def cold(self) -> bool:
+        """Whether keys are to come from memory."""
+        return self.shape.q_len < FEW
+
+    @property
+    def causal(self) -> bool:
+        """Whether no head keeps a key after the query, so that causal dense attention is its peer."""
+        return self.shape.q_len > 1 and all(is_causal(one.keep()) for one in dict.fromkeys(self.patterns))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """q, k and v of normal numbers, always the same."""
+        shape, generator = self.shape, torch.Generator().manual_seed(0)
+        sizes = ((shape.heads, shape.q_len), *((shape.kv_heads, shape.k_len),) * 2)
+        kind = getattr(torch, shape.dtype)
+        return [torch.randn(shape.batch, *size, shape.head_dim, generator=generator).to(kind) for size in sizes]
+
+    def program(self) -> str:
+        """The canonical text of the program that its kernel is of."""
+        q, k, _ = self.tensors()
+        return planned(q, k, list(self.patterns), None, None, None, laid_out=True)[0]
+
+    def run(self) -> Run:
+        """The op as a compiled model calls it: everything that doesn't depend on numbers is done, and built."""
+        q, k, v = self.tensors()
+        text, loads, _, *numbers = planned(q, k, list(self.patterns), None, None, None, laid_out=True)
+        call = lambda: op.attention(q, k, v, loads, *numbers, text)  # noqa: E731
+        call()
+        return call
+
+    def dense(self) -> Run:
+        """Dense attention at the same sizes, causal if this is."""
+        q, k, v = self.tensors()
+        grouped = self.shape.heads != self.shape.kv_heads
+        causal = self.causal and self.shape.q_len == self.shape.k_len
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+
+def build(samples: Sequence[Sample], tell: Callable[[int], None]) -> None:
+    """Builds the kernels of all samples that aren't there yet, side by side: compilers are processes of their own.
+
+    tell: called with how many samples have their kernel.
+    """
+    asked: dict[tuple[str, torch.dtype, int, int], int] = {}
+    for one in samples:
+        key = one.program(), getattr(torch, one.shape.dtype), one.shape.head_dim, min(one.shape.q_len, MANY)
+        asked[key] = asked.get(key, 0) + 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_build, *key) for key in asked]
+        done = 0
+        for job, count in zip(jobs, asked.values(), strict=True):
+            job.result()
+            done += count
+            tell(done)
+
+
+def _build(text: str, dtype: torch.dtype, size: int, queries: int) -> None:
+    CppTarget().kernel(Program.parse(text), dtype, size, size, queries)
+
+
+def seconds(run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40) -> float:
+    """The median of calls for about so many seconds, after one that warms up."""
+    large = torch.ones(EVICT_BYTES // 4) if cold else None
+    found: list[float] = []
+    with torch.inference_mode():
+        run()
+        begin = time.perf_counter()
+        while len(found) < least or (len(found) < most and time.perf_counter() - begin < budget):
+            if large is not None:
+                large.sum()
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return statistics.median(found)

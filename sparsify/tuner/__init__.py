@@ -1,0 +1,1 @@
+"""`sparsify tune`: finds how the kernels that somebody needs run fastest on this machine."""

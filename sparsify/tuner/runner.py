@@ -1,0 +1,105 @@
+"""Runs candidates: builds, checks and times them. It lives in a child process, which a candidate may take with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsify.codegen import target
+from sparsify.codegen.target import Launch
+from sparsify.runtime import tuned
+from sparsify.tuner.jobs import read
+from sparsify.tuner.judge import hopeless
+from sparsify.tuner.targets import Values
+from sparsify.tuner.truth import Truth
+
+FEWEST = 5  # rounds
+ROUND_SECONDS, MOST = 0.005, 100  # of one side, about: a short kernel runs many times, but no more often than that
+
+
+@dataclass(frozen=True)
+class Race:
+    """Two candidates timed in turns: for each round, the seconds of both, summed over the launches."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of the first one's seconds to the second one's, round by round."""
+        return tuple(a / b for a, b in zip(self.first, self.second, strict=True))
+
+
+class Runner:
+    """Of one job at a time."""
+
+    def open(self, path: Path) -> None:
+        """Takes up a job. What is right is computed when a candidate is first checked."""
+        self.launches = read(path)
+        self.truths: list[Truth] = []
+
+    def build(self, values: Values) -> None:
+        """Builds what a candidate needs, and runs it. Raises BuildError and InputError."""
+        for launch in self.launches:
+            _run(launch, values)
+
+    def check(self, values: Values) -> tuple[float, float]:
+        """(error, bound), of the launch where the error is the largest part of its bound."""
+        if not self.truths:
+            with torch.inference_mode():
+                self.truths = [Truth.of(launch, lambda launch: _run(launch, {})) for launch in self.launches]
+        found = [(truth.error(_run(truth.launch, values)), truth.bound) for truth in self.truths]
+        return max(found, key=lambda pair: pair[0] / pair[1])
+
+    def race(self, values: Values, against: Values, rounds: int, seconds: float) -> Race:
+        """Times a candidate and another one in turns, who begins in turns, too.
+
+        Stops after `rounds`, or when the time is over, or when the candidate can't win any more; five rounds at least.
+        """
+        times: tuple[list[float], list[float]] = ([], [])
+        sides = (values, against)
+        for side in sides:
+            self.build(side)
+        again = max(1, min(MOST, int(ROUND_SECONDS / self.seconds(against))))
+        begin = time.perf_counter()
+        for number in range(rounds):
+            for side in (0, 1) if number % 2 == 0 else (1, 0):
+                times[side].append(sum(self.seconds(sides[side]) for _ in range(again)) / again)
+            if number + 1 >= FEWEST:
+                late = time.perf_counter() - begin > seconds
+                if late or hopeless([a / b for a, b in zip(*times, strict=True)]):
+                    break
+        return Race(*map(tuple, times))
+
+    def seconds(self, values: Values) -> float:
+        """Seconds of all launches together, once."""
+        total = 0.0
+        with tuned.forced(values), torch.inference_mode():
+            for launch in self.launches:
+                _wait(launch)
+                start = time.perf_counter()
+                target(launch.program.target).run(launch)
+                _wait(launch)
+                total += time.perf_counter() - start
+        return total
+
+
+def _run(launch: Launch, values: Values) -> torch.Tensor:
+    with tuned.forced(values), torch.inference_mode():
+        out = target(launch.program.target).run(launch)
+        _wait(launch)
+        return out
+
+
+def _wait(launch: Launch) -> None:
+    if launch.q.is_cuda:
+        torch.cuda.synchronize(launch.q.device)
+
+
+def medians(race: Race) -> Sequence[float]:
+    """Of both sides' seconds."""
+    return [float(torch.tensor(side, dtype=torch.float64).median()) for side in (race.first, race.second)]

@@ -1,0 +1,125 @@
+"""Rates that are fitted, dense attention beside a pattern, and what is said of predictions. Nothing is timed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from sparsify import cost
+from sparsify import patterns as p
+from sparsify.bench import draws
+from sparsify.bench.simulate import Accuracy, Crossed, Predicted, _crossed
+from sparsify.cost import calibration, dense_rates, selection_rates
+from sparsify.cost.dense import dense_time, is_dense_causal
+from sparsify.cost.estimate import _estimate
+from sparsify.cost.fit import fitted
+from sparsify.cost.nest import Shape
+from sparsify.cost.sample import Sample
+from sparsify.errors import InputError
+
+TRUTH = cost.machine("epyc-zen3")
+
+
+def _nanoseconds(sample: Sample, machine: cost.Machine) -> float:
+    return _estimate(sample.patterns, sample.shape, machine).seconds * 1e9
+
+
+def test_a_fit_finds_the_machine_that_made_the_times():
+    given = calibration.samples()
+    first = TRUTH.model_copy(update={"launch": 1.0, "cold": 1.0, "rates": tuple(
+        calibration._guess(one.dtype, one.head_dim) for one in TRUTH.rates)})  # fmt: skip
+    found = fitted(first, given, [_nanoseconds(one, TRUTH) for one in given])
+    assert found.launch == pytest.approx(TRUTH.launch, rel=0.02)
+    for one in draws.draw(5, 30, ("float32", "bfloat16")):
+        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.05)
+
+
+def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):
+    """With runs of made-up lengths: those that the shipped machine predicts."""
+    told = []
+    given = [one for one in calibration.samples() if one.shape.head_dim == 64 and one.patterns[0] == p.causal()]
+    monkeypatch.setattr(calibration, "samples", lambda: given)
+    monkeypatch.setattr(calibration, "HEAD_DIMS", (64,))
+    times = [_nanoseconds(one, TRUTH) * 1e-9 for one in given]
+    monkeypatch.setattr(calibration, "_timed", lambda some, tell: times)
+    monkeypatch.setattr(calibration, "_memory", lambda: TRUTH.memory)
+    monkeypatch.setattr(dense_rates, "seconds", lambda run, cold, budget: 1e-3)
+    monkeypatch.setattr(selection_rates, "seconds", lambda run, cold, budget: (run(), 1e-3)[1])
+    built = []
+    monkeypatch.setattr(calibration, "build", lambda some, tell: built.extend(some))
+    found = cost.calibrate(lambda what, done, every: told.append((what, done, every)))
+    assert built == given and found.measured and found.memory == TRUTH.memory and found.cores == torch.get_num_threads()
+    assert {(one.dtype, one.head_dim) for one in found.rates} == {("float32", 64), ("bfloat16", 64)}
+    assert told[-1][0] == "fitting" and all(done <= every for _, done, every in told)
+    assert cost.Machine.parse(found.text()) == found
+    for one in given:
+        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.05)
+
+
+def test_calibration_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"^calibrate: .*no-such-compiler"):
+        cost.calibrate()
+
+
+def test_dense_attention_is_causal_where_all_heads_are():
+    shape, rates = Shape(4, 2, 512, 512, 64), TRUTH.dense_of("float32", 64)
+    pairs = 4 * 512 * 512
+    assert is_dense_causal([p.causal(), p.window(9)], shape)
+    assert not is_dense_causal([p.causal(), p.window(9, ahead=1)], shape)
+    assert not is_dense_causal([p.causal()], dataclasses.replace(shape, q_len=100))
+    assert dense_time(shape, rates, True) == rates.launch + rates.causal * pairs
+    one = dataclasses.replace(shape, q_len=1)
+    assert dense_time(one, rates, False) == rates.launch + rates.few * 4 * 512 + rates.key * 2 * 512
+    sizes = {"length": 512, "kv_heads": 2, "head_dim": 64, "machine": TRUTH}
+    assert cost.dense_seconds([p.window(9)] * 4, **sizes) == dense_time(shape, rates, True) * 1e-9
+    assert cost.dense_seconds([p.dense()] * 4, **sizes) == dense_time(shape, rates, False) * 1e-9
+
+
+@pytest.mark.parametrize("q_len", [None, 1])
+def test_a_crossover_is_where_one_becomes_faster_than_the_other(q_len):
+    heads, sizes = [p.window(64)] * 4, {"head_dim": 64, "machine": TRUTH, "q_len": q_len}
+    found = cost.crossover(heads, **sizes)
+    assert found is not None and found > 32
+    for length, faster in ((found - 1, False), (found, True), (4 * found, True)):
+        mine = cost.estimate(heads, length=length, **sizes).seconds
+        assert (mine < cost.dense_seconds(heads, length=length, **sizes)) is faster
+    slow = TRUTH.model_copy(update={"launch": 1e15})
+    assert cost.crossover(heads, head_dim=64, machine=slow, q_len=q_len) is None
+    fast = TRUTH.model_copy(update={"launch": 0.0, "cold": 0.0, "dense": tuple(
+        one.model_copy(update={"launch": 1e12}) for one in TRUTH.dense)})  # fmt: skip
+    assert cost.crossover(heads, head_dim=64, machine=fast, q_len=q_len) == 32
+
+
+def test_draws_are_the_same_for_a_seed_and_fit_their_lengths():
+    first, again, other = (draws.draw(seed, 40, ("float32",)) for seed in (1, 1, 2))
+    assert first == again != other
+    for one in first:
+        shape = one.shape
+        assert len(one.patterns) == shape.heads and not any(pattern.fits(shape.k_len) for pattern in one.patterns)
+        assert shape.batch * shape.heads * shape.q_len * shape.k_len <= 1.1 * draws.PAIRS
+    assert any(one.shape.q_len == 1 for one in first) and any(one.shape.heads > one.shape.kv_heads for one in first)
+    assert draws.draw_crossings(3, 9, ("float32",)) == draws.draw_crossings(3, 9, ("float32",))
+
+
+def test_accuracy_is_of_all_samples():
+    sample = Sample((p.causal(),), Shape(1, 1, 64, 64, 64))
+    found = [Predicted(sample, 1.0 + i, (1.0 + i) * factor) for i, factor in enumerate((1.1, 0.95, 1.0, 1.5, 1.02))]
+    crossing = draws.Crossing(p.window(64), 4, 4, 64, "float32", None, 32, 1500)
+    crossed = [Crossed(crossing, 100.0, 120), Crossed(crossing, 100.0, 80), Crossed(crossing, None, None)]
+    about = Accuracy.of(found, crossed)
+    assert (about.median, about.ninetieth, about.ranks) == (pytest.approx(0.05), pytest.approx(0.5), pytest.approx(0.9))
+    assert about.factor == pytest.approx(1.25) and not about.holds
+    assert "error: median 5.0% (at most 12%), 90th percentile 50.0% (30%)" in str(about)
+    assert Accuracy.of(found[:3], []).holds and Accuracy.of(found[:3], []).ranks == pytest.approx(1.0)
+    assert Crossed(crossing, 100.0, None).factor == math.inf
+
+
+def test_a_measured_crossover_lies_between_the_lengths_around_it():
+    assert _crossed([(32, 0.9), (45, 0.8)]) == 32.0
+    assert _crossed([(32, 2.0), (64, 0.5), (128, 0.4)]) == pytest.approx(math.sqrt(32 * 64))
+    assert _crossed([(32, 0.9), (64, 2.0), (128, 0.5)]) == pytest.approx(math.sqrt(64 * 128))
+    assert _crossed([(32, 2.0), (64, 1.5)]) is None
