@@ -76,7 +76,7 @@ def make(budget: float, of: str, state: Path | None) -> Plan:
     """The plan."""
     with Bar() as progress:
         return plan(
-            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=("windows", "strides"),
+            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=("windows", "strides", "selectors"),
             probes=6, rounds=0, name="reader", state=state, progress=progress,
         )  # fmt: skip
 

@@ -26,13 +26,15 @@ def elastic(longest: int = 16384) -> Iterator[Candidate]:
 
 
 def windows(causal: bool, longest: int) -> Iterator[Candidate]:
-    """The last 64, 128, ... keys and 4 sinks; to both sides so many in all, with both ends, or the ends alone."""
-    if not causal:
-        yield Candidate("ends", ENDS)
-    size = 64 if causal else 4
+    """The last 32, 64, ... keys and 4 sinks, a few without, the sinks alone; to both sides so many in all, with both
+    ends, or the ends alone."""
+    yield Candidate("first", {"sinks": 4}) if causal else Candidate("ends", ENDS)
+    size = 32 if causal else 4
     while size < longest:
         if causal:
             yield Candidate(f"window{size}", {"sinks": 4, "window": size})
+            if size <= 64:
+                yield Candidate(f"local{size}", {"window": size})
         else:
             span = {"size": size // 2 + 1, "ahead": size // 2}
             yield Candidate(f"window{size}", {"any": [ENDS, {"window": span}]})

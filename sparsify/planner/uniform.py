@@ -10,7 +10,7 @@ from sparsify.planner.plan import Candidate, Point
 from sparsify.planner.progress import Progress
 from sparsify.planner.rig import Rig
 
-SINKS = {True: (0, 4, 64), False: (0, 1)}  # of windows for causal attention, and for attention to both sides
+SINKS = {True: (0, 4), False: (0, 1)}  # of windows for causal attention, and for attention to both sides
 Measured = Callable[[Any], float]
 
 
