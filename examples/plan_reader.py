@@ -34,6 +34,7 @@ from sparsify.planner.terminal import Bar, summary
 
 CONTEXT, BUDGETS = 4096, (0.5, 0.25, 0.125)
 GAIN, RECALL = 0.5, 0.95  # of the window's loss at most; of the dense right answers at least, at a quarter
+KINDS = ("windows", "strides", "selectors")  # of candidates
 LOCAL = {"sinks": 4, "window": 128}  # what a masked head is held to
 console = Console(highlight=False)
 
@@ -76,7 +77,7 @@ def make(budget: float, of: str, state: Path | None) -> Plan:
     """The plan."""
     with Bar() as progress:
         return plan(
-            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=("windows", "strides", "selectors"),
+            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=KINDS,
             probes=6, rounds=0, name="reader", state=state, progress=progress,
         )  # fmt: skip
 

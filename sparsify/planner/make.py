@@ -20,7 +20,7 @@ from sparsify.planner.plan import DENSE, Candidate, Model, Plan, Point, Validati
 from sparsify.planner.profiles import Profile, profiled
 from sparsify.planner.progress import Progress, silent
 from sparsify.planner.readings import Readings, readings
-from sparsify.planner.refine import Measure, refined
+from sparsify.planner.refine import Measure, chosen_at, refined
 from sparsify.planner.rig import Rig, set_up
 from sparsify.planner.samples import Tokenizer
 from sparsify.planner.settings import Settings
@@ -29,6 +29,8 @@ from sparsify.planner.state import State, digest
 from sparsify.planner.uniform import uniforms
 from sparsify.planner.write import head_plans, site_plans
 from sparsify.ranges import contains
+
+BISECTIONS = 3  # of the front, where the cheapest plan within a bound on the loss is wanted
 
 
 def plan(
@@ -126,6 +128,8 @@ class Planner:
             *uniforms(rig, self.costs, self.measure.uniform, [point.cost for point in points], self.progress),
         ]
         front, rows = self._validate(front)
+        for _ in range(BISECTIONS if settings.budget.share is None else 0):
+            front, rows = self._between(front, rows, profile)
         chosen = self._choose(front, rows)
         heads = head_plans(front[chosen].choices, self.shares.mean(0), profile, rig.heads)
         return Plan(
@@ -172,11 +176,32 @@ class Planner:
         solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
         return points[::-1], steps[-1][3], solution
 
-    def _point(self, name: str, chosen: np.ndarray, found: Solution) -> Point:
+    def _between(
+        self, front: list[Point], rows: list[Validation], profile: Profile
+    ) -> tuple[list[Point], list[Validation]]:
+        """One more point between the cheapest that keeps the bound on the loss and the next one that doesn't."""
+        own, limit = [point for point in front if not point.uniform], self._limit(rows)
+        good = min((point.cost for point in own if point.validated <= limit), default=None)
+        bad = max((point.cost for point in own if good is not None and point.cost < good), default=None)
+        if good is None or bad is None:
+            return front, rows
+        budget = (good + bad) / 2
+        (point,), more = self._validate([self._point(f"plan at {budget:.4g}", *chosen_at(self, profile, budget))])
+        place = sum(one.cost < point.cost for one in own)
+        return [*front[:place], point, *front[place:]], [*rows, *(row for row in more if row.name != DENSE)]
+
+    def _limit(self, rows: Sequence[Validation]) -> float:
+        """The most that may be lost above dense attention, where there is a bound."""
+        return self.settings.budget.limit(float(np.mean([row.loss for row in rows if row.name == DENSE])))
+
+    def cost(self, chosen: np.ndarray) -> float:
+        """The share of the dense cost of the candidates of all heads together, at the length where it is greatest."""
         patterns = [self.rig.patterns[one] for one in chosen]
-        cost_now = max(self.costs.share(patterns, length) for length in self.settings.lengths)
+        return max(self.costs.share(patterns, length) for length in self.settings.lengths)
+
+    def _point(self, name: str, chosen: np.ndarray, found: Solution) -> Point:
         choices = tuple(tuple(map(int, of)) for of in self.rig.heads.by_site(chosen))
-        return Point(name, cost_now, False, found.value, self.measure(chosen), None, choices)
+        return Point(name, self.cost(chosen), False, found.value, self.measure(chosen), None, choices)
 
     def _validate(self, front: Sequence[Point]) -> tuple[list[Point], list[Validation]]:
         """Each point on what no profile saw, and the rows of the table."""
@@ -221,8 +246,7 @@ class Planner:
             fits = [number for number in own if front[number].cost <= budget.share * (1 + 1e-6)]
             fits = fits or [min(own, key=lambda number: front[number].cost)]
             return min(fits, key=lambda number: front[number].validated)
-        dense = np.mean([row.loss for row in rows if row.name == DENSE])
-        limit = budget.limit(float(dense))
+        limit = self._limit(rows)
         fits = [number for number in own if front[number].validated <= limit]
         if not fits:
             best = min(own, key=lambda number: front[number].validated)
