@@ -88,6 +88,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_groups_of_heads_and_layers_that_stay_dense():
     found = plan(tiny(), [TEXT], lengths=32, budget=0.7, rounds=0, **SMALL | {"joined": True, "dense_layers": "0"})
     first, second = found.choices()
@@ -96,6 +97,7 @@ def test_groups_of_heads_and_layers_that_stay_dense():
     assert any(second)
 
 
+@pytest.mark.slow
 def test_few_rules_a_layer():
     found = plan(tiny(), [TEXT], lengths=32, budget=0.5, rounds=1, per_layer=1, **SMALL)
     assert all(len(set(of)) == 1 for of in found.choices())
@@ -107,6 +109,7 @@ def test_a_bound_on_the_loss_takes_the_cheapest_that_keeps_it(made):
     assert loose.front[loose.chosen].cost == min(point.cost for point in loose.front if not point.uniform)
 
 
+@pytest.mark.slow
 def test_to_both_sides_and_memory():
     model = tiny(causal=False)
     rows = tokens(40, 8)
