@@ -306,12 +306,3 @@ class _Columns:
             chosen[self.blocks[layer]] = column
         value = float(self.values[np.arange(len(chosen)), chosen].sum())
         return Solution(chosen, value, min(bound, value))
-
-
-def front(problem: Problem, budgets: Sequence[float]) -> Iterator[tuple[float, Solution]]:
-    """The least loss at each budget that some choice meets, the cheapest first."""
-    for budget in sorted(budgets):
-        try:
-            yield budget, within_cost(problem, budget)
-        except InputError:
-            continue
