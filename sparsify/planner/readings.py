@@ -39,6 +39,9 @@ def readings(
         if longest is not None and length > longest:
             raise InputError(f"plan: lengths: found {length}; the model reads at most {longest} tokens")
     if isinstance(data, Readings):
+        for part, samples in vars(data).items():
+            if not samples:
+                raise InputError(f"plan: data: {part}: expected one sample at least, found none")
         return data
     if isinstance(data, torch.Tensor) and data.dim() == 2:
         return _rows(data, held_out)
