@@ -35,7 +35,7 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 def seconds_of(text: str) -> float:
     """`90s`, `5m`, `1h30m`, or a number of seconds. Raises InputError."""
-    if text.isdigit() and int(text):
+    if text.isdecimal() and int(text):
         return float(text)
     found = DURATION.fullmatch(text)
     hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
