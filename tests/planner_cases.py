@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from sparsify.planner.candidates import ENDS
+from sparsify.planner.objective import Tokens
 from sparsify.planner.plan import Candidate
 from sparsify.planner.rig import set_up
 from sparsify.planner.samples import Sample
@@ -62,4 +63,4 @@ def tokens(length=48, rows=1, seed=0):
 
 def rig(causal=True, length=48, rows=1, candidates=CANDIDATES, kv=2):
     sample = Sample.of_tokens(tokens(length, rows))
-    return set_up(tiny(causal, kv), sample, candidates, None, "tiny"), sample
+    return set_up(tiny(causal, kv), sample, candidates, Tokens(causal), "tiny"), sample

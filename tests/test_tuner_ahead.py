@@ -59,7 +59,7 @@ def test_a_chip_by_its_name():
 
 
 class Builder(Runner):
-    """Builds whose resources are made up: what has 128 keys in a tile spills, what has 5 stages doesn't build."""
+    """Builds whose resources are made up: what has 64 keys in a tile spills, what has 5 stages doesn't build."""
 
     def __init__(self, arch: int) -> None:
         assert arch == 90
@@ -67,7 +67,7 @@ class Builder(Runner):
     def build(self, values: dict) -> Resources:
         if values.get("num_stages") == 5:
             raise Failed("it doesn't build")
-        return Resources(100, 8 * (values.get("block_n") == 128), 1000)
+        return Resources(100, 8 * (values.get("block_n") == 64), 1000)
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_candidates_that_fit_come_first(pruned):
     _, built = pruned
     fits = [each for each in built if not each.why]
     assert built[: len(fits)] == fits and {} in [each.values for each in fits]
-    assert all(each.values.get("block_n") != 128 and each.values.get("num_stages") != 5 for each in fits)
+    assert all(each.values.get("block_n") != 64 and each.values.get("num_stages") != 5 for each in fits)
     assert {each.why for each in built[len(fits) :]} == {"it doesn't build", "it spills 8 bytes, the default 0"}
-    assert all(each.seconds and each.seconds >= fits[0].seconds for each in fits)
+    assert all(each.seconds and each.seconds > 0.99 * fits[0].seconds for each in fits)
     text = ahead.table({"window64": built}, 90)
     assert text.row_count == 1 + 1 + ahead.SHOWN
 
@@ -135,6 +135,6 @@ def test_a_candidate_is_built(tmp_path):
     child.open(one.write(tmp_path, 0))
     try:
         usual, low = (child.ask("build", values, seconds=200) for values in ({}, {"block_m": 16, "num_warps": 4}))
-        assert usual.registers > 16 and usual.spills == 0 and low.shared != usual.shared
+        assert usual.registers > 16 and usual.spills == 0 and low.registers != usual.registers
     finally:
         child.end()

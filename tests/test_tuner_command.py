@@ -64,7 +64,7 @@ def made_up(monkeypatch):
 @built
 def test_it_says_what_was_won_and_keeps_it(tune, made_up):
     code, out, _ = tune(f"{GRID} --json won.json")
-    assert code == 0 and re.search(r"window256 fp32 D16 N256 H8/8 +1000 +760 +1.316x +0.1% +5 +tile 8, stages 2", out)
+    assert code == 0 and re.search(r"window256 fp32 D16 N256 H8/8 +1000 +760 +1.316x +0.2% +5 +tile 8, stages 2", out)
     assert "2 kernels: 1.316 times as fast as by default, in geometric mean\n" in out
     found = json.loads(Path("won.json").read_text())
     assert found["faster"] == pytest.approx(1 / 0.76, rel=0.01) and len(found["results"]) == 2
@@ -113,7 +113,7 @@ WRONG = {
     "--grid --budget 0m": "--budget: found '0m'; expected a time above 0, such as 90s, 5m or 1h30m",
     "--grid --dtype float23": "--dtype: found 'float23'; did you mean 'float32'?",
     "--grid --pattern window513": "unknown pattern 'window513'; did you mean 'window512'?",
-    "--grid --device gpu": "--device: found 'gpu'; allowed: auto, cpu, cuda",
+    "--grid --device gpu": "--device: found 'gpu'; did you mean 'cpu'?",
     "--grid --heads 6 --kv-heads 4": "6 query heads are not a multiple of 4 key heads",
     "--grid --arch 90": "--arch goes with --target triton only, found auto",
     "--grid --target triton --arch 90 --resume": "--resume does not go with --arch, which builds kernels and ",

@@ -110,11 +110,13 @@ def test_forgetting_one_kernel_leaves_the_others(search, tmp_path):
 
 
 def test_a_race_is_won_beyond_the_spread():
-    assert spread([1.0, 3.0, 2.0, 5.0, 4.0]) == (2.0, 3.0, 4.0)
-    assert wins([0.9, 0.95, 0.97, 0.98, 1.2])
-    assert not wins([0.9, 0.95, 0.97, 1.01, 1.2])  # too many rounds are slower
-    assert not wins([0.995] * 5)  # not worth it
-    assert hopeless([1.01, 1.02, 0.99, 1.03, 1.01]) and not hopeless([0.99, 0.98, 1.02, 1.03, 1.01])
+    assert spread([1.0, 3.0, 2.0, 5.0, 4.0]) == (1.0, 3.0, 5.0)
+    assert spread(list(range(1, 16))) == (4, 8, 12) and spread(list(range(1, 101))) == (41, 50.5, 60)
+    assert wins([0.9, 0.95, 0.97, 0.98, 0.99])
+    assert not wins([0.9, 0.95, 0.97, 0.98, 1.01])  # five rounds are too few to be sure
+    assert wins([0.9, 0.95, 0.97, 0.98, 1.01] * 3)
+    assert not wins([0.995] * 9)  # not worth it
+    assert hopeless([1.01, 1.02, 0.995, 1.03, 1.01]) and not hopeless([0.98, 1.01, 1.02, 1.03, 1.01])
 
 
 def test_a_child_says_why_it_is_lost_and_starts_again(tmp_path):

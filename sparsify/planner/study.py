@@ -19,9 +19,9 @@ TINY = 1e-30
 class Rows:
     """A block of query rows of all heads. first, last: which (the last excluded).
 
-    weights: exp(score - top) of the keys in `found`, 0 where the model drops (B, Hq, rows, columns); total: their sums
-    and the sink's part (B, Hq, rows, 1); joined: that part; top: the greatest of the scores. values: v of those keys (B,
-    Hq, columns, Dv).
+    scores: of the keys in `found`, -inf where the model drops (B, Hq, rows, columns); top: the greatest of each row.
+    weights: exp(score - top); total: their sums and the sink's part (B, Hq, rows, 1); joined: that part. values: v of
+    those keys (B, Hq, columns, Dv).
     """
 
     call: SiteCall

@@ -24,7 +24,7 @@ class Tuned:
 
     machine, software, target, kernel: what it holds for. values: what differs from the default; nothing where that is
     best. seconds, default: medians of its time and the default's. ratio: median of time over the default's, in turns;
-    low and high: its quartiles. measured: when, ISO 8601 in UTC.
+    low and high: what it lies between. measured: when, ISO 8601 in UTC.
     """
 
     machine: str

@@ -117,7 +117,7 @@ def prune(
 
 
 def _rank(one: Built) -> tuple[bool, float, int]:
-    return bool(one.why), one.seconds or 0.0, -one.programs
+    return bool(one.why), round(one.seconds or 0.0, 6), -one.programs
 
 
 def _built(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 WORTH = 0.99  # a challenger's time, at most, of the incumbent's
+SURE = 1.96  # standard deviations: the interval holds the median 19 times of 20
 
 
 def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile)."""
-    ordered = sorted(ratios)
-    quarter = len(ordered) // 4
-    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
+    """(low, median, high): the median, and the interval that it lies in for sure, by order statistics.
+
+    Whatever else a machine does makes some rounds slow; the interval is the narrower the more rounds there are.
+    """
+    ordered, rounds = sorted(ratios), len(ratios)
+    out = max(0, math.floor((rounds - SURE * math.sqrt(rounds)) / 2))
+    return ordered[out], statistics.median(ordered), ordered[-1 - out]
 
 
 def wins(ratios: Sequence[float]) -> bool:
-    """Whether a challenger is faster by what is worth it, and in three quarters of the rounds at least."""
+    """Whether a challenger is faster by what is worth it, and for sure."""
     _, middle, high = spread(ratios)
     return middle <= WORTH and high < 1
 
 
 def hopeless(ratios: Sequence[float]) -> bool:
-    """Whether a challenger is slower beyond the spread, so that more rounds would tell nothing."""
-    return spread(ratios)[0] > 1
+    """Whether a challenger is for sure not faster by what is worth it, so that more rounds would tell nothing."""
+    return spread(ratios)[0] > WORTH

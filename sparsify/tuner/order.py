@@ -19,11 +19,13 @@ from sparsify.errors import SparsifyError
 from sparsify.patterns.lists import lists
 from sparsify.tuner.targets import Values
 
-WORTH = 1.25  # a candidate is left out that is predicted to take so many times as long as the best of its group
+# A candidate is left out that is predicted to take more than so many times as long as the best of its group: where the
+# machine's rates are measured, and where they are public figures, which don't tell small tiles from large ones.
+WORTH, UNMEASURED = 1.25, 2.0
 
 
 class Order:
-    """Of one launch's candidates.
+    """Of one launch's candidates: the fastest first, where the machine's rates are measured.
 
     Where the simulator says nothing (of lists, which only data fill) candidates stay as they are; register blocks and
     warps are none of its business, so it doesn't tell candidates apart that differ in these alone.
@@ -38,8 +40,9 @@ class Order:
         known = [time for time in times if time is not None]
         if len(known) < len(times):
             return list(group)
-        order = sorted(range(len(group)), key=lambda i: times[i])
-        return [group[i] for i in order if times[i] <= WORTH * min(known)]
+        measured = self.machine is not None and self.machine.measured
+        order = sorted(range(len(group)), key=lambda i: times[i]) if measured else range(len(group))
+        return [group[i] for i in order if times[i] <= (WORTH if measured else UNMEASURED) * min(known)]
 
     @functools.cached_property
     def _seen(self) -> dict[tuple[tuple[str, int], ...], float | None]:

@@ -22,8 +22,8 @@ from sparsify.tuner.trials import RIGHT, Journal, Trial
 class Limits:
     """How long things may take. seconds: of a race. rounds: of a race at most. build, run: a child's patience."""
 
-    seconds: float = 2.0
-    rounds: int = 15
+    seconds: float = 3.0
+    rounds: int = 60
     build: float = 120.0
     run: float = 60.0
 

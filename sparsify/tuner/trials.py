@@ -27,9 +27,9 @@ class Trial:
 
     step: what it changed of the best so far. values: all that differs from the default then. state: "raced", or why it
     was never timed: "wrong", "failed" (to build or run), "lost" (crashed or hung), "pruned" (by what it takes of a GPU
-    that isn't here); `why` says more. ratio, low, high: median and quartiles of its times to the incumbent's. won:
-    whether it is the best from then on. last: whether it is the race of the best against the default that ends a
-    search; then seconds and default are medians.
+    that isn't here); `why` says more. ratio, low, high: median of its times to the incumbent's, and what that lies
+    between. won: whether it is the best from then on. last: whether it is the race of the best against the default that
+    ends a search; then seconds and default are medians.
     """
 
     key: Key

@@ -15,14 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparsify.planner.profiles.effect import effect
-from sparsify.planner.profiles.forward import local, output, recall
-from sparsify.planner.profiles.gates import gates
-from sparsify.planner.profiles.influence import influence
-from sparsify.planner.profiles.moa import moa
+from sparsify.planner.profiles import effect, forward, gates, influence, moa, repeats, retrieval
 from sparsify.planner.profiles.profile import Profile
-from sparsify.planner.profiles.repeats import echo, induction
-from sparsify.planner.profiles.retrieval import retrieval, retrieval_scores
 from sparsify.planner.progress import Progress
 from sparsify.planner.rig import Rig
 from sparsify.planner.samples import Sample
@@ -30,16 +24,16 @@ from sparsify.planner.settings import Settings
 from sparsify.planner.state import State
 
 KINDS: dict[str, Callable[[Rig, Sequence[Sample], Settings, State, Progress], Profile]] = {
-    "recall": recall,
-    "output": output,
-    "local": local,
-    "echo": echo,
-    "induction": induction,
-    "retrieval": retrieval,
-    "moa": moa,
-    "influence": influence,
-    "effect": effect,
-    "gates": gates,
+    "recall": forward.recall,
+    "output": forward.output,
+    "local": forward.local,
+    "echo": repeats.echo,
+    "induction": repeats.induction,
+    "retrieval": retrieval.retrieval,
+    "moa": moa.moa,
+    "influence": influence.influence,
+    "effect": effect.effect,
+    "gates": gates.gates,
 }
 
 
@@ -47,7 +41,7 @@ def profiled(rig: Rig, samples: Sequence[Sample], settings: Settings, state: Sta
     """The profile that the settings ask for; with scores of retrieval, where samples have facts to retrieve."""
     found = KINDS[settings.profile](rig, samples, settings, state, progress)
     if found.scores is None and any(sample.needles for sample in samples):
-        found = found.scored(retrieval_scores(rig, samples, state, progress))
+        found = found.scored(retrieval.retrieval_scores(rig, samples, state, progress))
     return found
 
 

@@ -101,7 +101,7 @@ def _not_local(call: SiteCall, keeps: Keeps) -> torch.Tensor:
         top = rows.top.squeeze(-1)
         for number, keep in keeps.items():
             kept = rows.under(keep)[1] * rows.total.squeeze(-1)
-            left = (seen.shape[2] - rows.count(keep)).clamp_min(0)
+            left = rows.count(call.own) - rows.count(keep)
             bulk = torch.exp((expected - top + torch.log(left.clamp_min(1e-30))).clamp_max(60.0)) * (left > 0)
             total[:, number] += (kept < TAU * (kept + bulk)).sum((0, 2)).double().cpu()
     return total / (call.at.q_len * launch.q.shape[0])
