@@ -60,6 +60,22 @@ def test_the_least_loss_within_a_budget(problem, budget):
     check(problem, budget)
 
 
+@pytest.mark.parametrize("most", [3, 5])
+def test_a_limit_of_as_many_rules_as_candidates_is_none(most):
+    rng = np.random.default_rng(0)
+    losses, costs = rng.random((8, 3)), rng.random((2, 8, 3)) / 16
+    losses[:, 0], costs[:, :, 0] = 0.0, 1 / 8
+    free, limited = (Problem(losses, costs, np.zeros(8, dtype=int), one) for one in (None, most))
+    assert within_cost(limited, 0.5).value == pytest.approx(within_cost(free, 0.5).value)
+    for budget in (0.01, 0.001):
+        said = []
+        for problem in (free, limited):
+            with pytest.raises(InputError, match="no choice comes to") as error:
+                within_cost(problem, budget)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(problems(st.integers(1, 2)), st.floats(0.05, 1.0))
 def test_with_few_rules_a_layer_the_bound_holds_and_the_choice_is_near_it(problem, budget):

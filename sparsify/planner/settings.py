@@ -63,8 +63,8 @@ class Settings:
     group have one rule; by default where the budget is one of memory, which they share. dense_layers: those that keep
     everything. samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for
     a quarter where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made
-    again on the way to a tight budget. exchanges: how many single moves are measured at the end. front: the budgets of
-    the front.
+    again on the way to a tight budget. front: the budgets of the front. validate_length: that is validated at, None for
+    one that is not profiled. seed: of drawn tokens (echo, induction).
     """
 
     lengths: tuple[int, ...]
@@ -82,7 +82,6 @@ class Settings:
     recall: float | None = None
     probes: int = 8
     rounds: int = 2
-    exchanges: int = 0
     front: tuple[float, ...] = FRONT
     validate_length: int | None = None
     seed: int = 0
@@ -95,7 +94,7 @@ class Settings:
             raise InputError(f"plan: lengths: expected integers of at least 2, such as 1024,2048, found {lengths!r}")
         _one_of("of", given.get("of", "time"), OF)
         _one_of("profile", given.get("profile", "influence"), PROFILES)
-        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("exchanges", 0), ("per_layer", 1)):
+        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("per_layer", 1), ("validate_length", 2)):
             value = given.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise InputError(f"plan: {name}: expected an integer of at least {least}, found {value!r}")

@@ -87,7 +87,7 @@ def _solve(
     allowed = np.isfinite(problem.losses)
     values, rows = np.where(allowed, values, 0.0), np.where(allowed, rows, 0.0)
     blocks = [np.flatnonzero(problem.layers == layer) for layer in range(int(problem.layers.max()) + 1)]
-    if problem.most is None or all(len(block) <= problem.most for block in blocks):
+    if problem.most is None or min(values.shape[1], max(map(len, blocks))) <= problem.most:
         found = _knapsack(values, rows, limits, allowed)
     elif math.comb(values.shape[1], problem.most) <= MOST_SETS:
         found = _Columns(values, rows, limits, allowed, blocks, problem.most).solve()
@@ -102,7 +102,8 @@ def _solve(
 def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list) -> float:
     """The least that the limits could be, all of them moved alike; with a limit on rules, one that can be met."""
     worst = np.where(allowed, rows.max(0), np.inf)
-    most = problem.most or worst.shape[1]
+    candidates = worst.shape[1]
+    most = problem.most if problem.most is not None and problem.most < candidates else len(worst)
     if len(rows) > 1 and all(len(block) <= most for block in blocks):
         return _least_of_all(rows, allowed)
     total = 0.0
@@ -110,7 +111,7 @@ def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list
         if len(block) <= most:
             total += worst[block].min(1).sum()
         else:
-            sets = itertools.combinations(range(worst.shape[1]), min(most, 2))
+            sets = itertools.combinations(range(candidates), min(most, 2))
             total += min(worst[block][:, list(one)].min(1).sum() for one in sets)
     return float(total)
 
@@ -306,12 +307,3 @@ class _Columns:
             chosen[self.blocks[layer]] = column
         value = float(self.values[np.arange(len(chosen)), chosen].sum())
         return Solution(chosen, value, min(bound, value))
-
-
-def front(problem: Problem, budgets: Sequence[float]) -> Iterator[tuple[float, Solution]]:
-    """The least loss at each budget that some choice meets, the cheapest first."""
-    for budget in sorted(budgets):
-        try:
-            yield budget, within_cost(problem, budget)
-        except InputError:
-            continue
