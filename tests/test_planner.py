@@ -9,6 +9,7 @@ import torch
 from planner_cases import CANDIDATES, tiny, tokens
 
 from sparsify.errors import InputError
+from sparsify.patterns import causal
 from sparsify.planner import Plan, plan
 from sparsify.planner import candidates as kinds_of
 from sparsify.planner.objective import Embedding, Tokens, Values, objective_for
@@ -232,3 +233,13 @@ def test_readings_are_taken_as_they_are():
 
 def test_settings_name_the_budgets_mildest_first():
     assert Settings.read(lengths=8, budget=0.3, front=(0.25, 0.5)).budgets() == (0.5, 0.3, 0.25)
+
+
+def test_elastic_spans_that_are_the_same_at_all_lengths_count_once():
+    found = kinds_of.told_apart(kinds_of.default(True, 2048, "time", ("elastic",)), (512, 2048))
+    masks = {one.name: [(one.pattern() & causal()).mask(1, n, n) for n in (512, 2048)] for one in found}
+    whole = kinds_of.default(True, 2048, "time", ("elastic",))
+    assert 5 < len(found) < len(whole) == 49
+    for one in whole[1:]:
+        mine = [(one.pattern() & causal()).mask(1, n, n) for n in (512, 2048)]
+        assert any(all(torch.equal(a, b) for a, b in zip(mine, other, strict=True)) for other in masks.values()), one

@@ -25,6 +25,26 @@ def elastic(longest: int = 16384) -> Iterator[Candidate]:
                 yield Candidate(name, {"moa_head": {"alpha": alpha, "beta": beta, "max_new": 0}})
 
 
+def told_apart(found: Sequence[Candidate], lengths: Sequence[int]) -> tuple[Candidate, ...]:
+    """Without the spans that are no other than an earlier one, or than all keys, at any of these lengths."""
+    seen: set[tuple[int, ...]] = {tuple(lengths)}
+    kept = []
+    for one in found:
+        rule = one.form.get("moa_head") if isinstance(one.form, Mapping) else None
+        if rule is not None:
+            spans = tuple(_blocks(rule["alpha"] + rule["beta"] * length, length) for length in lengths)
+            if spans in seen:
+                continue
+            seen.add(spans)
+        kept.append(one)
+    return tuple(kept)
+
+
+def _blocks(span: float, length: int) -> int:
+    """A span as it is run: whole blocks of 64, two of them at least."""
+    return min(length, max(128, -(-int(span) // 64) * 64))
+
+
 def windows(causal: bool, longest: int) -> Iterator[Candidate]:
     """The last 32, 64, ... keys and 4 sinks, a few without, the sinks alone; to both sides so many in all, with both
     ends, or the ends alone."""

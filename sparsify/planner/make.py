@@ -65,8 +65,7 @@ def plan(
     if data is None or (hasattr(data, "__len__") and not len(data)):
         raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
     found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
-    usual = partial(kinds_of.default, longest=max(wanted.lengths), of=wanted.of, kinds=wanted.kinds, shape=wanted.shape)
-    chosen = wanted.candidates or usual
+    chosen = wanted.candidates or partial(_usual, wanted)
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
     run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
@@ -75,6 +74,11 @@ def plan(
     made = Planner(rig, found, wanted, kept, progress).make(about)
     kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
+
+
+def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:
+    found = kinds_of.default(causal, max(wanted.lengths), wanted.of, wanted.kinds, wanted.shape)
+    return kinds_of.told_apart(found, wanted.lengths)
 
 
 def longest_of(config: Any) -> int | None:
