@@ -137,6 +137,8 @@ WRONG = [
     ({"samples": 0}, "plan: samples: expected an integer of at least 1, found 0"),
     ({"recall": 2}, "plan: recall: expected a share from 0 to 1, found 2"),
     ({"dense_layers": "x"}, "plan: dense_layers: "),
+    ({"reuse": {3: "1"}}, "plan: reuse"),
+    ({"reuse": {0: "1"}, "per_layer": 2}, "plan: reuse: goes without a limit on the rules of a layer (per_layer)"),
     ({"candidates": None, "kinds": ("window",)}, "plan: candidates: unknown kind 'window'; did you mean 'windows'?"),
     ({"candidates": None, "kinds": ("neighborhoods",)}, "plan: candidates: neighborhoods need the shape of the grid"),
 ]
@@ -243,3 +245,14 @@ def test_elastic_spans_that_are_the_same_at_all_lengths_count_once():
     for one in whole[1:]:
         mine = [(one.pattern() & causal()).mask(1, n, n) for n in (512, 2048)]
         assert any(all(torch.equal(a, b) for a, b in zip(mine, other, strict=True)) for other in masks.values()), one
+
+
+@pytest.mark.slow
+def test_layers_take_the_choices_of_others():
+    """The spec is taken with its reuse: a layer that takes a choice is refused where none is made."""
+    given = SMALL | {"candidates": None, "kinds": ("selectors",), "front": ()}
+    found = plan(tiny(), [TEXT], lengths=64, budget=0.75, rounds=0, reuse={0: "1"}, **given)
+    assert any(found.choices()[1])
+    options = {"spec": found.spec(), "strict": True, "inner": "eager"}
+    with torch.no_grad():
+        torch.compile(tiny(), backend="sparsify", options=options)(tokens(64))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsify.errors import InputError, SparsifyError, nearest
+from sparsify.patterns.reuse import Reuse
 from sparsify.planner.plan import DENSE, Candidate
 from sparsify.spec.reader import file_text, read_text
 
@@ -151,6 +153,20 @@ def default(
     if "neighborhoods" in wanted and shape is not None:
         found += neighborhoods(shape)
     return tuple(found)
+
+
+def sharing(found: Sequence[Candidate], reuse: Reuse) -> tuple[Candidate, ...]:
+    """The candidates whose selections are shared by layers."""
+    return tuple(Candidate(one.name, _shared(one.form, reuse.to_data())) for one in found)
+
+
+def _shared(form: Any, reuse: Mapping[str, Any]) -> Any:
+    if isinstance(form, list):
+        return [_shared(part, reuse) for part in form]
+    if not isinstance(form, Mapping):
+        return form
+    inner = {key: _shared(part, reuse) if key in ("any", "all") else part for key, part in form.items()}
+    return inner | {"select": {**form["select"], "reuse": dict(reuse)}} if "select" in form else inner
 
 
 def read(path: str | Path) -> tuple[Candidate, ...]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from sparsify import cost
 from sparsify.errors import InputError
+from sparsify.patterns.reuse import Reuse
+from sparsify.patterns.select import selections
 from sparsify.planner import candidates as kinds_of
 from sparsify.planner.heads import Costs
 from sparsify.planner.objective import Objective
@@ -78,7 +80,8 @@ def plan(
 
 def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:
     found = kinds_of.default(causal, max(wanted.lengths), wanted.of, wanted.kinds, wanted.shape)
-    return kinds_of.told_apart(found, wanted.lengths)
+    found = kinds_of.told_apart(found, wanted.lengths)
+    return kinds_of.sharing(found, Reuse(wanted.reuse)) if wanted.reuse else found
 
 
 def longest_of(config: Any) -> int | None:
@@ -167,7 +170,16 @@ class Planner:
             if site.info.layer is not None and contains(self.settings.dense_layers, site.info.layer):
                 others = np.arange(losses.shape[1]) != self.rig.dense
                 joined[np.ix_(sites == place, others)] = np.inf
-        return Problem(joined, spent, sites, self.settings.per_layer)
+        return Problem(joined, spent, sites, self.settings.per_layer, self._sources())
+
+    def _sources(self) -> tuple[tuple[int, int, int], ...]:
+        """The sites that take choices, those that make them, and of which candidates."""
+        layers = {site.info.layer: place for place, site in enumerate(self.rig.heads.sites)}
+        patterns = enumerate(self.rig.patterns)
+        chosen = [number for number, one in patterns if one is not None and selections(one)]
+        reuse = Reuse(self.settings.reuse)
+        found = [(place, layers.get(reuse.source_of(layer))) for layer, place in layers.items()]
+        return tuple((place, source, one) for place, source in found if source is not None for one in chosen)
 
     def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
         """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""

@@ -87,7 +87,7 @@ def chosen_at(planner: Planner, profile: Profile, budget: float) -> tuple[np.nda
     for _ in range(TRIES):
         found = within_cost(problem, spend)
         options = [found.chosen]
-        if profile.current is not None:
+        if profile.current is not None and not problem.sources:
             options += [exchanged(problem, spend, planner.units, profile.current, found.chosen, own) for own in OWN]
         chosen = min((option[planner.units] for option in options), key=planner.measure)
         over = planner.cost(chosen) / budget

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify.errors import InputError, nearest
+from sparsify.errors import InputError, PatternError, nearest
+from sparsify.patterns.reuse import Reuse
 from sparsify.planner.heads import OF
 from sparsify.planner.plan import Candidate
 from sparsify.ranges import Ranges, read_ranges
@@ -61,10 +62,11 @@ class Settings:
     those that heads may get, None for the usual ones of these `kinds` (with `shape`, that of a grid of tokens).
     per_layer: how many distinct rules a layer may have at most, None for any number. joined: whether the heads of a KV
     group have one rule; by default where the budget is one of memory, which they share. dense_layers: those that keep
-    everything. samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for
-    a quarter where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made
-    again on the way to a tight budget. front: the budgets of the front. validate_length: that is validated at, None for
-    one that is not profiled. seed: of drawn tokens (echo, induction).
+    everything. reuse: the layers that select, each with the later ones that take its choices ({2: "3-5"}).
+    samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for a quarter
+    where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made again on
+    the way to a tight budget. front: the budgets of the front. validate_length: that is validated at, None for one that
+    is not profiled. seed: of drawn tokens (echo, induction).
     """
 
     lengths: tuple[int, ...]
@@ -77,6 +79,7 @@ class Settings:
     per_layer: int | None = None
     joined: bool | None = None
     dense_layers: Ranges = ()
+    reuse: tuple[tuple[int, Ranges], ...] = ()
     machine: Any = None
     samples: int = 4
     recall: float | None = None
@@ -103,6 +106,10 @@ class Settings:
             raise InputError(f"plan: recall: expected a share from 0 to 1, found {recall!r}")
         if "dense_layers" in given:
             given["dense_layers"] = _layers(given["dense_layers"])
+        if given.get("reuse"):
+            given["reuse"] = _reuse(given["reuse"])
+            if given.get("per_layer") is not None:
+                raise InputError("plan: reuse: goes without a limit on the rules of a layer (per_layer)")
         return cls(tuple(sorted(set(found))), Budget.read(budget), **given)
 
     @property
@@ -123,6 +130,13 @@ def _layers(value: Any) -> Ranges:
         return read_ranges(value)
     except ValueError as error:
         raise InputError(f"plan: dense_layers: {error}, found {value!r}") from None
+
+
+def _reuse(value: Any) -> tuple[tuple[int, Ranges], ...]:
+    try:
+        return Reuse.from_data({"layers": value}).layers
+    except PatternError as error:
+        raise InputError(f"plan: {error}") from None
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
