@@ -28,7 +28,7 @@ from sparsify.planner.solve import Problem, Solution, within_cost
 from sparsify.planner.state import State, digest
 from sparsify.planner.uniform import uniforms
 from sparsify.planner.write import head_plans, site_plans
-from sparsify.ranges import contains
+from sparsify.ranges import Ranges, contains, of_numbers, text_of
 
 
 def plan(
@@ -66,6 +66,7 @@ def plan(
     usual = partial(kinds_of.default, longest=max(wanted.lengths), of=wanted.of, kinds=wanted.kinds, shape=wanted.shape)
     chosen = wanted.candidates or usual
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
+    _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
     run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
     folder = None if state is None else Path(state)
@@ -73,6 +74,15 @@ def plan(
     made = Planner(rig, found, wanted, kept, progress).make(about)
     kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
+
+
+def _check_dense_layers(rig: Rig, wanted: Ranges) -> None:
+    """Raises InputError for layers that the model doesn't have."""
+    layers = sorted({site.info.layer for site in rig.heads.sites if site.info.layer is not None})
+    for first, last in wanted:
+        if not any(first <= layer <= last for layer in layers):
+            asked, found = text_of(((first, last),)), text_of(of_numbers(layers)) or "not numbered"
+            raise InputError(f"plan: dense_layers: found {asked}, and the model's layers are {found}")
 
 
 def longest_of(config: Any) -> int | None:
