@@ -16,6 +16,7 @@ from sparsify.planner.objective import Embedding, Tokens, Values, objective_for
 from sparsify.planner.readings import Readings
 from sparsify.planner.samples import Sample, Stream, of_bytes, plant, read_texts
 from sparsify.planner.settings import Budget, Settings
+from sparsify.planner.state import State
 from sparsify.planner.terminal import summary
 
 TEXT = "".join(chr(33 + (i * i + 7 * i) % 90) for i in range(2000))
@@ -139,6 +140,7 @@ WRONG = [
     ({"dense_layers": "x"}, "plan: dense_layers: "),
     ({"reuse": {3: "1"}}, "plan: reuse"),
     ({"reuse": {0: "1"}, "per_layer": 2}, "plan: reuse: goes without a limit on the rules of a layer (per_layer)"),
+    ({"dense_layers": "0,7-9"}, "plan: dense_layers: found 7-9, and the model's layers are 0-"),
     ({"candidates": None, "kinds": ("window",)}, "plan: candidates: unknown kind 'window'; did you mean 'windows'?"),
     ({"candidates": None, "kinds": ("neighborhoods",)}, "plan: candidates: neighborhoods need the shape of the grid"),
 ]
@@ -256,3 +258,25 @@ def test_layers_take_the_choices_of_others():
     options = {"spec": found.spec(), "strict": True, "inner": "eager"}
     with torch.no_grad():
         torch.compile(tiny(), backend="sparsify", options=options)(tokens(64))
+
+
+def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
+    state, made = State(tmp_path, "run"), []
+
+    def make():
+        made.append(1)
+        return {"loss": np.arange(3)}
+
+    state.of("head 0", make)
+    kept = next(tmp_path.iterdir())
+    kept.write_bytes(kept.read_bytes()[:20])
+    assert (state.of("head 0", make)["loss"] == np.arange(3)).all() and len(made) == 2
+    (tmp_path / f"{kept.stem}_half.part").touch()
+    (tmp_path / "mine.txt").touch()
+    (tmp_path / "mine.npz").touch()
+    state.clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npz", "mine.txt"]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    state.clear()
+    assert not tmp_path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,7 +120,11 @@ def _model(name: str, dtype: str | None, device: str) -> tuple[Any, Tokenizer]:
 
     wanted = Wanted(dtype=dtype, command="plan")
     made, tokenizer = (called(name, wanted)[0], None) if ":" in name else loaded(name, wanted)
-    made = made.to(device)
+    try:
+        made = made.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"plan: device: the model can't be moved to '{device}': {reason}") from None
     if tokenizer is not None:
         return made, of_hugging_face(tokenizer)
     size = getattr(getattr(made, "config", None), "vocab_size", 256)
@@ -139,12 +144,15 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 def _candidates(text: str | None) -> dict[str, Any]:
     """From a file, or the names of kinds."""
+    from sparsify.errors import InputError
     from sparsify.planner import candidates
 
     if text is None:
         return {}
     if Path(text).is_file():
         return {"candidates": candidates.read(text)}
+    if os.sep in text or text.endswith((".yaml", ".yml", ".json")):
+        raise InputError(f"plan: candidates: there is no file '{text}'")
     return {"kinds": tuple(text.split(","))}
 
 

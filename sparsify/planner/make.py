@@ -30,7 +30,7 @@ from sparsify.planner.solve import Problem, Solution, within_cost
 from sparsify.planner.state import State, digest
 from sparsify.planner.uniform import uniforms
 from sparsify.planner.write import head_plans, site_plans
-from sparsify.ranges import contains
+from sparsify.ranges import Ranges, contains, of_numbers, text_of
 
 BISECTIONS = 3  # of the front, where the cheapest plan within a bound on the loss is wanted
 
@@ -69,6 +69,7 @@ def plan(
     found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
     chosen = wanted.candidates or partial(_usual, wanted)
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
+    _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
     run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
     folder = None if state is None else Path(state)
@@ -82,6 +83,15 @@ def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:
     found = kinds_of.default(causal, max(wanted.lengths), wanted.of, wanted.kinds, wanted.shape)
     found = kinds_of.told_apart(found, wanted.lengths)
     return kinds_of.sharing(found, Reuse(wanted.reuse)) if wanted.reuse else found
+
+
+def _check_dense_layers(rig: Rig, wanted: Ranges) -> None:
+    """Raises InputError for layers that the model doesn't have."""
+    layers = sorted({site.info.layer for site in rig.heads.sites if site.info.layer is not None})
+    for first, last in wanted:
+        if not any(first <= layer <= last for layer in layers):
+            asked, found = text_of(((first, last),)), text_of(of_numbers(layers)) or "not numbered"
+            raise InputError(f"plan: dense_layers: found {asked}, and the model's layers are {found}")
 
 
 def longest_of(config: Any) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-_OWN = re.compile(r"[0-9a-f]{24}\.npz|kept-.*\.part")  # the names of the files that a state writes
+NAME = re.compile(r"[0-9a-f]{24}(\.npz|\w*\.part)")  # of what is written here, whole or when it was killed
 
 
 class State:
@@ -44,11 +44,11 @@ class State:
         return made
 
     def clear(self) -> None:
-        """The run is over: what it kept goes, and the folder if nothing else is in it."""
-        if self.folder is None or not self.folder.is_dir():
+        """The run is over: what it kept goes, and the folder, unless it holds anything else."""
+        if self.folder is None:
             return
-        for path in self.folder.iterdir():
-            if _OWN.fullmatch(path.name):
+        for path in self.folder.glob("*"):
+            if NAME.fullmatch(path.name):
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -71,6 +71,6 @@ def _read(path: Path) -> Arrays | None:
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """The file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="kept-", suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(file.name, path)
