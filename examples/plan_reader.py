@@ -66,11 +66,13 @@ def needles(document: Document) -> list[tuple[int, int, int]]:
 
 
 def readings() -> Readings:
-    """Training text to profile and to search with; other pieces of it to choose from the front by."""
+    """Training text to profile, at half the context, and to search with at the whole of it; other pieces of it, of a
+    length between the two, to choose from the front by."""
     text = Text([file for part in training_files() for file in part][::3])
-    profile = [text_sample(text, CONTEXT, 1), recall_sample(text, CONTEXT, 2), recall_sample(text, CONTEXT, 3)]
+    half = CONTEXT // 2
+    profile = [text_sample(text, half, 1), recall_sample(text, half, 2), recall_sample(text, half, 3)]
     search = [text_sample(text, CONTEXT, 4), recall_sample(text, CONTEXT, 5)]
-    length = CONTEXT * 3 // 2
+    length = CONTEXT * 3 // 4
     validation = [text_sample(text, length, 6), text_sample(text, length, 7), recall_sample(text, length, 8)]
     return Readings(tuple(profile), tuple(search), tuple(validation))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsify.expr import Pred
+from sparsify.expr import And, Load, Or, Pred, Test
 from sparsify.patterns.count import EMPTY, FULL, TILE, tile_classes
 from sparsify.sizes import size_values
 from sparsify.walk import evaluate, loads, variables
@@ -107,5 +108,19 @@ def _mask(
     known["h"] = torch.tensor(heads, device=device).view(-1, 1, 1)
     known["q"] = torch.arange(*rows, device=device).view(-1, 1) + at.offset
     known["k"] = torch.from_numpy(_numbers(tiles, at.k_len)).to(device)
-    found = torch.as_tensor(evaluate(keep, known), device=device)
+    found = torch.as_tensor(_evaluated(keep, known), device=device)
     return found.expand(*(1,) * (4 - found.dim()), *found.shape)
+
+
+def _evaluated(keep: Pred, env: Mapping[str, Any]) -> Any:
+    """`evaluate`, but what is asked of a table of units, `_i[b, _j[h], q // m, k // n]`, is looked up axis by axis: of
+    all pairs at once that would take an index for each."""
+    match keep:
+        case And(parts) | Or(parts):
+            found = [_evaluated(part, env) for part in parts]
+            return functools.reduce(operator.and_ if isinstance(keep, And) else operator.or_, found)
+        case Test(Load(source, (_, Load() as which, row, unit))):
+            table = env[source][:, evaluate(which, env).flatten()]
+            rows, units = (evaluate(part, env).flatten() for part in (row, unit))
+            return table.index_select(2, rows).index_select(3, units)
+    return evaluate(keep, env)
