@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 GPU_GRID ?= --length 4096 --length 16384 --length 131072
 
-.PHONY: help demo test test-slow zoo wheel-check lint bench-gpu clean
+.PHONY: help demo plans test test-slow zoo wheel-check lint bench-gpu clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## the main job: a trained model reads real text, dense and sparse, side by side
 	$(BIN)/python -m examples.demo
+
+plans: $(STAMP) ## plan a pattern for every head of two trained models, beside one window for all
+	$(BIN)/python -m examples.plan_reader
+	$(BIN)/python -m examples.plan_minilm
 
 test: $(STAMP) ## the tests, on two cores
 	$(BIN)/ruff check .

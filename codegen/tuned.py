@@ -20,7 +20,9 @@ from sparsify.text import to_text
 if TYPE_CHECKING:
     from sparsify.program import Program
 
-FEW = 16  # queries, at most, of what is tuned apart from many, as in decoding
+# Queries, at most, as in decoding: what is tuned apart from many, and on a GPU what is taken together with the heads of
+# its group and has its keys split.
+FEW = 16
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,12 +28,15 @@ from examples.reader import evaluate
 from examples.reader.corpus import ANSWER, Document, Text, distant_document, training_files
 from sparsify.planner import Plan, plan
 from sparsify.planner.memory import keep_freed
+from sparsify.planner.probe import Probe
 from sparsify.planner.readings import Readings
 from sparsify.planner.samples import Sample
 from sparsify.planner.terminal import Bar, summary
+from sparsify.spec import Spec
 
 CONTEXT, BUDGETS = 4096, (0.5, 0.25, 0.125)
 GAIN, RECALL = 0.5, 0.95  # of the window's loss at most; of the dense right answers at least, at a quarter
+KINDS = ("windows", "strides", "selectors")  # of candidates
 LOCAL = {"sinks": 4, "window": 128}  # what a masked head is held to
 console = Console(highlight=False)
 
@@ -76,38 +79,49 @@ def make(budget: float, of: str, state: Path | None) -> Plan:
     """The plan."""
     with Bar() as progress:
         return plan(
-            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=("windows", "strides"),
+            load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=KINDS,
             probes=6, rounds=0, name="reader", state=state, progress=progress,
         )  # fmt: skip
 
 
-def read(spec: Any, texts: int, documents: int) -> tuple[float, float, float]:
-    """Bits per byte, bits per recalled byte and the share of recalled bytes that are right, of held-out modules; spec:
-    None for dense attention. Kernels run it, as the backend makes them."""
-    options = {"spec": spec, "strict": True}
-    model = load() if spec is None else torch.compile(load(), backend="sparsify", dynamic=False, options=options)
-    right, costs = [], []
-    with torch.inference_mode():
-        text = evaluate.bits_per_byte(lambda tokens: model(input_ids=tokens, use_cache=False).logits, CONTEXT, texts)
-        for tokens, where in evaluate.recall_documents(CONTEXT, documents):
-            logits = model(input_ids=tokens, use_cache=False).logits
-            costs.append(evaluate.bits(logits, tokens)[where[1:]])
-            right.append((logits[0, :-1].argmax(-1) == tokens[0, 1:])[where[1:]].float())
-    return text, torch.cat(costs).mean().item(), torch.cat(right).mean().item()
+class Reader:
+    """The reader under a probe, which runs any spec without building its kernels."""
+
+    def __init__(self, texts: int, documents: int) -> None:
+        self.probe, self.texts, self.documents = Probe(load()), texts, documents
+        self.logits(torch.zeros(1, CONTEXT, dtype=torch.long))  # so that its sites are known
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.probe(input_ids=tokens, use_cache=False).logits
+
+    def read(self, spec: Any = None) -> tuple[float, float, float]:
+        """Bits per byte, bits per recalled byte and the share of recalled bytes that are right, of held-out modules;
+        None for dense attention."""
+        sites = self.probe.sites
+        patterns = {} if spec is None else dict(zip(sites, Spec.of(spec).resolve(list(sites.values())), strict=True))
+        with self.probe.under(patterns):
+            text = evaluate.bits_per_byte(self.logits, CONTEXT, self.texts)
+            costs, right = [], []
+            for tokens, where in evaluate.recall_documents(CONTEXT, self.documents):
+                logits = self.logits(tokens)
+                costs.append(evaluate.bits(logits, tokens)[where[1:]])
+                right.append((logits[0, :-1].argmax(-1) == tokens[0, 1:])[where[1:]].float())
+        return text, torch.cat(costs).mean().item(), torch.cat(right).mean().item()
 
 
-def compare(found: Plan, texts: int, documents: int) -> tuple[Table, bool]:
+def compare(found: Plan, reader: Reader) -> tuple[Table, bool]:
     """Planned mixtures beside the best window at as much executed cost, and whether they are good enough."""
     table = Table(title=f"reading held-out modules, context {CONTEXT}", title_justify="left")
     for column in ("", f"{found.of}", "bits per byte", "above dense", "bits per recalled byte", "right"):
         table.add_column(column, justify="left" if not column else "right")
-    dense = read(None, texts, documents)
+    dense = reader.read()
     table.add_row("dense", "100.0%", f"{dense[0]:.4f}", "", f"{dense[1]:.3f}", f"{dense[2]:.1%}")
     mine, held = [point for point in found.front if not point.uniform], True
     for budget, point in zip(sorted(BUDGETS), mine, strict=True):
         windows = [one for one in found.front if one.uniform and one.cost <= point.cost * 1.02]
         window = min(windows, key=lambda one: one.measured)
-        rows = [read(found.spec(one), texts, documents) for one in (point, window)]
+        rows = [reader.read(found.spec(one)) for one in (point, window)]
         for one, (text, bits, right) in zip((point, window), rows, strict=True):
             numbers = f"{one.cost:.1%}", f"{text:.4f}", f"{text - dense[0]:+.4f}", f"{bits:.3f}", f"{right:.1%}"
             table.add_row(one.name, *numbers)
@@ -126,7 +140,7 @@ def masked(found: Plan, heads: Sequence[tuple[int, int]]) -> dict[str, Any]:
     return {"version": 1, "patterns": {"local": LOCAL}, "sites": sites}
 
 
-def retrieval(found: Plan, documents: int, count: int = 4) -> tuple[Table, bool]:
+def retrieval(found: Plan, reader: Reader, count: int = 4) -> tuple[Table, bool]:
     """What masking the named heads does to recall, and masking as many random others."""
     named = list(found.retrieval[:count])
     everyone = [(place, head) for place, site in enumerate(found.sites) for head in range(len(site.heads))]
@@ -136,7 +150,7 @@ def retrieval(found: Plan, documents: int, count: int = 4) -> tuple[Table, bool]
         table.add_column(column, justify="right" if column == "right" else "left")
     right = {}
     for name, heads in {"none": [], "those named": named, "as many others": others}.items():
-        right[name] = read(masked(found, heads) if heads else None, 1, documents)[2]
+        right[name] = reader.read(masked(found, heads) if heads else None)[2]
         shown = ", ".join(f"{found.sites[place].layer}.{head}" for place, head in heads)
         table.add_row(name, shown, f"{right[name]:.1%}")
     broken = right["those named"] < 0.5 * right["none"]
@@ -158,9 +172,10 @@ def main(
         found.save(out)
     console.print(summary(found))
     console.print(f"planned in {found.seconds:.0f} s")
-    shown, good = compare(found, texts, documents)
+    reader = Reader(texts, documents)
+    shown, good = compare(found, reader)
     console.print(shown)
-    who, named = retrieval(found, documents)
+    who, named = retrieval(found, reader)
     console.print(who)
     sys.exit(0 if good and named else 1)
 

@@ -297,3 +297,19 @@ def test_explain_tells_what_is_wrong(run, llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     message = "sparsify: explain: a Hugging Face model needs transformers: pip install 'sparsify[demo]'\n"
     assert run("explain model") == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--device cudaa", "sparsify: plan: device: the model can't be moved to 'cudaa': "),
+        ("--candidates ./none.yaml", "sparsify: plan: candidates: there is no file './none.yaml'"),
+    ],
+)
+def test_plan_names_what_is_not_there(run, tmp_path, monkeypatch, option, says):
+    (tmp_path / "made.py").write_text("import torch\ndef model():\n    return torch.nn.Linear(2, 2), {}\n")
+    (tmp_path / "text.txt").write_text("some text")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = run(f"plan made:model --data text.txt {option}")
+    assert code == 2 and says in " ".join(err.split())
+    assert not list(tmp_path.glob("plan*"))

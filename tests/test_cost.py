@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import composed, shapes
@@ -246,6 +247,8 @@ def test_selections_count_by_their_budget():
         ({"length": 64, "dtype": "bfloat"}, "cost: dtype: found 'bfloat'; did you mean 'bfloat16'?"),
         ({"length": 64, "machine": "epyc-zen2"}, "unknown machine 'epyc-zen2'; did you mean 'epyc-zen3'?"),
         ({"length": 64, "machine": "h10"}, "unknown machine 'h10'; did you mean 'h100'?"),
+        ({"length": 64, "machine": 3}, "machine: expected a name, the path of a JSON file or a Machine, found 3"),
+        ({"length": 64, "dtype": torch.bfloat16}, "cost: dtype: expected one of bfloat16, float16, float32 as a"),
     ],
 )
 def test_what_does_not_fit_is_said(given, says):
@@ -260,8 +263,9 @@ def test_patterns_that_no_kernel_can_run_are_refused():
         cost.estimate([p.neighborhood([8, 8], 3)], length=60, head_dim=64, machine="h100")
     with pytest.raises(InputError, match="cost: patterns: the selection serves prefill, and this is decode"):
         cost.estimate([p.topp(0.9)], length=60, q_len=1, head_dim=64, machine="h100")
-    with pytest.raises(InputError, match="cost: patterns: expected one pattern for each query head"):
-        cost.estimate([], length=60, head_dim=64, machine="h100")
+    for wrong in ([], p.causal(), None, "dense"):
+        with pytest.raises(InputError, match="cost: patterns: expected one pattern for each query head"):
+            cost.estimate(wrong, length=60, head_dim=64, machine="h100")
 
 
 def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):

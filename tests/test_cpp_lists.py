@@ -223,8 +223,9 @@ def test_skips_of_almost_nothing_change_nothing(shape, seed):
     check(call)
 
 
-def test_nan_is_never_skipped():
+@pytest.mark.parametrize("key", [70, 93, 127])
+def test_nan_is_never_skipped(key):
     call = launch(Program.of([parse_pred("k <= q")], skips=(Skip(1e-2),)), (1, 1, 150, 150), torch.float32, scale=9.0)
-    call.k[0, 0, 70] = torch.nan
+    call.k[0, 0, key] = torch.nan
     found = CPP.run(call)
-    assert not found[0, 0, :64].isnan().any() and found[0, 0, 70:].isnan().all()
+    assert not found[0, 0, :64].isnan().any() and found[0, 0, key:].isnan().all()

@@ -186,6 +186,8 @@ WRONG = [
     ("[3]", "[0]: expected an object with an entry for each head, found 3"),
     (LINES.replace('"0"', '"x"'), '[0]: expected head numbers such as "0" as keys, found \'x\''),
     (LINES.replace('"0"', '"1"'), "[0]: head 0 is missing, though head 1 is there"),
+    (LINES.replace('"0"', '"999999999"'), "[0]: head 0 is missing, though head 999999999 is there"),
+    (LINES.replace('"0"', f'"{"9" * 5000}"'), '[0]: expected head numbers such as "0" as keys, found '),
     (LINES.replace("_and_", "_"), "[0].0[0]: unknown class 'vertical_slash'; did you mean 'vertical_and_slash'?"),
     (LINES.replace("30", "0.5"), "[0].0[1]: expected an integer, found 0.5"),
     (LINES.replace("800", "[0.9, 4096]"), "[0].0[2]: expected a number from 0 to 1073741824, found [0.9, 4096]"),
@@ -193,6 +195,7 @@ WRONG = [
     ('{"0-0": [0.1], "1-x": [0.1]}', "1-x: expected a key such as '3-17', a layer and a head"),
     ('{"0-0": [0.1], "0-1": []}', "0-1: expected a list of scores, one a sample, found an empty list"),
     ('{"0-0": [0.1], "0-1": [-1]}', "0-1[0]: expected a number of at least 0, found -1"),
+    (f'{{"0-0": [1{"0" * 400}]}}', "0-0[0]: expected a number of at least 0, found 1"),
     ('{"0-0": [0.1], "1-1": [0.1]}', "head '0-1' is missing, expected 2 heads in each layer"),
 ]  # fmt: skip
 
@@ -237,9 +240,9 @@ def test_any_json_is_a_plan_or_one_sentence(value, tmp_path_factory):
     except InputError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         return
-    assert len(found.spec().resolve(sites(len(found.layers), len(found.layers[0])), complete=False)) == len(
-        found.layers
-    )
+    count = len(found.layers)
+    model = [sites(count, len(heads))[layer] for layer, heads in enumerate(found.layers)]  # layers may differ in heads
+    assert len(found.spec().resolve(model, complete=False)) == count
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,8 @@ def test_the_command_prints_without_out_and_writes_nothing_when_it_refuses(monke
         (f"{files['moa']} --top 3 -o {tmp_path}/no.yaml", "import: 'top' is no option of moa; allowed: max_new"),
         (f"{files['moa']} -o {tmp_path}/absent/no.yaml", "the folder"),
         (f"{tmp_path}/none.json -o {tmp_path}/no.yaml", "none.json: there is no such file"),
+        (f"{files['moa']} --model llama --query-heads 2", "--query-heads and --model both say how many heads"),
+        (f"{files['moa']} --set hidden_size=64", "import: --set goes with --model only"),
     ):  # fmt: skip
         code, said, err = run(monkeypatch, capsys, f"import {line}")
         assert (code, said) == (2, "") and what in err and err.startswith("sparsify: ") and err.count("\n") == 1

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from sparsify.errors import InputError
 from sparsify.planner.plan import Candidate, HeadPlan, Model, Plan, Point, SitePlan, Validation, fingerprint
+from sparsify.planner.state import State
 from sparsify.spec import SiteInfo
 
 CANDIDATES = (
@@ -101,3 +103,23 @@ def test_no_json_and_no_file(tmp_path):
         Plan.load(tmp_path / "p.json")
     with pytest.raises(InputError, match="can't be read: No such file"):
         Plan.load(tmp_path / "q.json")
+
+
+def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
+    folder = tmp_path / "state"
+    kept = State(folder)
+    kept.of("loss", lambda: {"value": np.ones(2)})
+    (folder / "notes.txt").write_text("mine")
+    kept.clear()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    kept.clear()
+    assert not folder.exists()
+
+
+def test_what_was_cut_short_is_made_again(tmp_path):
+    kept = State(tmp_path)
+    kept.of("loss", lambda: {"value": np.ones(2)})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    assert kept.of("loss", lambda: {"value": np.zeros(1)})["value"].tolist() == [0.0] and kept.reused == 0

@@ -154,7 +154,10 @@ def test_local_queries_by_second_moments():
     assert ((losses >= 0) & (losses <= 1)).all() and (losses[:, 2] >= losses[:, 1]).mean() > 0.5
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+SOON = ("output", "influence", "gates")  # the others are slow, all together
+
+
+@pytest.mark.parametrize("profile", [p if p in SOON else pytest.param(p, marks=pytest.mark.slow) for p in PROFILES])
 def test_every_profile_goes_on_after_a_kill(profile, tmp_path, monkeypatch):
     """What was found is read again, not computed: the model is not run."""
     made, sample = copying()

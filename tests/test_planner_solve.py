@@ -60,6 +60,22 @@ def test_the_least_loss_within_a_budget(problem, budget):
     check(problem, budget)
 
 
+@pytest.mark.parametrize("most", [3, 5])
+def test_a_limit_of_as_many_rules_as_candidates_is_none(most):
+    rng = np.random.default_rng(0)
+    losses, costs = rng.random((8, 3)), rng.random((2, 8, 3)) / 16
+    losses[:, 0], costs[:, :, 0] = 0.0, 1 / 8
+    free, limited = (Problem(losses, costs, np.zeros(8, dtype=int), one) for one in (None, most))
+    assert within_cost(limited, 0.5).value == pytest.approx(within_cost(free, 0.5).value)
+    for budget in (0.01, 0.001):
+        said = []
+        for problem in (free, limited):
+            with pytest.raises(InputError, match="no choice comes to") as error:
+                within_cost(problem, budget)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(problems(st.integers(1, 2)), st.floats(0.05, 1.0))
 def test_with_few_rules_a_layer_the_bound_holds_and_the_choice_is_near_it(problem, budget):
@@ -113,3 +129,20 @@ def test_a_limit_with_too_many_sets_goes_to_the_solver_whole():
     assert all(len(set(found.chosen[few.layers == layer])) <= 5 for layer in range(2))
     free = within_cost(Problem(few.losses, few.costs, few.layers), 0.5)
     assert free.bound <= found.value * (1 + 1e-9)
+
+
+def test_choices_are_taken_only_where_they_are_made():
+    """Candidate 1 of the second layer takes the choice of the first one, where it is worth nothing by itself."""
+    losses = np.array([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0], [0.0, 0.1, 9.0], [0.0, 0.1, 9.0]])
+    costs = np.tile([0.25, 0.1, 0.05], (1, 4, 1))
+    layers = np.array([0, 0, 1, 1])
+    free = within_cost(Problem(losses, costs, layers), 0.3)
+    assert free.chosen.tolist() == [2, 2, 1, 1]
+    tied = Problem(losses, costs, layers, sources=((1, 0, 1),))
+    found = within_cost(tied, 0.35)
+    fits = [
+        np.array(one) for one in itertools.product(range(3), repeat=4)
+        if tied.cost(np.array(one)) <= 0.35 + 1e-9 and (1 in one[:2] or 1 not in one[2:])
+    ]  # fmt: skip
+    assert found.value == pytest.approx(min(tied.loss(one) for one in fits))
+    assert 1 in found.chosen[:2] or 1 not in found.chosen[2:]

@@ -278,6 +278,8 @@ def test_offsets_widen_where_any_row_can_be_read():
     near, wide = (replace(listed, q=far[:, :, :1], k=far, v=far, program=program) for program in (
         Program.of([p.causal().keep()], target="triton"), listed.program))  # fmt: skip
     assert not ranges.far(near, near.q) and ranges.far(wide, wide.q)
+    apart = torch.empty(1, 2, 2**20, 4096, device="meta")[:, :, -1:, :16]
+    assert ranges.far(replace(near, q=apart), apart)  # both heads are in one tile
 
 
 def test_lists_that_start_inside_a_query_tile_are_refused():

@@ -120,6 +120,14 @@ def test_the_key_of_a_chip_is_that_of_no_gpu():
     assert jobs_of(one.launches, lambda launch: "a")[0].key[0] == "Triton's interpreter"
 
 
+def test_what_is_tuned_holds_for_one_default():
+    causal = Program.of([P.causal().keep()] * 2, target="triton")
+    q = {n: torch.empty(1, 2, n, 64, dtype=torch.bfloat16, device="meta") for n in (2048, 4096, 16384)}
+    keys = [home.key(Launch(causal, one, one, one, (), 0, 0.2), 90)[3] for one in q.values()]
+    assert keys[0] == keys[1] != keys[2]  # longer ones have larger tiles
+    assert keys[0].endswith("__m64n64w4s3") and keys[2].endswith("__m64n128w4s3")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_candidate_is_built(tmp_path):
     one = job()

@@ -116,6 +116,7 @@ WRONG = {
     "--grid --device gpu": "--device: found 'gpu'; did you mean 'cpu'?",
     "--grid --heads 6 --kv-heads 4": "6 query heads are not a multiple of 4 key heads",
     "--grid --arch 90": "--arch goes with --target triton only, found auto",
+    "--grid --target triton --arch 90 --resume": "--resume does not go with --arch, which builds kernels and ",
     "--grid --target triton --arch 91": "--arch: found '91'; did you mean '90'?",
     "--import nothing.json": "--import: nothing.json: the store of tuned kernels can't be read: No such file or dir",
     "--export a.json": "--export: nothing is tuned yet (the store is ",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+from multiprocessing import Pipe
 
 import pytest
 from tuner_runners import ASKED, DEFAULT, GROUPS, Here, Runner
 
-from sparsify.tuner.children import Child, Failed, Lost
+from sparsify.tuner.children import Child, Failed, Lost, _serve
 from sparsify.tuner.judge import hopeless, spread, wins
 from sparsify.tuner.search import Limits, Search
 from sparsify.tuner.trials import Journal
@@ -127,5 +129,28 @@ def test_a_child_says_why_it_is_lost_and_starts_again(tmp_path):
         with pytest.raises(Lost, match=r"^crashed \(SIGSEGV\)$"):
             child.ask("build", {"tile": 100}, seconds=60)
         assert child.ask("check", {}, seconds=60) == (1e-7, 1e-6) and child.process is not process
+    finally:
+        child.end()
+
+
+def test_a_child_waits_as_long_as_nobody_asks(tmp_path):
+    ours, theirs = Pipe()
+    before = signal.getsignal(signal.SIGINT)
+    ours.send(("open", (tmp_path,), 30.0))
+    ours.send(("race", ({"tile": "none"}, {}, 1, 1.0), 30.0))
+    ours.close()
+    try:
+        _serve(theirs, Runner)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.alarm(0) == 0
+
+
+def test_an_exception_of_any_kind_is_a_candidates_own(tmp_path):
+    child = Child(Runner)
+    child.open(tmp_path / "job.pt")
+    try:
+        with pytest.raises(Failed, match=r"^KeyError: 'warps'$"):
+            child.ask("race", {"warps": 4}, {}, 1, 1.0, seconds=60)
     finally:
         child.end()

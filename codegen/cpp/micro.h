@@ -228,10 +228,13 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
     auto look = [&](int r) __attribute__((always_inline)) {
         top[r] = SOME ? Floats{} - __builtin_inff() : scores[r][0];
 #pragma GCC unroll 16
-        for (int v = SOME ? 0 : 1; v < KV; v++)
-            if (used(v)) top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+        for (int v = 0; v < KV; v++) {
+            if (!used(v)) continue;
+            top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
+            if (SKIPS) counts |= scores[r][v] != scores[r][v]; // a NaN counts
+        }
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
-        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r])); // a NaN counts
+        if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r]));
     };
     auto weigh = [&](int r) __attribute__((always_inline)) {
         Floats sum = rows.sum[r], row[KV];

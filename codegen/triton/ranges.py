@@ -52,11 +52,12 @@ def far(launch: Launch, out: torch.Tensor) -> bool:
 
 
 def _rows_reach(launch: Launch, tensor: torch.Tensor, of_keys: bool) -> int:
-    """The largest offset of a tile's rows: any row where lists or layouts say which; of queries, a group's heads."""
+    """The largest offset of a tile's rows: any row where lists or layouts say which; of queries, also the heads of a
+    group, which may share a tile."""
     listed, layout = bool(rounds(launch.program)), launch.program.keys if of_keys else launch.program.queries
     anywhere = layout is not None or (listed and of_keys)
     rows = max(256, tensor.shape[2]) if anywhere else 256
-    heads = launch.q.shape[1] // launch.k.shape[1] if listed and not of_keys else 0
+    heads = 0 if of_keys else launch.q.shape[1] // launch.k.shape[1] - 1
     return heads * abs(tensor.stride(1)) + rows * abs(tensor.stride(2)) + 256 * abs(tensor.stride(3))
 
 

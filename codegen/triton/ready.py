@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sparsify import env
 from sparsify.codegen.triton.arguments import Parts, arguments, empty_parts, merge_arguments, tensor_arguments
 from sparsify.codegen.triton.kernels import architecture, kernel, merger
 from sparsify.codegen.triton.tuning import Shape, tiled
@@ -106,7 +107,8 @@ def run(launch: Launch, out: torch.Tensor) -> None:
 def _key(launch: Launch) -> tuple:
     """What the numbers and the compiled kernel follow from. The output's strides follow from the shapes."""
     tensors = [_about(tensor) for tensor in (launch.q, launch.k, launch.v, *launch.loads)]
-    return launch.program, tuned.token(), launch.q_offset, launch.scale, launch.lse is None, launch.q.device, *tensors
+    made = tuned.token(), env.build_variables()
+    return launch.program, *made, launch.q_offset, launch.scale, launch.lse is None, launch.q.device, *tensors
 
 
 def _about(tensor: torch.Tensor) -> tuple:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MATRIX = ("wgmma", "tcgen05", "mma.sync", "mfma")  # the families of matrix instructions, of the newest first
 
-
 # Of a multiprocessor: registers (of 32 bits), bytes of shared memory, threads, and threads of a warp.
 CHIPS: dict[int | str, tuple[int, int, int, int]] = {
     80: (65536, 163 << 10, 2048, 32),
@@ -99,8 +98,7 @@ def build(entry: Entry, arch: int | str) -> Row:
     if interpreting():
         raise BuildError("kernels can't be compiled while TRITON_INTERPRET=1 (unset it)")
     shape = tiled(entry.launch(), arch)[1]
-    size = f"m{shape.block_m}n{shape.block_n}w{shape.num_warps}s{shape.num_stages}"
-    name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{size}"
+    name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{shape.tile}"
     try:
         found = resources_of(entry.launch(), arch)
     except Exception as error:
@@ -122,11 +120,11 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsify.codegen.triton.arguments import arguments
+    from sparsify.codegen.triton.arguments import arguments, empty_parts
     from sparsify.codegen.triton.kernels import kernel
 
     launch, shape = tiled(launch, arch)
-    values = arguments(launch, launch.empty_output(), shape, False)
+    values = arguments(launch, launch.empty_output(), shape, False, empty_parts(launch, shape))
     function = kernel(launch)
     signature, constants, attributes = _signature(function, values)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)

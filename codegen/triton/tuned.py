@@ -58,10 +58,16 @@ def check(values: Mapping[str, int]) -> None:
 
 
 def key(launch: Launch, arch: int | str | None = None) -> Key:
-    """Under which the store has a launch's kernel; arch: that is built for where there is no GPU."""
+    """Under which the store has a launch's kernel; arch: that is built for where there is no GPU.
+
+    The kernel's name ends in the tile that it has by default: what is tuned is what differs from that, and on top of
+    another length's default it would be a shape that nobody has tried, and that may not even fit.
+    """
+    from sparsify.codegen.triton.tuning import untuned
+
     sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
-    kernel = kernel_key(launch.program, *sizes, launch.q.shape[2])
-    return machine(launch, arch), software(), "triton", kernel
+    kernel, usual = kernel_key(launch.program, *sizes, launch.q.shape[2]), untuned(launch, _arch(launch, arch))
+    return machine(launch, arch), software(), "triton", f"{kernel}__{usual.tile}"
 
 
 def ahead_key(launch: Launch) -> Key:

@@ -12,6 +12,7 @@ from sparsify.codegen.triton.kernels import processors
 from sparsify.codegen.triton.listing import packed, packing, packs, rounds, static
 from sparsify.codegen.triton.ranges import slots
 from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
+from sparsify.codegen.tuned import FEW
 from sparsify.errors import InputError
 from sparsify.expr import FloorDiv, Pred
 from sparsify.patterns.count import TILE, executed
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 MANY = 4096  # queries of a prefill
 L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
-FEW = 16  # queries at most that are taken together with the heads of their group, and whose keys are split
 MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they lose at the borders of a pattern
 MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
 TILES_AT_ONCE = 2  # that a multiprocessor runs at decode
@@ -57,6 +57,11 @@ class Shape:
     def rows(self) -> int:
         """How many queries a tile has."""
         return self.queries or self.block_m
+
+    @property
+    def tile(self) -> str:
+        """`m64n128w4s3`: the tile, its warps and stages."""
+        return f"m{self.block_m}n{self.block_n}w{self.num_warps}s{self.num_stages}"
 
 
 INTERPRETED = Shape(32, 32, 4, 1)
@@ -97,7 +102,7 @@ def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
         shape = next(shape for limit, shape in table.items() if max(padded(head_dim), padded(value_dim)) <= limit)
     if isinstance(arch, int) and arch in (86, 89, 120):  # about 100 KB of shared memory
         shape = replace(shape, num_stages=min(shape.num_stages, 2))
-    return replace(shape, block_m=16 if q_len <= 16 else shape.block_m, described=described)
+    return replace(shape, block_m=16 if q_len <= FEW else shape.block_m, described=described)
 
 
 def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:

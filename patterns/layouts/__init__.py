@@ -1,1 +1,2 @@
-"""Layouts: how tokens lie: grids in boxes, so that tiles are boxes of space, and keys sorted in segments (D9)."""
+"""Layouts: how tokens lie: grids in boxes, so that tiles are boxes of space; tokens by their remainders; keys sorted in
+segments."""

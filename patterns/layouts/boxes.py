@@ -1,4 +1,4 @@
-"""Boxes: the tokens of a grid laid out so that a tile of slots is a box of space (design D9).
+"""Boxes: the tokens of a grid laid out so that a tile of slots is a box of space.
 
 Rows of a 2-D or 3-D neighborhood are far apart in the sequence. Where 64 slots hold a box of the grid instead, a query
 tile's keys are a few boxes. Nothing is moved in memory: kernels read row `token(slot)` while they pack a tile, so

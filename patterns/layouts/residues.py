@@ -1,4 +1,4 @@
-"""Residues: the tokens with one remainder lie together, so that dilated patterns have dense tiles (design D9).
+"""Residues: the tokens with one remainder lie together, so that dilated patterns have dense tiles.
 
 A query of `dilated(8)` keeps every eighth key: none of the tiles of 64 neighbours is empty, and none is full. Where 64
 slots hold tokens that are 8 apart instead, a query tile's keys are its own residue's tiles, kept or dropped as a whole

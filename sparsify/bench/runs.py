@@ -284,7 +284,7 @@ def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) ->
     )
     accuracy, console = simulate.Accuracy.of(results, crossed), Console(highlight=False)
     console.print(simulate.table(results), "", simulate.crossover_table(crossed), "", sep="\n")
-    console.print(f"{given}; seed {seed}", accuracy, sep="\n", markup=False, soft_wrap=True)
+    console.print(f"{given}; seed {seed}", str(accuracy), sep="\n", markup=False, soft_wrap=True)
     if how.json is not None:
         _written(simulate.write_json(results, crossed, given, seed, how.json))
     return accuracy.holds

@@ -55,14 +55,19 @@ def import_(
     Every head is named in the spec, so a model with other heads is an error when it is compiled; --model says so now.
     """
     from sparsify.cli.models import overrides
+    from sparsify.errors import InputError
     from sparsify.imports import load
 
+    if model is not None and query_heads is not None:
+        raise InputError("import: --query-heads and --model both say how many heads there are; give one")
+    if model is None and set_:
+        raise InputError("import: --set goes with --model only")
     given = {
         "sparsity": sparsity, "threshold": threshold, "top": top, "sinks": sinks, "recent": recent,
         "max_new": max_new,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
-    found = load(path, format, query_heads=None if model else query_heads, **options)
+    found = load(path, format, query_heads=query_heads, **options)
     if model is not None:
         found = found.for_heads(*_heads(model, overrides(set_ or [])))
     if out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def plan(
         bool | None, typer.Option("--kv-groups/--heads", help="One rule a KV group. Default: for memory.")
     ] = None,
     dense_layers: Annotated[str, typer.Option(help="Layers that keep everything, such as 0-1.")] = "",
+    reuse: Annotated[
+        list[str] | None, typer.Option(help="A layer that selects, and those that take its choices: 2:3-5 (repeat it).")
+    ] = None,
     machine: Annotated[str | None, typer.Option(help="Whose time is predicted. Default: this machine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
@@ -75,6 +79,7 @@ def plan(
     settings = {
         "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,
         "recall": recall, "rounds": rounds, "per_layer": rules, "joined": kv_groups, "dense_layers": dense_layers,
+        "reuse": _reuse(reuse or []),
         "machine": machine, "validate_length": validate_length,
         "shape": None if shape is None else _numbers("shape", shape), **_candidates(candidates),
     }  # fmt: skip
@@ -115,7 +120,11 @@ def _model(name: str, dtype: str | None, device: str) -> tuple[Any, Tokenizer]:
 
     wanted = Wanted(dtype=dtype, command="plan")
     made, tokenizer = (called(name, wanted)[0], None) if ":" in name else loaded(name, wanted)
-    made = made.to(device)
+    try:
+        made = made.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"plan: device: the model can't be moved to '{device}': {reason}") from None
     if tokenizer is not None:
         return made, of_hugging_face(tokenizer)
     size = getattr(getattr(made, "config", None), "vocab_size", 256)
@@ -135,13 +144,26 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 def _candidates(text: str | None) -> dict[str, Any]:
     """From a file, or the names of kinds."""
+    from sparsify.errors import InputError
     from sparsify.planner import candidates
 
     if text is None:
         return {}
     if Path(text).is_file():
         return {"candidates": candidates.read(text)}
+    if os.sep in text or text.endswith((".yaml", ".yml", ".json")):
+        raise InputError(f"plan: candidates: there is no file '{text}'")
     return {"kinds": tuple(text.split(","))}
+
+
+def _reuse(texts: list[str]) -> dict[str, str]:
+    from sparsify.errors import InputError
+
+    pairs = [text.partition(":") for text in texts]
+    for (source, sign, takers), text in zip(pairs, texts, strict=True):
+        if not (source and sign and takers):
+            raise InputError(f"plan: reuse: expected a layer and those that take its choices, 2:3-5, found '{text}'")
+    return {source: takers for source, _, takers in pairs}
 
 
 def _check_out(out: Path) -> None:

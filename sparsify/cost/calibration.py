@@ -59,6 +59,9 @@ def calibrate(progress: Progress | None = None) -> Machine:
         build(given, lambda done: tell("building kernels", done, steps))
         times = _timed(given, lambda done: tell("timing attention", len(given) + done, steps))
         tell("timing dense attention", steps - 2, steps)
+        dense = dense_rates(DTYPES, HEAD_DIMS)
+        tell("timing selections", steps - 1, steps)
+        chosen = selection_rates()
         first = Machine(
             name=find.this_name(),
             about=f"{cpu_model()}, {find.cores()} threads",
@@ -71,8 +74,8 @@ def calibrate(progress: Progress | None = None) -> Machine:
             measured=True,
             sources=(f"sparsify calibrated it, with torch {torch.__version__}",),
             rates=tuple(_guess(dtype, size) for dtype, size in product(DTYPES, HEAD_DIMS)),
-            dense=dense_rates(DTYPES, HEAD_DIMS),
-            selection=_selection(lambda: tell("timing selections", steps - 1, steps)),
+            dense=dense,
+            selection=chosen,
         )
     tell("fitting", steps, steps)
     return fitted(first, given, [1e9 * time for time in times])
@@ -88,11 +91,6 @@ def samples() -> list[Sample]:
             for queries, heads, kv_heads, keys in DECODE if number in DECODED else ():
                 found.append(Sample((pattern,) * heads, Shape(heads, kv_heads, queries, keys, size, dtype)))
     return found
-
-
-def _selection(tell: Callable[[], None]):  # type: ignore[no-untyped-def]
-    tell()
-    return selection_rates()
 
 
 def _guess(dtype: str, size: int) -> Rates:

@@ -33,7 +33,7 @@ def dense_seconds(
     """
     heads = len(patterns)
     queries = length if q_len is None else q_len
-    shape = Shape(heads, kv_heads or heads, queries, length, head_dim, dtype, batch)
+    shape = Shape(heads, heads if kv_heads is None else kv_heads, queries, length, head_dim, dtype, batch)
     check(patterns, shape)
     rates = find_machine(machine).dense_of(dtype, head_dim)
     return dense_time(shape, rates, is_dense_causal(patterns, shape)) * 1e-9

@@ -113,6 +113,8 @@ def estimate(
     sees. Raises InputError for what doesn't fit together, as `sparsify.attention` would.
     """
     given, queries = find_machine(machine), length if q_len is None else q_len
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise InputError(f"cost: patterns: expected one pattern for each query head, found {patterns!r}")
     heads = len(patterns)
     shape = Shape(heads, heads if kv_heads is None else kv_heads, queries, length, head_dim, dtype, batch)
     check(patterns, shape)
@@ -130,6 +132,9 @@ def check(patterns: Sequence[Pattern], shape: Shape) -> None:
         raise InputError(f"cost: q_len: expected an integer from 1 to the length {shape.k_len}, found {shape.q_len!r}")
     if not isinstance(shape.kv_heads, int) or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
         raise InputError(f"cost: kv_heads: {shape.heads} query heads are no multiple of {shape.kv_heads!r}")
+    if not isinstance(shape.dtype, str):
+        what = f"expected one of {', '.join(sorted(DTYPES))} as a string"
+        raise InputError(f"cost: dtype: {what}, found {shape.dtype!r}")
     if shape.dtype not in DTYPES:
         raise InputError(f"cost: dtype: found '{shape.dtype}'; {nearest(shape.dtype, DTYPES)}")
     for one in dict.fromkeys(patterns):

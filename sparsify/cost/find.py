@@ -29,6 +29,8 @@ def machine(name: str | Path | Machine | None = None) -> Machine:
     if name is None:
         own = calibrated_path()
         return read(own) if own.exists() else _nearest()
+    if not isinstance(name, str | Path):
+        raise InputError(f"machine: expected a name, the path of a JSON file or a Machine, found {name!r}")
     if isinstance(name, Path) or name.endswith(".json") or os.sep in name:
         return read(Path(name))
     shipped = _shipped()

@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import FEW, GROWS, Machine, Rates
 from sparsify.cost.sample import Sample
-from sparsify.cost.site import site_of
+from sparsify.cost.site import Site, site_of
 from sparsify.cost.spans import Array
 from sparsify.cost.steps import STEPS
 
@@ -29,7 +29,7 @@ def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[fl
     return machine
 
 
-def _row(site, machine: Machine) -> Array:
+def _row(site: Site, machine: Machine) -> Array:
     """What is multiplied with the launch and with the rates of each dtype and head size of the machine, one after the
     other, and comes to the time of a site."""
     launch, shape = launch_of(site, machine, site.nest(machine)), site.shape

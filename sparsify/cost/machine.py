@@ -112,9 +112,10 @@ class Machine(_Strict):
         archs = tuple(ISAS) if self.target == "cpp" else CHIPS
         if self.arch not in archs:
             raise ValueError(f"arch: found '{self.arch}'; {nearest(self.arch, archs)}")
-        for entry in (*self.rates, *self.dense):
-            if entry.dtype not in DTYPES:
-                raise ValueError(f"rates: found the dtype '{entry.dtype}'; {nearest(entry.dtype, DTYPES)}")
+        for field, entries in (("rates", self.rates), ("dense", self.dense)):
+            for entry in entries:
+                if entry.dtype not in DTYPES:
+                    raise ValueError(f"{field}: found the dtype '{entry.dtype}'; {nearest(entry.dtype, DTYPES)}")
         return self
 
     def __str__(self) -> str:

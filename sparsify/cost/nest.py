@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.source import SLOTS
 from sparsify.codegen.cpp.tuning import Tuning
 from sparsify.program import Program
@@ -77,7 +76,7 @@ def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int
     queries, 0 where there is none. tuned: what a kernel has else than by default (`codegen.cpp.tuning`)."""
     isa = ISAS[arch]
     how = Tuning.of(isa, dict(tuned))
-    keys = getattr(how, "keys", KEYS)
+    keys = how.keys
     q_slots, tallest = slots or shape.q_len, SLOTS if slots else how.rows
     rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
     heads = max(1, min(shape.group, how.rows // rows))

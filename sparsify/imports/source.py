@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +14,7 @@ from sparsify.errors import InputError
 from sparsify.spec.source import dotted, shown
 
 MAX_BYTES = 2**28  # scores of a large model with some hundred samples take 3 MB
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 Where = tuple[str | int, ...]
 
 
@@ -72,7 +75,7 @@ class File:
 
     def number(self, value: Any, where: Where, low: float = -math.inf, high: float = math.inf) -> int | float:
         """A finite number within bounds, whole ones as int. Raises InputError naming the place."""
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not good or not low <= value <= high:
             raise self.error(where, f"expected a number{_bounds(low, high)}, found {shown(value)}")
         return int(value) if value == int(value) else value
@@ -121,10 +124,11 @@ def numbered(keys: Iterable[str], file: File, where: Where, what: str) -> list[i
     """Keys such as "0", "1" as numbers, which must be all from 0 on. Raises InputError naming the first that isn't."""
     found = []
     for key in keys:
-        if not (key.isascii() and key.isdigit() and str(int(key)) == key):
+        if not _NUMBER.fullmatch(key):
             raise file.error(where, f'expected {what} numbers such as "0" as keys, found {shown(key)}')
         found.append(int(key))
-    missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
-    if missing:
-        raise file.error(where, f"{what} {missing[0]} is missing, though {what} {max(found, default=0)} is there")
+    there = set(found)
+    missing = next((number for number in range(len(there)) if number not in there), None)
+    if missing is not None:
+        raise file.error(where, f"{what} {missing} is missing, though {what} {max(found)} is there")
     return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsify.errors import InputError, SparsifyError, nearest
+from sparsify.patterns.reuse import Reuse
 from sparsify.planner.plan import DENSE, Candidate
 from sparsify.spec.reader import file_text, read_text
 
@@ -25,14 +27,36 @@ def elastic(longest: int = 16384) -> Iterator[Candidate]:
                 yield Candidate(name, {"moa_head": {"alpha": alpha, "beta": beta, "max_new": 0}})
 
 
+def told_apart(found: Sequence[Candidate], lengths: Sequence[int]) -> tuple[Candidate, ...]:
+    """Without the spans that are no other than an earlier one, or than all keys, at any of these lengths."""
+    seen: set[tuple[int, ...]] = {tuple(lengths)}
+    kept = []
+    for one in found:
+        rule = one.form.get("moa_head") if isinstance(one.form, Mapping) else None
+        if rule is not None:
+            spans = tuple(_blocks(rule["alpha"] + rule["beta"] * length, length) for length in lengths)
+            if spans in seen:
+                continue
+            seen.add(spans)
+        kept.append(one)
+    return tuple(kept)
+
+
+def _blocks(span: float, length: int) -> int:
+    """A span as it is run: whole blocks of 64, two of them at least."""
+    return min(length, max(128, -(-int(span) // 64) * 64))
+
+
 def windows(causal: bool, longest: int) -> Iterator[Candidate]:
-    """The last 64, 128, ... keys and 4 sinks; to both sides so many in all, with both ends, or the ends alone."""
-    if not causal:
-        yield Candidate("ends", ENDS)
-    size = 64 if causal else 4
+    """The last 32, 64, ... keys and 4 sinks, a few without, the sinks alone; to both sides so many in all, with both
+    ends, or the ends alone."""
+    yield Candidate("first", {"sinks": 4}) if causal else Candidate("ends", ENDS)
+    size = 32 if causal else 4
     while size < longest:
         if causal:
             yield Candidate(f"window{size}", {"sinks": 4, "window": size})
+            if size <= 64:
+                yield Candidate(f"local{size}", {"window": size})
         else:
             span = {"size": size // 2 + 1, "ahead": size // 2}
             yield Candidate(f"window{size}", {"any": [ENDS, {"window": span}]})
@@ -129,6 +153,20 @@ def default(
     if "neighborhoods" in wanted and shape is not None:
         found += neighborhoods(shape)
     return tuple(found)
+
+
+def sharing(found: Sequence[Candidate], reuse: Reuse) -> tuple[Candidate, ...]:
+    """The candidates whose selections are shared by layers."""
+    return tuple(Candidate(one.name, _shared(one.form, reuse.to_data())) for one in found)
+
+
+def _shared(form: Any, reuse: Mapping[str, Any]) -> Any:
+    if isinstance(form, list):
+        return [_shared(part, reuse) for part in form]
+    if not isinstance(form, Mapping):
+        return form
+    inner = {key: _shared(part, reuse) if key in ("any", "all") else part for key, part in form.items()}
+    return inner | {"select": {**form["select"], "reuse": dict(reuse)}} if "select" in form else inner
 
 
 def read(path: str | Path) -> tuple[Candidate, ...]:

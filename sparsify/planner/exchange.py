@@ -19,10 +19,13 @@ def exchanged(
     return _Exchange(problem, budget, units, current, start, own).run()
 
 
+EPSILON = 1e-12
+
+
 class _Exchange:
     """A search among assignments by the sketch."""
 
-    MOST_STEPS, MOST_UPS = 400, 48
+    MOST_STEPS, MOST_UPS = 200, 48
 
     def __init__(
         self, problem: Problem, budget: float, units: np.ndarray, current: Sketch, start: np.ndarray, own: float
@@ -33,6 +36,7 @@ class _Exchange:
         np.add.at(self.effects, (slice(None), units), current.effects)
         errors = np.zeros(shape)
         np.add.at(errors, (slice(None), units), current.errors())
+        self.square = 0.5 * np.square(self.effects).mean(0)
         self.own = own * 0.5 * np.square(errors).mean(0)
         self.own[~np.isfinite(problem.losses)] = np.inf
         self.costs, self.budget, self.units, self.problem = problem.costs, budget, units, problem
@@ -47,42 +51,53 @@ class _Exchange:
 
     def _step(self) -> bool:
         """The best move of one unit, or the best pair of a dearer and a cheaper one; whether there was any."""
-        gains, room = self._gains(self.total), self._room()
-        fits = (self._extra() <= room[:, None, None] + 1e-12).all(0) & self._allowed()
-        unit, candidate = np.unravel_index(np.where(fits, gains, np.inf).argmin(), gains.shape)
-        best, moves = gains[unit, candidate] if fits[unit, candidate] else np.inf, [(unit, candidate)]
-        if best > -1e-12:
-            best, moves = self._pair(gains, room)
-        if best > -1e-12:
+        gains, room, extra = self._gains(), self._room(), self._extra()
+        allowed = self._allowed()
+        fits = (extra <= room[:, None, None] + 1e-12).all(0) & allowed
+        best, moves = self._best(np.where(fits, gains, np.inf))
+        if best > -EPSILON:
+            best, moves = self._pair(np.where(allowed, gains, np.inf), room, extra)
+        if best > -EPSILON:
             return False
         for unit, candidate in moves:
             self.total = self.total + self._change(unit)[:, candidate]
             self.chosen[unit] = candidate
         return True
 
-    def _pair(self, gains: np.ndarray, room: np.ndarray) -> tuple[float, list]:
+    def _best(self, gains: np.ndarray) -> tuple[float, list[tuple[int, int]]]:
+        unit, candidate = np.unravel_index(gains.argmin(), gains.shape)
+        return float(gains[unit, candidate]), [(int(unit), int(candidate))]
+
+    def _pair(self, gains: np.ndarray, room: np.ndarray, extra: np.ndarray) -> tuple[float, list[tuple[int, int]]]:
         """A move that is too dear with the one that pays for it."""
+        order = np.argsort(gains, axis=None)[: self.MOST_UPS]
+        ups = [(int(u), int(c)) for u, c in zip(*np.unravel_index(order, gains.shape), strict=True) if gains[u, c] < 0]
+        if not ups:
+            return np.inf, []
+        changes = np.stack([self._change(unit)[:, candidate] for unit, candidate in ups])
+        now = self.effects[:, np.arange(len(self.chosen)), self.chosen]
+        flat = self.effects.reshape(len(self.total), -1)
+        meets = (changes @ flat / len(self.total)).reshape(len(ups), *gains.shape)
+        meets -= (changes @ now / len(self.total))[:, :, None]  # how a second move adds to what the first one changes
         best, moves = np.inf, []
-        ups = [(u, c) for u, c in np.argwhere((gains < 0) & self._allowed())]
-        for unit, candidate in sorted(ups, key=lambda up: gains[up[0], up[1]])[: self.MOST_UPS]:
-            change, extra = self._change(unit)[:, candidate], self._extra()
+        for number, (unit, candidate) in enumerate(ups):
             left = room - extra[:, unit, candidate]
             fits = (extra <= left[:, None, None] + 1e-12).all(0) & self._allowed(unit, candidate)
             fits[unit] = False
-            second = np.where(fits, self._gains(self.total + change), np.inf)
-            other = np.unravel_index(second.argmin(), second.shape)
-            if gains[unit, candidate] + second[other] < best:
-                best, moves = gains[unit, candidate] + second[other], [(unit, candidate), other]
+            value, second = self._best(np.where(fits, gains + meets[number], np.inf))
+            if gains[unit, candidate] + value < best:
+                best, moves = gains[unit, candidate] + value, [(unit, candidate), *second]
         return best, moves
 
-    def _gains(self, total: np.ndarray) -> np.ndarray:
+    def _gains(self) -> np.ndarray:
         """(units, candidates): what one move does to the distance."""
-        now = self.effects[:, np.arange(len(self.chosen)), self.chosen]
-        base, rows = total[:, None] - now, len(total)
-        cross = np.einsum("ru,ruc->uc", base, self.effects, optimize=True) / rows
-        square = 0.5 * np.square(self.effects).mean(0)
-        value = cross + square + self.own
-        return value - value[np.arange(len(self.chosen)), self.chosen][:, None]
+        rows, units = len(self.total), np.arange(len(self.chosen))
+        now = self.effects[:, units, self.chosen]
+        flat = self.effects.reshape(rows, -1)
+        cross = (self.total @ flat / rows).reshape(self.square.shape)
+        cross -= np.einsum("ru,ruc->uc", now, self.effects, optimize=True) / rows
+        value = cross + self.square + self.own
+        return value - value[units, self.chosen][:, None]
 
     def _change(self, unit: int) -> np.ndarray:
         return self.effects[:, unit] - self.effects[:, unit, self.chosen[unit], None]

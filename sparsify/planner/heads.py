@@ -161,7 +161,11 @@ class Costs:
         return one.kv_bytes * site.info.kv_heads / site.info.heads
 
     def _estimate(self, site: Found, patterns: tuple[Pattern | None, ...], length: int) -> cost.Estimate:
-        return _estimated(site, patterns, length, cost.machine(self.machine))
+        return _estimated(site, patterns, length, self._machine)
+
+    @functools.cached_property
+    def _machine(self) -> cost.Machine:
+        return cost.machine(self.machine)  # of a name, a file is read
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -13,6 +13,8 @@ import numpy as np
 
 from sparsify import cost
 from sparsify.errors import InputError
+from sparsify.patterns.reuse import Reuse
+from sparsify.patterns.select import selections
 from sparsify.planner import candidates as kinds_of
 from sparsify.planner.heads import Costs
 from sparsify.planner.objective import Objective
@@ -20,7 +22,7 @@ from sparsify.planner.plan import DENSE, Candidate, Model, Plan, Point, Validati
 from sparsify.planner.profiles import Profile, profiled
 from sparsify.planner.progress import Progress, silent
 from sparsify.planner.readings import Readings, readings
-from sparsify.planner.refine import Measure, refined
+from sparsify.planner.refine import Measure, chosen_at, refined
 from sparsify.planner.rig import Rig, set_up
 from sparsify.planner.samples import Tokenizer
 from sparsify.planner.settings import Settings
@@ -28,7 +30,9 @@ from sparsify.planner.solve import Problem, Solution, within_cost
 from sparsify.planner.state import State, digest
 from sparsify.planner.uniform import uniforms
 from sparsify.planner.write import head_plans, site_plans
-from sparsify.ranges import contains
+from sparsify.ranges import Ranges, contains, of_numbers, text_of
+
+BISECTIONS = 3  # of the front, where the cheapest plan within a bound on the loss is wanted
 
 
 def plan(
@@ -63,9 +67,9 @@ def plan(
     if data is None or (hasattr(data, "__len__") and not len(data)):
         raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
     found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
-    usual = partial(kinds_of.default, longest=max(wanted.lengths), of=wanted.of, kinds=wanted.kinds, shape=wanted.shape)
-    chosen = wanted.candidates or usual
+    chosen = wanted.candidates or partial(_usual, wanted)
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
+    _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
     run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
     folder = None if state is None else Path(state)
@@ -73,6 +77,21 @@ def plan(
     made = Planner(rig, found, wanted, kept, progress).make(about)
     kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
+
+
+def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:
+    found = kinds_of.default(causal, max(wanted.lengths), wanted.of, wanted.kinds, wanted.shape)
+    found = kinds_of.told_apart(found, wanted.lengths)
+    return kinds_of.sharing(found, Reuse(wanted.reuse)) if wanted.reuse else found
+
+
+def _check_dense_layers(rig: Rig, wanted: Ranges) -> None:
+    """Raises InputError for layers that the model doesn't have."""
+    layers = sorted({site.info.layer for site in rig.heads.sites if site.info.layer is not None})
+    for first, last in wanted:
+        if not any(first <= layer <= last for layer in layers):
+            asked, found = text_of(((first, last),)), text_of(of_numbers(layers)) or "not numbered"
+            raise InputError(f"plan: dense_layers: found {asked}, and the model's layers are {found}")
 
 
 def longest_of(config: Any) -> int | None:
@@ -96,9 +115,8 @@ def _is_decoder(config: Any) -> bool:
 
 
 def _weights(model: Any) -> list[float]:
-    """A few numbers that other weights don't have."""
-    parameters = getattr(model, "parameters", list)()
-    return [float(one.detach().float().abs().mean()) for one in parameters][:64]
+    """Numbers that other weights don't have: one a parameter, so that a change of any layer shows."""
+    return [float(one.detach().float().abs().mean()) for one in getattr(model, "parameters", list)()]
 
 
 @dataclass
@@ -126,6 +144,8 @@ class Planner:
             *uniforms(rig, self.costs, self.measure.uniform, [point.cost for point in points], self.progress),
         ]
         front, rows = self._validate(front)
+        for _ in range(BISECTIONS if settings.budget.share is None else 0):
+            front, rows = self._between(front, rows, profile)
         chosen = self._choose(front, rows)
         heads = head_plans(front[chosen].choices, self.shares.mean(0), profile, rig.heads)
         return Plan(
@@ -160,7 +180,16 @@ class Planner:
             if site.info.layer is not None and contains(self.settings.dense_layers, site.info.layer):
                 others = np.arange(losses.shape[1]) != self.rig.dense
                 joined[np.ix_(sites == place, others)] = np.inf
-        return Problem(joined, spent, sites, self.settings.per_layer)
+        return Problem(joined, spent, sites, self.settings.per_layer, self._sources())
+
+    def _sources(self) -> tuple[tuple[int, int, int], ...]:
+        """The sites that take choices, those that make them, and of which candidates."""
+        layers = {site.info.layer: place for place, site in enumerate(self.rig.heads.sites)}
+        patterns = enumerate(self.rig.patterns)
+        chosen = [number for number, one in patterns if one is not None and selections(one)]
+        reuse = Reuse(self.settings.reuse)
+        found = [(place, layers.get(reuse.source_of(layer))) for layer, place in layers.items()]
+        return tuple((place, source, one) for place, source in found if source is not None for one in chosen)
 
     def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
         """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""
@@ -172,11 +201,32 @@ class Planner:
         solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
         return points[::-1], steps[-1][3], solution
 
-    def _point(self, name: str, chosen: np.ndarray, found: Solution) -> Point:
+    def _between(
+        self, front: list[Point], rows: list[Validation], profile: Profile
+    ) -> tuple[list[Point], list[Validation]]:
+        """One more point between the cheapest that keeps the bound on the loss and the next one that doesn't."""
+        own, limit = [point for point in front if not point.uniform], self._limit(rows)
+        good = min((point.cost for point in own if point.validated <= limit), default=None)
+        bad = max((point.cost for point in own if good is not None and point.cost < good), default=None)
+        if good is None or bad is None:
+            return front, rows
+        budget = (good + bad) / 2
+        (point,), more = self._validate([self._point(f"plan at {budget:.4g}", *chosen_at(self, profile, budget))])
+        place = sum(one.cost < point.cost for one in own)
+        return [*front[:place], point, *front[place:]], [*rows, *(row for row in more if row.name != DENSE)]
+
+    def _limit(self, rows: Sequence[Validation]) -> float:
+        """The most that may be lost above dense attention, where there is a bound."""
+        return self.settings.budget.limit(float(np.mean([row.loss for row in rows if row.name == DENSE])))
+
+    def cost(self, chosen: np.ndarray) -> float:
+        """The share of the dense cost of the candidates of all heads together, at the length where it is greatest."""
         patterns = [self.rig.patterns[one] for one in chosen]
-        cost_now = max(self.costs.share(patterns, length) for length in self.settings.lengths)
+        return max(self.costs.share(patterns, length) for length in self.settings.lengths)
+
+    def _point(self, name: str, chosen: np.ndarray, found: Solution) -> Point:
         choices = tuple(tuple(map(int, of)) for of in self.rig.heads.by_site(chosen))
-        return Point(name, cost_now, False, found.value, self.measure(chosen), None, choices)
+        return Point(name, self.cost(chosen), False, found.value, self.measure(chosen), None, choices)
 
     def _validate(self, front: Sequence[Point]) -> tuple[list[Point], list[Validation]]:
         """Each point on what no profile saw, and the rows of the table."""
@@ -202,7 +252,8 @@ class Planner:
         return [self.rig.patterns[one] for of in point.choices for one in of]
 
     def _losses(self, point: Point | None) -> dict[str, float]:
-        """The median loss of the validation's samples, by kind of data."""
+        """The loss of the validation's samples by kind of data: the mean of one that dense attention has, too, else the
+        median, which a few samples far from the dense output don't move."""
         assigned = {} if point is None else self.rig.heads.assignment(self._patterns(point))
         form = None if point is None else (point.form if point.uniform else point.choices)
         found: dict[str, list[float]] = {}
@@ -221,8 +272,7 @@ class Planner:
             fits = [number for number in own if front[number].cost <= budget.share * (1 + 1e-6)]
             fits = fits or [min(own, key=lambda number: front[number].cost)]
             return min(fits, key=lambda number: front[number].validated)
-        dense = np.mean([row.loss for row in rows if row.name == DENSE])
-        limit = budget.limit(float(dense))
+        limit = self._limit(rows)
         fits = [number for number in own if front[number].validated <= limit]
         if not fits:
             best = min(own, key=lambda number: front[number].validated)

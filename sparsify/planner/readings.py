@@ -1,4 +1,5 @@
-"""Readings: the samples that a plan is made on, searched with and validated on; no two of them share text."""
+"""Readings: the samples that a plan is profiled on, searched with and validated on; what validates shares no
+text with the others, unless a user gives it."""
 
 from __future__ import annotations
 
@@ -38,6 +39,9 @@ def readings(
         if longest is not None and length > longest:
             raise InputError(f"plan: lengths: found {length}; the model reads at most {longest} tokens")
     if isinstance(data, Readings):
+        for part, samples in vars(data).items():
+            if not samples:
+                raise InputError(f"plan: data: {part}: expected one sample at least, found none")
         return data
     if isinstance(data, torch.Tensor) and data.dim() == 2:
         return _rows(data, held_out)
@@ -81,8 +85,8 @@ def _rows(data: torch.Tensor, held_out: Any) -> Readings:
 
 
 def _unseen_length(settings: Settings, longest: int | None, tokens: int) -> int:
-    """Half as long again as the longest that was profiled, where the model and the text allow; else between two, or
-    three quarters of it."""
+    """Half as long again as the longest that was profiled, where the model and the text allow; else three quarters of
+    it."""
     if settings.validate_length is not None:
         if longest is not None and settings.validate_length > longest:
             what = f"the model reads at most {longest} tokens"

@@ -27,6 +27,7 @@ from sparsify.planner.state import State
 if TYPE_CHECKING:
     from sparsify.planner.make import Planner
 
+TRIES, SLACK = 4, 1e-6
 OWN = (1.0, 0.3)  # what heads' own errors weigh beside the sketch of all together, which has few rows
 
 
@@ -67,17 +68,33 @@ def refined(
     for number, budget in enumerate(budgets):
         if number in again and number:
             profile = _again(planner, profile, chosen)
-        problem = planner.problem(profile.losses)
         try:
-            found = within_cost(problem, budget)
+            chosen, found = chosen_at(planner, profile, budget)
         except InputError:
             continue
-        planner.progress.tell(f"choosing at {budget:.3g} of the cost")
-        options = [found.chosen]
-        if profile.current is not None:
-            options += [exchanged(problem, budget, planner.units, profile.current, found.chosen, own) for own in OWN]
-        chosen = min((option[planner.units] for option in options), key=planner.measure)
         yield budget, chosen, found, profile
+
+
+def chosen_at(planner: Planner, profile: Profile, budget: float) -> tuple[np.ndarray, Solution]:
+    """The candidate of every head at a budget, by a profile: the best, as measured, of the knapsack's and of those that
+    are searched from it; and the knapsack's solution.
+
+    Heads of a site may cost more together than each by itself: then less is spent on them. Raises InputError for a
+    budget that can't be met.
+    """
+    planner.progress.tell(f"choosing at {budget:.3g} of the cost")
+    problem, spend = planner.problem(profile.losses), budget
+    for _ in range(TRIES):
+        found = within_cost(problem, spend)
+        options = [found.chosen]
+        if profile.current is not None and not problem.sources:
+            options += [exchanged(problem, spend, planner.units, profile.current, found.chosen, own) for own in OWN]
+        chosen = min((option[planner.units] for option in options), key=planner.measure)
+        over = planner.cost(chosen) / budget
+        if over <= 1 + SLACK:
+            break
+        spend *= 0.995 / over
+    return chosen, found
 
 
 def _marks(count: int, rounds: int) -> set[int]:

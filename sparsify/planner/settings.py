@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify.errors import InputError, nearest
+from sparsify.errors import InputError, PatternError, nearest
+from sparsify.patterns.reuse import Reuse
 from sparsify.planner.heads import OF
 from sparsify.planner.plan import Candidate
 from sparsify.ranges import Ranges, read_ranges
@@ -61,10 +62,11 @@ class Settings:
     those that heads may get, None for the usual ones of these `kinds` (with `shape`, that of a grid of tokens).
     per_layer: how many distinct rules a layer may have at most, None for any number. joined: whether the heads of a KV
     group have one rule; by default where the budget is one of memory, which they share. dense_layers: those that keep
-    everything. samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for
-    a quarter where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made
-    again on the way to a tight budget. exchanges: how many single moves are measured at the end. front: the budgets of
-    the front.
+    everything. reuse: the layers that select, each with the later ones that take its choices ({2: "3-5"}).
+    samples: pieces of text a length for the profile; recall: the share of them with planted facts, None for a quarter
+    where attention is causal. probes: of a sample's output (influence). rounds: how often the profile is made again on
+    the way to a tight budget. front: the budgets of the front. validate_length: that is validated at, None for one that
+    is not profiled. seed: of drawn tokens (echo, induction).
     """
 
     lengths: tuple[int, ...]
@@ -77,12 +79,12 @@ class Settings:
     per_layer: int | None = None
     joined: bool | None = None
     dense_layers: Ranges = ()
+    reuse: tuple[tuple[int, Ranges], ...] = ()
     machine: Any = None
     samples: int = 4
     recall: float | None = None
     probes: int = 8
     rounds: int = 2
-    exchanges: int = 0
     front: tuple[float, ...] = FRONT
     validate_length: int | None = None
     seed: int = 0
@@ -95,7 +97,7 @@ class Settings:
             raise InputError(f"plan: lengths: expected integers of at least 2, such as 1024,2048, found {lengths!r}")
         _one_of("of", given.get("of", "time"), OF)
         _one_of("profile", given.get("profile", "influence"), PROFILES)
-        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("exchanges", 0), ("per_layer", 1)):
+        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("per_layer", 1), ("validate_length", 2)):
             value = given.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise InputError(f"plan: {name}: expected an integer of at least {least}, found {value!r}")
@@ -104,6 +106,10 @@ class Settings:
             raise InputError(f"plan: recall: expected a share from 0 to 1, found {recall!r}")
         if "dense_layers" in given:
             given["dense_layers"] = _layers(given["dense_layers"])
+        if given.get("reuse"):
+            given["reuse"] = _reuse(given["reuse"])
+            if given.get("per_layer") is not None:
+                raise InputError("plan: reuse: goes without a limit on the rules of a layer (per_layer)")
         return cls(tuple(sorted(set(found))), Budget.read(budget), **given)
 
     @property
@@ -124,6 +130,13 @@ def _layers(value: Any) -> Ranges:
         return read_ranges(value)
     except ValueError as error:
         raise InputError(f"plan: dense_layers: {error}, found {value!r}") from None
+
+
+def _reuse(value: Any) -> tuple[tuple[int, Ranges], ...]:
+    try:
+        return Reuse.from_data({"layers": value}).layers
+    except PatternError as error:
+        raise InputError(f"plan: {error}") from None
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

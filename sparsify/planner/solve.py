@@ -33,13 +33,15 @@ class Problem:
 
     losses: (units, candidates), inf where a unit can't have a candidate. costs: (lengths, units, candidates), shares of
     the whole dense cost at that length. layers: the layer (or site) of each unit, from 0, in order. most: how many
-    distinct rules a layer may have, None for any number.
+    distinct rules a layer may have, None for any number. sources: (layer, source, candidate), ...: a unit of the layer
+    may have the candidate only where one of the source has it, whose choice it takes.
     """
 
     losses: np.ndarray
     costs: np.ndarray
     layers: np.ndarray
     most: int | None = None
+    sources: tuple[tuple[int, int, int], ...] = ()
 
     def cost(self, chosen: np.ndarray) -> float:
         """The share of the dense cost at the length where it is greatest."""
@@ -87,8 +89,9 @@ def _solve(
     allowed = np.isfinite(problem.losses)
     values, rows = np.where(allowed, values, 0.0), np.where(allowed, rows, 0.0)
     blocks = [np.flatnonzero(problem.layers == layer) for layer in range(int(problem.layers.max()) + 1)]
-    if problem.most is None or all(len(block) <= problem.most for block in blocks):
-        found = _knapsack(values, rows, limits, allowed)
+    few = problem.most is None or min(values.shape[1], max(map(len, blocks))) <= problem.most
+    if problem.sources or few:
+        found = _knapsack(values, rows, limits, allowed, problem)
     elif math.comb(values.shape[1], problem.most) <= MOST_SETS:
         found = _Columns(values, rows, limits, allowed, blocks, problem.most).solve()
     else:
@@ -102,7 +105,8 @@ def _solve(
 def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list) -> float:
     """The least that the limits could be, all of them moved alike; with a limit on rules, one that can be met."""
     worst = np.where(allowed, rows.max(0), np.inf)
-    most = problem.most or worst.shape[1]
+    candidates = worst.shape[1]
+    most = problem.most if problem.most is not None and problem.most < candidates else len(worst)
     if len(rows) > 1 and all(len(block) <= most for block in blocks):
         return _least_of_all(rows, allowed)
     total = 0.0
@@ -110,7 +114,7 @@ def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list
         if len(block) <= most:
             total += worst[block].min(1).sum()
         else:
-            sets = itertools.combinations(range(worst.shape[1]), min(most, 2))
+            sets = itertools.combinations(range(candidates), min(most, 2))
             total += min(worst[block][:, list(one)].min(1).sum() for one in sets)
     return float(total)
 
@@ -136,13 +140,17 @@ def _upwards(number: float) -> str:
     return f"{math.ceil(number * 10**digits - 1e-9) / 10**digits:.4g}"
 
 
-def _knapsack(values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed: np.ndarray) -> Solution | None:
-    """Without a limit on rules. What another candidate beats in everything is left out first."""
-    units, pairs = values.shape[0], np.argwhere(allowed & ~_beaten(values, rows, allowed))
+def _knapsack(
+    values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed: np.ndarray, problem: Problem
+) -> Solution | None:
+    """Without a limit on rules. What another candidate beats in everything is left out first, unless it is shared."""
+    beaten = _beaten(values, rows, allowed)
+    beaten[:, [candidate for _, _, candidate in problem.sources]] = False
+    units, pairs = values.shape[0], np.argwhere(allowed & ~beaten)
     one = sparse.csr_matrix((np.ones(len(pairs)), (pairs[:, 0], np.arange(len(pairs)))), (units, len(pairs)))
     cost = values[pairs[:, 0], pairs[:, 1]]
     spent = sparse.csr_matrix(rows[:, pairs[:, 0], pairs[:, 1]])
-    found = _integers(cost, one, spent, limits)
+    found = _integers(cost, one, spent, limits, _taken(problem, pairs))
     if found is None:
         return None
     x, bound = found
@@ -150,6 +158,19 @@ def _knapsack(values: np.ndarray, rows: np.ndarray, limits: np.ndarray, allowed:
     taken = pairs[x > 0.5]
     chosen[taken[:, 0]] = taken[:, 1]
     return Solution(chosen, float(values[np.arange(units), chosen].sum()), bound)
+
+
+def _taken(problem: Problem, pairs: np.ndarray) -> list[LinearConstraint]:
+    """That choices are taken only where they are made; pairs: the (unit, candidate) of each variable."""
+    links = []
+    for layer, source, candidate in problem.sources:
+        mine = pairs[:, 1] == candidate
+        makers = mine & (problem.layers[pairs[:, 0]] == source)
+        for taker in np.flatnonzero(mine & (problem.layers[pairs[:, 0]] == layer)):
+            row = -makers.astype(float)
+            row[taker] += 1
+            links.append(row)
+    return [LinearConstraint(sparse.csr_matrix(np.array(links)), -np.inf, 0)] if links else []
 
 
 def _beaten(values: np.ndarray, rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -306,12 +327,3 @@ class _Columns:
             chosen[self.blocks[layer]] = column
         value = float(self.values[np.arange(len(chosen)), chosen].sum())
         return Solution(chosen, value, min(bound, value))
-
-
-def front(problem: Problem, budgets: Sequence[float]) -> Iterator[tuple[float, Solution]]:
-    """The least loss at each budget that some choice meets, the cheapest first."""
-    for budget in sorted(budgets):
-        try:
-            yield budget, within_cost(problem, budget)
-        except InputError:
-            continue

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+NAME = re.compile(r"[0-9a-f]{24}(\.npz|\w*\.part)")  # of what is written here, whole or when it was killed
 
 
 class State:
@@ -41,9 +44,14 @@ class State:
         return made
 
     def clear(self) -> None:
-        """The run is over: what it kept goes."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """The run is over: what it kept goes, and the folder, unless it holds anything else."""
+        if self.folder is None:
+            return
+        for path in self.folder.glob("*"):
+            if NAME.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def digest(value: Any) -> str:
@@ -56,13 +64,13 @@ def _read(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """The file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(file.name, path)

@@ -10,7 +10,7 @@ from sparsify.planner.plan import Candidate, Point
 from sparsify.planner.progress import Progress
 from sparsify.planner.rig import Rig
 
-SINKS = (0, 1, 4, 64)
+SINKS = {True: (0, 4), False: (0, 1)}  # of windows for causal attention, and for attention to both sides
 Measured = Callable[[Any], float]
 
 
@@ -35,7 +35,7 @@ def uniforms(
 
 def _largest(costs: Costs, causal: bool, budget: float) -> Iterator[Candidate]:
     """For each number of sinks the largest window within a budget, if there is one."""
-    for sinks in SINKS:
+    for sinks in SINKS[causal]:
         low, high = 0, max(costs.lengths)
         while low < high:
             middle = (low + high + 1) // 2

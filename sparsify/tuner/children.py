@@ -85,18 +85,30 @@ class Child:
 
 def _serve(line: Any, make: Callable[[], Any]) -> None:
     """Answers until nobody asks any more."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # who is at the terminal interrupts the parent, which ends its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is at the terminal interrupts the parent, which ends children
     runner = make()
     with suppress(EOFError, OSError):
         while True:
             what, given, seconds = line.recv()
-            if hasattr(signal, "alarm"):  # ends it in the middle of a kernel, too, if the parent is no more
-                signal.alarm(int(seconds + GRACE))
-            try:
-                line.send((True, getattr(runner, what)(*given)))
-            except SparsifyError as error:
-                line.send((False, str(error)))
-            except (MemoryError, RuntimeError, ValueError) as error:
-                line.send((False, f"{type(error).__name__}: {error}"))
+            _alarm(int(seconds + GRACE))  # ends it in the middle of a kernel, too, if the parent is no more
+            answer = _answer(runner, what, given)
+            _alarm(0)  # while nobody asks it waits, however long
+            line.send(answer)
+
+
+def _answer(runner: Any, what: str, given: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether a method works, and what it gives or why not. After an error of the GPU itself no kernel runs any more in
+    this process, so that one ends it."""
+    try:
+        return True, getattr(runner, what)(*given)
+    except SparsifyError as error:
+        return False, str(error)
+    except Exception as error:  # those of compilers have no base class in common
+        if "CUDA error" in str(error) or "HIP error" in str(error):
+            raise
+        return False, f"{type(error).__name__}: {error}"
+
+
+def _alarm(seconds: int) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)

@@ -35,7 +35,7 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 def seconds_of(text: str) -> float:
     """`90s`, `5m`, `1h30m`, or a number of seconds. Raises InputError."""
-    if text.isdigit() and int(text):
+    if text.isdecimal() and int(text):
         return float(text)
     found = DURATION.fullmatch(text)
     hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
@@ -47,8 +47,8 @@ def seconds_of(text: str) -> float:
 
 @contextmanager
 def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
-    """Where kernels run, cpu or cuda, and that they are the target's. Raises InputError for a GPU that isn't there, and
-    for a chip that the target doesn't build for."""
+    """Where kernels run, cpu or cuda, and that they are the target's; those for a chip of no GPU that is here. Raises
+    InputError for a GPU that isn't there, and for a chip that the target doesn't build for."""
     with _for_tune():
         place = How(repeats=0, seconds=0.0, device=device, json=None).place
     if target == "triton" and place == "cpu" and arch is None:
@@ -59,6 +59,7 @@ def targeted(target: str, device: str, arch: str | None) -> Iterator[str]:
         from sparsify.tuner.ahead import chip
 
         chip(arch)
+        place = "cpu"
     with mock.patch.dict(os.environ, SPARSIFY_TARGET=target):
         yield place
 

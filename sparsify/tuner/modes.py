@@ -7,7 +7,8 @@ from collections.abc import Collection
 from sparsify.bench.modes import option
 from sparsify.errors import InputError
 
-TUNING = ("target", "arch", "device", "budget", "resume", "json", "length", "dtype")
+TIMED = ("device", "resume", "json")  # options of what is timed
+TUNING = ("target", "arch", "budget", "length", "dtype", *TIMED)
 MODES: dict[str, tuple[str, ...]] = {
     "grid": ("pattern", "head_dim", "heads", "kv_heads", *TUNING),
     "model": ("spec", "set", *TUNING),
@@ -32,4 +33,7 @@ def mode_of(given: Collection[str]) -> str:
         if name != mode and name not in MODES[mode]:
             others = ", ".join(map(option, MODES[mode])) or "no other option"
             raise InputError(f"tune: {option(name)} does not go with {option(mode)}; what does: {others}")
+    for name in TIMED if "arch" in given else ():
+        if name in given:
+            raise InputError(f"tune: {option(name)} does not go with --arch, which builds kernels and times none")
     return mode

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """Drops the trials of these kernels."""
+        """Drops the trials of these kernels. Raises InputError where the file can't be written."""
         gone = set(keys)
         with self._locked():
             kept = [trial for trial in self._all() if trial.key not in gone]
@@ -96,10 +97,13 @@ class Journal:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
 
-    def _locked(self) -> FileLock:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else writes inside. Raises InputError where the file can't be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock"):
+                yield
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"tune: {self.path.parent}: can't be made: {why} (set SPARSIFY_CACHE_DIR)") from None
-        return FileLock(f"{self.path}.lock")
+            raise InputError(f"tune: {self.path}: can't be written: {why} (set SPARSIFY_CACHE_DIR)") from None
