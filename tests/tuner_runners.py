@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from sparsify.errors import BuildError
-from sparsify.tuner.runner import Race
+from sparsify.tuner.judge import Race
 
 # What a field's value does to the time of one second; "tile" 8 is the best, and the default is 4.
 FACTORS = {"tile": {4: 1.0, 8: 0.8, 16: 0.9, 32: 1.2}, "stages": {1: 1.0, 2: 0.95, 3: 1.0}}

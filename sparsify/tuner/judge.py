@@ -5,9 +5,28 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 WORTH = 0.99  # a challenger's time, at most, of the incumbent's
 SURE = 1.96  # standard deviations: the interval holds the median 19 times of 20
+
+
+@dataclass(frozen=True)
+class Race:
+    """Two candidates timed in turns: for each round, the seconds of both, summed over the launches."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of the first one's seconds to the second one's, round by round."""
+        return tuple(a / b for a, b in zip(self.first, self.second, strict=True))
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        """Of both sides' seconds."""
+        return statistics.median(self.first), statistics.median(self.second)
 
 
 def spread(ratios: Sequence[float]) -> tuple[float, float, float]:

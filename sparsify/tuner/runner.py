@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,25 +11,12 @@ from sparsify.codegen import target
 from sparsify.codegen.target import Launch
 from sparsify.runtime import tuned
 from sparsify.tuner.jobs import read
-from sparsify.tuner.judge import hopeless
+from sparsify.tuner.judge import Race, hopeless
 from sparsify.tuner.targets import Values
 from sparsify.tuner.truth import Truth
 
 FEWEST = 5  # rounds
 ROUND_SECONDS, MOST = 0.005, 100  # of one side, about: a short kernel runs many times, but no more often than that
-
-
-@dataclass(frozen=True)
-class Race:
-    """Two candidates timed in turns: for each round, the seconds of both, summed over the launches."""
-
-    first: tuple[float, ...]
-    second: tuple[float, ...]
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Of the first one's seconds to the second one's, round by round."""
-        return tuple(a / b for a, b in zip(self.first, self.second, strict=True))
 
 
 class Runner:
@@ -98,8 +83,3 @@ def _run(launch: Launch, values: Values) -> torch.Tensor:
 def _wait(launch: Launch) -> None:
     if launch.q.is_cuda:
         torch.cuda.synchronize(launch.q.device)
-
-
-def medians(race: Race) -> Sequence[float]:
-    """Of both sides' seconds."""
-    return [float(torch.tensor(side, dtype=torch.float64).median()) for side in (race.first, race.second)]

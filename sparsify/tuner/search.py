@@ -12,8 +12,7 @@ from pathlib import Path
 
 from sparsify.runtime.tunings import Key
 from sparsify.tuner.children import Child, Failed, Lost
-from sparsify.tuner.judge import spread, wins
-from sparsify.tuner.runner import Race, medians
+from sparsify.tuner.judge import Race, spread, wins
 from sparsify.tuner.targets import Values
 from sparsify.tuner.trials import RIGHT, Journal, Trial
 
@@ -158,7 +157,7 @@ class Search:
         except (Failed, Lost) as error:
             self._note(self._problem({}, best, error))
             return None
-        (seconds, default), (low, middle, high) = medians(race), spread(race.ratios)
+        (seconds, default), (low, middle, high) = race.medians, spread(race.ratios)
         if not best or not wins(race.ratios):
             best, seconds, low, middle, high = {}, default, 1.0, 1.0, 1.0
         trial = Trial(self.key, {}, best, RIGHT, "", middle, low, high, bool(best), True, seconds, default)
