@@ -5,6 +5,7 @@ So a time is that of the kernels; what Python takes to launch them is `sparsify 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 
 def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A call as a CUDA graph's replay; the call itself where it can't be captured."""
+    """A call as a CUDA graph's replay; the call itself, and a warning, where it can't be captured."""
     for _ in range(2):  # what is compiled or allocated once
         run()
     torch.cuda.synchronize()
@@ -20,8 +21,9 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
+        warnings.warn(f"a peer can't be captured, so its times have Python's in them: {error}", stacklevel=2)
         return run
     return graph.replay
 

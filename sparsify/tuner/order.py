@@ -62,9 +62,14 @@ class Order:
 
 
 def machine_for(launch: Launch, arch: int | str | None = None) -> Machine | None:
-    """The machine that a launch's target runs on, as the simulator knows it, or None."""
+    """The machine that a launch's target runs on, as the simulator knows it, or None. arch: what is built for where there
+    is no GPU."""
     if launch.program.target == "cpp":
         return cost.machine()
+    if launch.q.is_cuda:
+        from sparsify.codegen.triton.kernels import architecture
+
+        arch = architecture(launch.q.device.index)
     known = (cost.machine(name) for name in cost.names())
     return next((one for one in known if one.target == "triton" and one.arch == str(arch)), None)
 
