@@ -62,8 +62,10 @@ class Order:
 
 
 def machine_for(launch: Launch, arch: int | str | None = None) -> Machine | None:
-    """The machine that a launch's target runs on, as the simulator knows it, or None. arch: that is built for where there
-    is no GPU."""
+    """The machine that a launch's target runs on, as the simulator knows it, or None.
+
+    arch: what is built for where there is no GPU.
+    """
     if launch.program.target == "cpp":
         return cost.machine()
     if launch.q.is_cuda:
