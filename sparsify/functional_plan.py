@@ -77,7 +77,7 @@ def least_tokens(rules: tuple[str, ...], kv_heads: int) -> int:
 @functools.lru_cache(maxsize=1024)
 @torch.compiler.disable
 def _least_tokens(rules: tuple[str, ...], kv_heads: int) -> int:
-    found = best_by_head(tuple(map(parse_pred, rules)), kv_heads)
+    found = _pattern_checked(lambda keeps: best_by_head(keeps, kv_heads), tuple(map(parse_pred, rules)))
     return NEVER if found is None else found.least
 
 

@@ -54,6 +54,7 @@ def test_overhead_is_told_and_written(monkeypatch: pytest.MonkeyPatch, capsys, t
     assert not runs.overhead(runs.How(5, 1.0, "cpu", None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_a_mixture_is_measured_beside_its_parts(kernels, kv_heads: int) -> None:
     found = mixture.measure(

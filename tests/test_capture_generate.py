@@ -40,6 +40,7 @@ def test_lengths_up_to_8192_compile_twice():
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "sparsify"])
 @torch.no_grad()
 def test_lengths_that_dynamo_learns_by_itself(backend):

@@ -118,6 +118,7 @@ def test_small_effects_are_what_the_model_really_does(is_causal):
     assert np.corrcoef(found.alone()[:, 1], alone)[0, 1] > 0.95
 
 
+@pytest.mark.slow
 def test_a_sketch_knows_where_it_was_made():
     made, sample = rig(length=32)
     chosen = np.array([1, 1, 0, 3, 2, 0, 1, 1])

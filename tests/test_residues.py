@@ -285,6 +285,7 @@ def _in_triton(n: int) -> float:
     return (target("triton").run(call).double() - expected).abs().max().item()
 
 
+@pytest.mark.slow
 def test_triton_reads_tokens_where_they_are(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for a process of its own: Triton decides when it is imported

@@ -77,6 +77,7 @@ def test_a_box_of_queries_fits_the_lowest_query_tile():
         check(launch(Program.of([GRIDS[0].keep()]), (1, 1, 130, 130), torch.float32))
 
 
+@pytest.mark.slow
 @built
 def test_lists_run_with_other_tiles():
     values = {"block_rows": 5, "block_vectors": 2, "keys": 32, "blocks": 20, "parts": 4, "fetch": 1, "cache_kib": 256}
