@@ -23,7 +23,8 @@ def tile_classes(
     """The class of every tile of one head: an int8 array (query tiles, key tiles) of EMPTY, PARTIAL, FULL.
 
     Sound: EMPTY keeps nothing and FULL keeps everything. Edge tiles are cut at q_len and k_len. Loads from tensors
-    are not known here, so tiles that depend on one are PARTIAL. rows: the query tiles to look at, all by default.
+    and the batch are not known here, so tiles that depend on one are PARTIAL. rows: the query tiles to look at, all by
+    default.
     """
     offset = k_len - q_len if q_offset is None else q_offset
     q0 = np.arange(0, q_len, tile[0], dtype=np.int64)[:, None] if rows is None else rows[:, None] * tile[0]
@@ -38,7 +39,7 @@ def tile_classes(
         "Nq": q_len,
     }
     env |= size_values(variables(keep), k_len)
-    rule = analyse(keep).without_data()
+    rule = analyse(keep).of_any_batch()
     classes = np.full((q0.size, k0.size), PARTIAL, dtype=np.int8)
     classes[np.broadcast_to(evaluate(rule.full, env), classes.shape)] = FULL
     classes[np.broadcast_to(evaluate(rule.empty, env), classes.shape)] = EMPTY

@@ -56,6 +56,7 @@ from sparsify.walk import data_bounds, variables
 KEY = Var("k")
 Q0, Q1, K0, K1 = Var("q0"), Var("q1"), Var("k0"), Var("k1")
 MAX_BANDS = 16
+Unknown = Callable[[Expr | Pred], bool]  # whether a reader doesn't know something that a part is made of
 BLOCK = 64  # elements of a load, along the axis of a bound, that share one least and one greatest in a summary
 
 Bounds = tuple[Expr, Expr]
@@ -311,29 +312,38 @@ class TileRule:
 
     def without_data(self) -> TileRule:
         """The rule for a reader that knows no bounds of loads: sound, but tiles that depend on data are PARTIAL."""
+        return self._without(lambda node: bool(data_bounds(node)))
+
+    def of_any_batch(self) -> TileRule:
+        """The rule for a reader that knows neither those nor the batch: tiles that depend on it are PARTIAL, too."""
+        return self._without(lambda node: bool(data_bounds(node)) or "b" in variables(node))
+
+    def _without(self, unknown: Unknown) -> TileRule:
         bands = tuple(
-            Band(_unbounded(band.low, Max), _unbounded(band.high, Min), _surely(band.unless)) for band in self.bands
+            Band(_known(band.low, Max, unknown), _known(band.high, Min, unknown), _surely(band.unless, unknown))
+            for band in self.bands
         )
-        return TileRule(self.keep, _surely(self.full), _surely(self.empty), tuple(dict.fromkeys(bands)))
+        full, empty = (_surely(pred, unknown) for pred in (self.full, self.empty))
+        return TileRule(self.keep, full, empty, tuple(dict.fromkeys(bands)))
 
 
-def _surely(pred: Pred) -> Pred:
-    """A predicate that implies this one and has no bounds of loads in it."""
+def _surely(pred: Pred, unknown: Unknown) -> Pred:
+    """A predicate that implies this one and has nothing unknown in it."""
     match pred:
         case And(parts):
-            return conjunction(map(_surely, parts))
+            return conjunction(_surely(part, unknown) for part in parts)
         case Or(parts):
-            return disjunction(map(_surely, parts))
-    return FALSE if data_bounds(pred) else pred
+            return disjunction(_surely(part, unknown) for part in parts)
+    return FALSE if unknown(pred) else pred
 
 
-def _unbounded(limit: Expr | None, kind: type[Min] | type[Max]) -> Expr | None:
-    """A limit that is the tightest (by `kind`) of several, without those that have bounds of loads in them."""
-    if limit is None or not data_bounds(limit):
+def _known(limit: Expr | None, kind: type[Min] | type[Max], unknown: Unknown) -> Expr | None:
+    """A limit that is the tightest (by `kind`) of several, without those that have something unknown in them."""
+    if limit is None or not unknown(limit):
         return limit
     if not isinstance(limit, kind):
         return None
-    left, right = _unbounded(limit.left, kind), _unbounded(limit.right, kind)
+    left, right = _known(limit.left, kind, unknown), _known(limit.right, kind, unknown)
     if left is None or right is None:
         return right if left is None else left
     return (minimum if kind is Min else maximum)(left, right)

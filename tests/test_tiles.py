@@ -171,6 +171,19 @@ def test_rules_without_data_are_sound_and_free_of_it(text):
             assert evaluate(whole.empty, at) or not evaluate(found.empty, at)
 
 
+@pytest.mark.parametrize(
+    "text", ["k < 3 + b * 9 and k < 30", "q - k >= 0 and (q - k < 8 or k < b)", "not (b == 1 and k < 12)"]
+)
+def test_tiles_that_depend_on_the_batch_are_partial(text):
+    keep, length, tile = parse_pred(text), 40, (4, 5)
+    found = tile_classes(keep, length, length, tile=tile)
+    for b in range(4):
+        truth = evaluate(keep, {"b": b, "q": np.arange(length)[:, None], "k": np.arange(length)[None, :]})
+        kept = np.broadcast_to(truth, (length, length)).reshape(10, 4, 8, 5)
+        assert not kept.any((1, 3))[found == EMPTY].any() and kept.all((1, 3))[found == FULL].all()
+    assert len(np.unique(found)) > 1
+
+
 def test_data_closes_bands():
     """A tensor of row limits bounds the key loop, as positions do."""
     (band,) = analyse(parse_pred("k <= q and k < _0[b, q] and k >= _1[b]")).bands
