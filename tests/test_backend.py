@@ -226,7 +226,7 @@ def test_a_softmax_that_is_no_attention_is_left_alone():
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_no_recompilation_is_added(dynamic):
     made = model("llama", "eager")

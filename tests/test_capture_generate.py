@@ -116,7 +116,12 @@ def test_patterns_over_a_cache_that_rolls(cache):
         else:
             assert not refused
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
-    made = model("llama", "sdpa")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_sinks_over_a_cache_that_grows_are_taken():
+    made, ids = model("llama", "sdpa"), torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(3))
     run, recorded = compiled(made, spec=spec_of(sinks=1, window=3))
     past = transformers.DynamicCache(config=made.config)
     for part in ids.split([4, *[1] * 8], 1):

@@ -62,7 +62,7 @@ def _by_loop(keep, at, nest):
     return np.array(found).reshape(-1, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(composed(), shapes, st.sampled_from([Nest(4, 1, 8, 2, 4), Nest(16, 1, 16, 16, 16), Nest(6, 1, 5, 6, 5)]))
 def test_tiles_are_those_of_the_kernels_loop(drawn, shape, nest):
     keep, at = drawn[0].keep(), _at(*shape)
@@ -70,7 +70,7 @@ def test_tiles_are_those_of_the_kernels_loop(drawn, shape, nest):
     assert np.array_equal(np.stack([found.visited, found.full, found.partial], 1), _by_loop(keep, at, nest))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(composed(), shapes)
 def test_pairs_are_those_of_the_dense_mask(drawn, shape):
     keep, at = drawn[0].keep(), _at(*shape)

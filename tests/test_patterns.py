@@ -23,7 +23,7 @@ def by_hand(rule, heads: int, q_len: int, k_len: int, q_offset: int | None) -> t
     return torch.tensor(cells, dtype=torch.bool)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(composed(), shapes)
 def test_the_mask_is_the_rule_by_hand(drawn, shape):
     pattern, rule = drawn

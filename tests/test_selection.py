@@ -38,7 +38,7 @@ def each(sets: list) -> list[tuple[tuple[int, int, int], set[int]]]:
     ]
 
 
-@settings(max_examples=160, phases=NO_SHRINKING)
+@settings(max_examples=100, phases=NO_SHRINKING)
 @given(data=st.data())
 def test_kept_sets_are_the_reference_s(data):
     selector = data.draw(unit_selectors())

@@ -171,7 +171,7 @@ def decoding(made: nn.Module, sites: list) -> nn.Module:
 BOTH = {"0-1": QUEST, "rest": TIDAL}
 RUNS = [
     pytest.param(both, BOTH, None, True, id="both dynamic padded"),
-    pytest.param(both, BOTH, "static", False, id="both static"),
+    pytest.param(both, BOTH, "static", False, id="both static", marks=pytest.mark.slow),
     pytest.param(quest, QUEST, None, False, id="quest dynamic", marks=pytest.mark.slow),
     pytest.param(quest, QUEST, "static", True, id="quest static padded", marks=pytest.mark.slow),
     pytest.param(tidal, TIDAL, None, False, id="tidal_decode dynamic", marks=pytest.mark.slow),

@@ -29,7 +29,7 @@ def true_classes(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
     return out
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(composed(), shapes, tiles, st.integers(0, 3))
 def test_classes_are_sound(drawn, shape, tile, head):
     pattern = drawn[0]
@@ -65,7 +65,7 @@ def test_classes_of_the_closed_forms_are_exact(pattern, tile, shape):
     assert np.array_equal(tile_classes(pattern.keep(), *shape, head=1, tile=tile), truth)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(composed(), shapes, st.sampled_from([1, 5, 16]), st.sampled_from([1, 4, 16]))
 def test_the_bands_visit_every_kept_key_once(drawn, shape, height, width):
     pattern, (q_len, k_len, q_offset) = drawn[0], shape

@@ -248,7 +248,7 @@ def _split() -> list[Case]:
         Case("split_window", (p.sinks(4) | p.window(300)) & C, lengths=(3, 701), heads=(6, 2), layout="strided"),
         Case("split_mixture", mixture, lengths=(5, 700), heads=(6, 2), batch=2),
         Case("split_holes", holes, lengths=(2, 701), heads=(6, 3), batch=2, loads=(("bool", (2, 701)),)),
-        Case("split_stride", p.column_stride(3, block=32, offset="head") & C, lengths=(2, 333), heads=(2, 1)),
+        Case("split_stride", p.column_stride(3, block=32, offset="head") & C, lengths=(2, 203), heads=(2, 1)),
         Case("split_bias", C, lengths=(3, 700), heads=(4, 2), bias="sum", sink="by head", q_offset=0),
         Case(
             "split_minima",
