@@ -9,6 +9,7 @@ struct Plan {
     const Call* call;
     const Item* items;
     I count, work, step, slots, item_heads, item_rows, blocks; // work: blocks of rows that meet a tile, about
+    I longest; // key tiles that an item meets, at most
     char* memory;
     I worker_bytes;
     Split split;
@@ -119,7 +120,10 @@ static void fill_items(const Call& c, Plan& plan, Item* items) {
             }
         }
     free(spans);
-    for (I i = 0; i < plan.count; i++) plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : 4 + plan.blocks);
+    for (I i = 0; i < plan.count; i++) {
+        plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : 4 + plan.blocks);
+        plan.longest = most(plan.longest, items[i].cost);
+    }
 }
 
 // Decides how many threads take part, and whether items are split between them, which is for query tiles that share no
@@ -162,8 +166,9 @@ extern "C" int sparsify_run(const Call* call) {
     plan.direct = READS && once && c.q_slots * group <= DIRECT_ROWS && c.ks[3] == 1 && c.vs[3] == 1;
     fill_items(c, plan, items);
     bool shared = share_out(c, plan, items, once);
-    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
-    plan.slots = once ? 1 : most(1, least(tiles, budget));
+    // Twice what an item meets, which stays in a near cache. An odd number: strides don't meet in a few slots.
+    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE)), near = 2 * plan.longest + 1;
+    plan.slots = once ? 1 : most(1, least(tiles, least(budget, LISTS || SUMMARIES ? budget : near)));
     plan.worker_bytes = worker_bytes(plan.slots);
     plan.memory = shared ? (char*)aligned_alloc(64, plan.worker_bytes * c.threads) : nullptr;
     if (plan.memory) {

@@ -85,20 +85,43 @@ multiply(Floats (&acc)[MR][NV], const float* a, int row, int next, const float* 
     }
 }
 
-// The steps of a product that count, where not all of them do.
+// The steps of a product that count, where not all of them do: those from first to last - 1, or `last` ones in a list.
 struct Steps {
-    int count;
-    uint8_t at[KS];
+    int first, last;
+    bool listed;
+    uint8_t at[KS + 8];
 };
 
-static Steps steps_of(uint64_t keys) {
-    Steps steps;
-    steps.count = 0;
-    for (; keys; keys &= keys - 1) {
-        int step = __builtin_ctzll(keys) / PAIR;
-        if (PAIR == 1 || !steps.count || steps.at[steps.count - 1] != step) steps.at[steps.count++] = step;
+// For each byte, the numbers of the bits that are set in it, one after the other.
+struct Bits {
+    uint64_t of[256];
+    constexpr Bits() : of() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int bit = 0, count = 0; bit < 8; bit++)
+                if (byte >> bit & 1) of[byte] |= (uint64_t)bit << 8 * count++;
     }
-    return steps;
+};
+static constexpr Bits BITS;
+
+static void steps_of(Steps& steps, uint64_t keys) {
+    steps.first = __builtin_ctzll(keys) / PAIR, steps.last = (63 - __builtin_clzll(keys)) / PAIR + 1;
+    uint64_t run = keys >> __builtin_ctzll(keys);
+    steps.listed = (run & (run + 1)) != 0;
+    if (!steps.listed) return;
+    steps.last = 0;
+    if (PAIR == 2) {
+        for (; keys; keys &= keys - 1) {
+            int step = __builtin_ctzll(keys) / PAIR;
+            if (!steps.last || steps.at[steps.last - 1] != step) steps.at[steps.last++] = step;
+        }
+        return;
+    }
+    for (int first = 0; keys >> first && first < KB; first += 8) {
+        uint8_t byte = (uint8_t)(keys >> first);
+        uint64_t numbers = BITS.of[byte] + first * 0x0101010101010101ull;
+        memcpy(steps.at + steps.last, &numbers, 8);
+        steps.last += __builtin_popcount(byte);
+    }
 }
 
 // The running state of MR query rows. Scores and references are in units of log2.
@@ -148,7 +171,8 @@ template <int NV>
 static inline __attribute__((always_inline)) void
 weigh_values(float* out, const float* weights, const float* values, const Steps* steps) {
     Floats acc[MR][NV] = {};
-    if (steps) multiply<NV, true>(acc, weights, KS, 1, values, NV * W, 0, steps->count, steps->at);
+    if (steps && steps->listed) multiply<NV, true>(acc, weights, KS, 1, values, NV * W, 0, steps->last, steps->at);
+    else if (steps) multiply<NV>(acc, weights, KS, 1, values, NV * W, steps->first, steps->last);
     else multiply<NV>(acc, weights, KS, 1, values, NV * W, 0, KS);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++)
@@ -156,22 +180,19 @@ weigh_values(float* out, const float* weights, const float* values, const Steps*
         for (int n = 0; n < NV; n++) *(AnyFloats*)(out + (r * NV + n) * W) += acc[r][n];
 }
 
+// Stores the weights of a row from vector v on: one vector, or two that are packed together.
 template <bool PACKED>
-static inline __attribute__((always_inline)) void store_weights(float* to, const Floats (&weights)[KV]) {
+static inline __attribute__((always_inline)) void store_weights(float* to, int v, const Floats* weights) {
     if constexpr (PACKED && PACKED_BF16) {
 #ifndef __AVX512BF16__
-        for (int j = 0; j < KB; j++) ((uint16_t*)to)[j] = bf16_of(weights[j / W][j % W]);
+        for (int j = 0; j < 2 * W; j++) ((uint16_t*)to)[v * W + j] = bf16_of(weights[j / W][j % W]);
 #else
-#pragma GCC unroll 16
-        for (int v = 0; v < KV; v += 2) {
-            Ints pairs;
-            asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(weights[v]), "v"(weights[v + 1]));
-            *(AnyInts*)(to + v / 2 * W) = pairs;
-        }
+        Ints pairs;
+        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(weights[0]), "v"(weights[1]));
+        *(AnyInts*)(to + v / 2 * W) = pairs;
 #endif
     } else {
-#pragma GCC unroll 16
-        for (int v = 0; v < KV; v++) *(AnyFloats*)(to + v * W) = weights[v];
+        *(AnyFloats*)(to + v * W) = weights[0];
     }
 }
 
@@ -193,7 +214,8 @@ template <bool ALL, typename Use> static inline __attribute__((always_inline)) v
 }
 
 // From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
-// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile.
+// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile; the weights of
+// vectors none of whose keys counts are not written.
 template <bool ALL, bool SOME>
 static inline __attribute__((always_inline)) bool
 weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
@@ -213,45 +235,53 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
                 scores[r][v] = scores[r][v] * factor + *(const AnyFloats*)(masks->add[r] + v * W);
         factor = LOG2E;
     }
+    Ints above = {}, counts = {};
+    each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { top[r] = Floats{} - __builtin_inff(); });
     if (SOME) {
         Ints lane;
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
-        for (int r = 0; r < count; r++) {
-            for (int v = 0; v < KV; v++) {
-                if (!used(v)) continue;
+        uint64_t all = ~0ull;
+        for (int r = 0; r < count; r++) all &= masks->keep[r];
+#pragma GCC unroll 16
+        for (int v = 0; v < KV; v++) {
+            if (!used(v) || (all >> (v * W) & first_keys(W)) == first_keys(W)) continue;
+            each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
                 Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
                 scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
-            }
+            });
         }
     }
-    Ints above = {}, counts = {};
-    auto look = [&](int r) __attribute__((always_inline)) {
-        top[r] = SOME ? Floats{} - __builtin_inff() : scores[r][0];
 #pragma GCC unroll 16
-        for (int v = 0; v < KV; v++) {
-            if (!used(v)) continue;
+    for (int v = 0; v < KV; v++) {
+        if (!used(v)) continue;
+        each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
             top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
             if (SKIPS) counts |= scores[r][v] != scores[r][v]; // a NaN counts
-        }
+        });
+    }
+    each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
         if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r]));
-    };
-    auto weigh = [&](int r) __attribute__((always_inline)) {
-        Floats sum = rows.sum[r], row[KV];
-#pragma GCC unroll 16
-        for (int v = 0; v < KV; v++) {
-            row[v] = Floats{};
-            if (!used(v)) continue;
-            row[v] = exp2_of(scores[r][v] * factor - rows.reference[r]);
-            sum += row[v];
-        }
-        rows.sum[r] = sum;
-        store_weights<ALL>(to + r * (ALL ? KS : KB), row);
-    };
-    each_row<ALL>(count, look);
+    });
     if (SKIPS && !any_lane(counts)) return false;
     if (__builtin_expect(any_lane(above), 0)) raise_references(rows, count, top, factor);
-    each_row<ALL>(count, weigh);
+    constexpr int TOGETHER = ALL ? PAIR : 1; // vectors that are packed together
+    Floats sum[MR];
+    each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { sum[r] = rows.sum[r]; });
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; v += TOGETHER) {
+        if (!used(v) && !(TOGETHER == 2 && used(v + 1))) continue;
+        each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
+            Floats weights[TOGETHER];
+#pragma GCC unroll 2
+            for (int i = 0; i < TOGETHER; i++) {
+                weights[i] = used(v + i) ? exp2_of(scores[r][v + i] * factor - rows.reference[r]) : Floats{};
+                sum[r] += weights[i];
+            }
+            store_weights<ALL>(to + r * (ALL ? KS : KB), v, weights);
+        });
+    }
+    each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { rows.sum[r] = sum[r]; });
     return true;
 }
 
@@ -289,7 +319,7 @@ meet(Rows& rows, const float* keys, const float* values, const Scoring& scoring,
     if (!weigh_keys<true>(rows, MR, scores, scoring, masks, weights)) return;
     Steps some;
     bool all = !masks || (masks->any & first_keys(KB)) == first_keys(KB);
-    if (!all) some = steps_of(masks->any);
+    if (!all) steps_of(some, masks->any & first_keys(KB));
     const Steps* steps = all ? nullptr : &some;
 #pragma GCC unroll 16
     for (int panel = 0; panel + NR <= DVV; panel += NR)

@@ -165,6 +165,9 @@ static void store_row(Element* to, I stride, const Rows& rows, int r) {
         int width = (DVV - panel < NR ? DVV - panel : NR) * W;
         int columns = DV - panel * W < width ? DV - panel * W : width;
         const float* out = rows.out + panel * W * MR + r * width;
-        for (int i = 0; i < columns; i++) to[(panel * W + i) * stride] = narrow(out[i] * inverse);
+        if (stride == 1)
+            for (int i = 0; i < columns; i++) to[panel * W + i] = narrow(out[i] * inverse);
+        else
+            for (int i = 0; i < columns; i++) to[(panel * W + i) * stride] = narrow(out[i] * inverse);
     }
 }

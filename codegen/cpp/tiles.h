@@ -272,6 +272,12 @@ static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r, b
 #endif
 }
 
+// Has a row of the output on its way to the core that writes it when the tile's keys are through.
+static void fetch_output(const Call& c, const Queries& t, I head, I token) {
+    const Element* to = (const Element*)c.out + t.batch * c.os[0] + head * c.os[1] + token * c.os[2];
+    for (I i = 0; c.os[3] == 1 && i < DV; i += 64 / (I)sizeof(Element)) __builtin_prefetch(to + i, 1, 2);
+}
+
 static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
     const Element* q = (const Element*)c.q + t.batch * c.qs[0];
     for (I block = 0; block * MR < t.rows(); block++) {
@@ -280,6 +286,7 @@ static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
         for (int i = 0; i < MR; i++) {
             I r = block * MR + i, token = r < t.rows() ? token_of(c, t, r) : -1;
             from[i] = token < 0 ? nullptr : q + (t.head + r / t.count) * c.qs[1] + token * c.qs[2];
+            if (token >= 0) fetch_output(c, t, t.head + r / t.count, token);
             start_row(c, rows, i, t, r, first);
         }
         memset(rows.out, 0, sizeof rows.out);
