@@ -90,6 +90,37 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists()
 
 
+def test_a_plan_at_another_budget_finds_what_was_profiled(tmp_path, monkeypatch):
+    """Neither the budget nor the front, machine or limits are part of what a profile depends on; probes are."""
+    from sparsify.planner import influence
+
+    made, sketch = [], influence.sketch
+    monkeypatch.setattr(influence, "sketch", lambda *args: made.append(args) or sketch(*args))
+    given = {"lengths": 32, "state": tmp_path / "state", "rounds": 0, **SMALL, "front": ()}
+    plan(tiny(), [TEXT], budget=0.8, keep=True, **given)
+    assert len(made) == 2
+    other = plan(tiny(), [TEXT], budget=0.6, keep=True, per_layer=3, **given)
+    assert len(made) == 2 and other.front[other.chosen].cost <= 0.6 + 1e-6
+    plan(tiny(), [TEXT], budget=0.6, **given | {"probes": 2})
+    assert len(made) == 4 and not (tmp_path / "state").exists()
+
+
+def test_a_budget_that_nothing_meets_is_named_before_anything_is_profiled(monkeypatch):
+    monkeypatch.setattr("sparsify.planner.make.profiled", None)
+    for budget in (0.01, "loss +1%"):
+        with pytest.raises(InputError, match=r"budget: no choice comes to 0.01 of the dense cost; the nearest that"):
+            plan(tiny(), [TEXT], lengths=32, budget=budget, **SMALL | {"front": (0.01,)})
+
+
+def test_heads_that_cost_more_together_are_told(monkeypatch):
+    """What is met head by head may not be met by heads that share tiles."""
+    from sparsify.planner.make import Planner
+
+    monkeypatch.setattr(Planner, "cost", lambda self, chosen: 3.0)
+    with pytest.raises(InputError, match=r"heads that come to 0.6 one by one cost 3 of dense together; take a larger"):
+        plan(tiny(), [TEXT], lengths=32, budget=0.6, rounds=0, **SMALL | {"front": ()})
+
+
 @pytest.mark.slow
 def test_groups_of_heads_and_layers_that_stay_dense():
     found = plan(tiny(), [TEXT], lengths=32, budget=0.7, rounds=0, **SMALL | {"joined": True, "dense_layers": "0"})
@@ -135,6 +166,8 @@ WRONG = [
     ({"budget": "loss +1e-12", "objective": Tokens(False)}, "plan: budget: no plan loses at most +"),
     ({"of": "tile"}, "plan: of: found 'tile'; did you mean 'tiles'?"),
     ({"profile": "influenced"}, "plan: profile: found 'influenced'; did you mean 'influence'?"),
+    ({"budget": "loss +1%", "front": ()}, "plan: front: expected shares of the dense cost, one at least for a bound"),
+    ({"front": (2,)}, "plan: front: expected shares of the dense cost, found (2,)"),
     ({"samples": 0}, "plan: samples: expected an integer of at least 1, found 0"),
     ({"recall": 2}, "plan: recall: expected a share from 0 to 1, found 2"),
     ({"dense_layers": "x"}, "plan: dense_layers: "),

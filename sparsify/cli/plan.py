@@ -59,6 +59,10 @@ def plan(
     machine: Annotated[str | None, typer.Option(help="Whose time is predicted. Default: this machine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    state: Annotated[
+        Path | None,
+        typer.Option(help="A folder that keeps what was profiled, for plans at other budgets.", show_default=False),
+    ] = None,
     evidence: Annotated[
         bool, typer.Option("--evidence/--no-evidence", help="Draw it beside the spec, as a page and a PNG.")
     ] = True,
@@ -87,7 +91,8 @@ def plan(
     made, tokenizer = _model(model, dtype, device)
     texts = read_texts(data)
     with Bar() as progress:
-        found = _planned(made, texts, validate, tokenizer, model, out, progress, settings)
+        kept = {"state": state or out.with_name(f"{out.name}.state"), "keep": state is not None}
+        found = _planned(made, texts, validate, tokenizer, model, progress, settings | kept)
     found.spec().save(out, origin(found))
     found.save(out.with_suffix(".plan.json"))
     drawn = draw_evidence(found, made, texts, tokenizer, out) if evidence else []
@@ -98,18 +103,16 @@ def plan(
 
 
 def _planned(
-    made: Any, texts: list[str], validate: list[Path] | None, tokenizer: Tokenizer, name: str, out: Path, progress: Any,
+    made: Any, texts: list[str], validate: list[Path] | None, tokenizer: Tokenizer, name: str, progress: Any,
     settings: dict[str, Any],
 ) -> Plan:  # fmt: skip
     from sparsify.planner import plan as make
     from sparsify.planner.samples import read_texts
 
     held_out = read_texts(validate) if validate else None
-    state = out.with_name(f"{out.name}.state")
     return make(
-        made, texts, held_out=held_out, tokenizer=tokenizer, name=Path(name).name, state=state,
-        progress=progress, **settings,
-    )  # fmt: skip
+        made, texts, held_out=held_out, tokenizer=tokenizer, name=Path(name).name, progress=progress, **settings
+    )
 
 
 def _model(name: str, dtype: str | None, device: str) -> tuple[Any, Tokenizer]:

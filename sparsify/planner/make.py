@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsify import cost
+from sparsify import __version__, cost
 from sparsify.errors import InputError
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.select import selections
@@ -46,6 +46,7 @@ def plan(
     held_out: Any = None,
     objective: Objective | None = None,
     state: Path | str | None = None,
+    keep: bool = False,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -55,8 +56,9 @@ def plan(
     since these are given as `input_ids`. data: texts, tokens or `Readings`; held_out: more, to validate with (else the
     end of the data). lengths: in tokens, that are profiled. budget: a share of the dense cost, or "loss +1%".
     tokenizer: how texts are read (bytes, by default). objective: what results are measured by (see `objective`). state:
-    a folder where what was found is kept until the plan is there, so that a killed run goes on. The other settings are
-    those of `Settings`. `plan(...).spec()` is for the backend.
+    a folder where what was found is kept until the plan is there, so that a killed run goes on; keep: whether it stays,
+    so that a plan of the same model and data at another budget finds it. The other settings are those of `Settings`.
+    `plan(...).spec()` is for the backend.
 
     Raises InputError for no data, a length beyond the model's, a budget that no candidates meet (with the nearest that
     is met), and a model none of whose attentions can be rewritten.
@@ -71,11 +73,12 @@ def plan(
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
     _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
-    run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
-    folder = None if state is None else Path(state)
-    kept = State(folder, digest(run))
+    measured = type(rig.objective).__qualname__, rig.objective.unit, rig.objective.absolute
+    run = __version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured
+    kept = State(None if state is None else Path(state), digest(run))
     made = Planner(rig, found, wanted, kept, progress).make(about)
-    kept.clear()
+    if not keep:
+        kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
 
 
@@ -114,9 +117,9 @@ def _is_decoder(config: Any) -> bool:
     return "CausalLM" in names or "LMHead" in names or bool(getattr(config, "is_decoder", False))
 
 
-def _weights(model: Any) -> list[float]:
-    """Numbers that other weights don't have: one a parameter, so that a change of any layer shows."""
-    return [float(one.detach().float().abs().mean()) for one in getattr(model, "parameters", list)()]
+def _weights(model: Any) -> list[tuple[str, float]]:
+    """What other weights don't have: of each parameter its dtype and a number, so that a change of any layer shows."""
+    return [(str(one.dtype), float(one.detach().float().abs().mean())) for one in getattr(model, "parameters", list)()]
 
 
 @dataclass
@@ -137,6 +140,7 @@ class Planner:
 
     def make(self, about: Model) -> Plan:
         rig, settings = self.rig, self.settings
+        self._check_budget()
         profile = profiled(rig, self.readings.profile, settings, self.state, self.progress)
         points, profile, solution = self._front(profile)
         front = [
@@ -166,6 +170,10 @@ class Planner:
             retrieval=tuple(profile.retrieval(rig.heads)),
         )
 
+    def _check_budget(self) -> None:
+        """Raises InputError for a budget that no choice meets: costs are known before anything is profiled."""
+        within_cost(self.problem(np.zeros(self.shares.shape[1:])), self.settings.least_met)
+
     def problem(self, losses: np.ndarray) -> Problem:
         """The knapsack of some losses (heads, candidates)."""
         count = int(self.units.max()) + 1
@@ -193,10 +201,8 @@ class Planner:
 
     def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
         """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""
-        budgets = self.settings.budgets()
         share = self.settings.budget.share
-        within_cost(self.problem(profile.losses), share if share is not None else max(budgets))
-        steps = list(refined(self, profile, budgets))
+        steps = list(refined(self, profile, self.settings.budgets()))
         points = [self._point(f"plan at {budget:.4g}", chosen, found) for budget, chosen, found, _ in steps]
         solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
         return points[::-1], steps[-1][3], solution
