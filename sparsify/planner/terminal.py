@@ -59,7 +59,8 @@ class Bar:
 
 def summary(found: Plan) -> RenderableType:
     """A short table of sites, the front, and a line on how good the choice is."""
-    return Group(_sites(found), _front(found), Text(_closing(found)))
+    parts = [_sites(found), _front(found), Text(_closing(found))]
+    return Group(*parts, Text(found.slower, "yellow")) if found.slower else Group(*parts)
 
 
 def _sites(found: Plan) -> Table:
@@ -97,6 +98,9 @@ def _line(point: Point, worst: float) -> str:
 def _closing(found: Plan) -> str:
     heads = ", ".join(f"{found.sites[site].address} head {head}" for site, head in found.retrieval[:8])
     said = [f"cost: share of dense {found.of}, on {found.machine}; lengths {', '.join(map(str, found.lengths))}"]
+    if found.timed:
+        mine, dense = found.total(-1)
+        said.append(f"predicted time: {mine * 1e3:.3g} ms of {dense * 1e3:.3g} at {found.lengths[-1]} tokens")
     if found.gap is not None and found.bound is not None:
         said.append(f"profiled losses: no choice has less than {found.bound:.4g}; this one is within {found.gap:.2%}")
     if heads:
