@@ -1,18 +1,22 @@
 """`plan`: from a model and text to a spec that the backend takes, and what a user is told of wrong input."""
 
 import io
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from planner_cases import CANDIDATES, tiny, tokens
+from planner_cases import CANDIDATES, rig, tiny, tokens
 
 from sparsify.errors import InputError
 from sparsify.patterns import causal
 from sparsify.planner import Plan, plan
 from sparsify.planner import candidates as kinds_of
+from sparsify.planner.heads import OF, Costs
 from sparsify.planner.objective import Embedding, Tokens, Values, objective_for
+from sparsify.planner.plan import Candidate
 from sparsify.planner.readings import Readings
 from sparsify.planner.samples import Sample, Stream, of_bytes, plant, read_texts
 from sparsify.planner.settings import Budget, Settings
@@ -201,6 +205,12 @@ def test_pieces_are_spread_and_planted_facts_come_twice():
     assert [len(piece) for piece in pieces] == [100] * 4 and (pieces[0] == stream.tokens[:100]).all()
     found, needles = plant(np.zeros(512, dtype=np.int64), np.arange(1, 50), np.random.default_rng(0))
     assert needles
+    for size, seed in itertools.product((128, 200, 512, 4096), range(20)):
+        _, planted = plant(np.zeros(size, dtype=np.int64), np.arange(1, 50), np.random.default_rng(seed))
+        span = min(24, size // 32)  # of a whole fact, whose first third is its cue
+        for places in ([one[0] for one in planted], [one[1] for one in planted]):
+            assert (np.diff(places) >= span).all() and len(planted) > 1
+        assert max(asked + left for _, asked, left in planted) <= size
     for fact, asked, size in needles:
         assert fact + size <= 512 // 4 + 24 and 512 * 3 // 4 <= asked < asked + size <= 512
         assert (found[fact - 2 : fact + size] == found[asked - 2 : asked + size]).all() and found[fact] > 0
@@ -262,10 +272,41 @@ def test_probes_see_the_distance(objective):
     assert objective.distance(dense, reference, sample).abs().max() < 1e-6
 
 
-def test_readings_are_taken_as_they_are():
-    samples = tuple(Sample.of_tokens(tokens(32, seed=seed)) for seed in range(3))
+def test_readings_are_taken_as_they_are_and_validated_by_length():
+    samples = tuple(Sample.of_tokens(tokens(length, seed=length)) for length in (30, 31, 32, 48))
     given = Readings(samples[:1], samples[1:2], samples[2:])
-    assert plan(tiny(), given, lengths=32, budget=0.7, rounds=0, **SMALL).validation[0].length == 32
+    found = plan(tiny(), given, lengths=32, budget=0.7, rounds=0, **SMALL)
+    of_plan = [row for row in found.validation if row.name == found.front[found.chosen].name]
+    assert [row.length for row in of_plan] == [32, 48] and of_plan[0].cost > of_plan[1].cost
+    point = found.front[found.chosen]
+    assert point.validated == pytest.approx(np.mean([row.increase for row in of_plan]))
+
+
+def test_a_sample_is_known_by_all_that_is_in_it():
+    one, given = Sample.of_tokens(tokens(8)), tokens(8)
+    others = [
+        replace(one, extra={"scale": 2.0}), replace(one, extra={"scale": 3.0}), replace(one, needles=((0, 4, 2),)),
+        replace(one, inputs={"ids": given}), replace(one, inputs={"input_ids": given, "flag": True}),
+        replace(one, inputs={"input_ids": given.int()}), replace(one, extra={"mask": [torch.ones(2)]}),
+        replace(one, extra={"mask": [torch.zeros(2)]}), replace(one, tokens=given + 1), replace(one, kind="recall"),
+        replace(one, inputs={"input_ids": given + 2**40}), replace(one, inputs={"input_ids": given + 2**40 + 1}),
+    ]  # fmt: skip
+    assert len({sample.digest() for sample in [one, *others]}) == len(others) + 1
+    assert Sample.of_tokens(tokens(8)).digest() == one.digest()
+
+
+def test_heads_whose_rules_differ_cost_what_they_cost():
+    """One pattern by `h` costs each head what the head's own rule costs."""
+    made, _ = rig()
+    by_head = Candidate("by head", {"expr": "q - k < 64 + 128 * h"}).pattern()
+    alone = [Candidate("w", {"window": 64 + 128 * head}).pattern() for head in range(4)]
+    for of in OF:
+        costs = Costs(made.heads, (512,), of)
+        found, each = costs.shares([by_head, None])[0], costs.shares(alone)[0]
+        assert (np.diff(found[:4, 0]) > 0).all() and found[:, 1].sum() == pytest.approx(1)
+        assert found[4:, 0] == pytest.approx(found[:4, 0])  # of the other site
+        if of != "time":  # which heads share
+            assert found[:4, 0] == pytest.approx([each[head, head] for head in range(4)])
 
 
 def test_settings_name_the_budgets_mildest_first():

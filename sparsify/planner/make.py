@@ -236,20 +236,17 @@ class Planner:
 
     def _validate(self, front: Sequence[Point]) -> tuple[list[Point], list[Validation]]:
         """Each point on what no profile saw, and the rows of the table."""
-        rows, validated = [], []
-        dense = self._losses(None)
-        length = self.readings.validation[0].length
-        for kind, value in dense.items():
-            rows.append(Validation(DENSE, kind, length, 1.0, value, 0.0))
+        validated, dense = [], self._losses(None)
+        rows = [Validation(DENSE, *about, 1.0, value, 0.0) for about, value in dense.items()]
         for point in front:
             self.progress.tell(f"validating {point.name}")
-            found = self._losses(point)
-            patterns = self._patterns(point)
-            share = self.costs.share(patterns, length)
-            for kind, value in found.items():
-                rows.append(Validation(point.name, kind, length, share, value, value - dense[kind]))
-            mean = np.mean([found[kind] - dense[kind] for kind in found])
-            validated.append(replace(point, validated=float(mean)))
+            found, patterns = self._losses(point), self._patterns(point)
+            shares = {length: self.costs.share(patterns, length) for _, length in found}
+            above = {about: value - dense[about] for about, value in found.items()}
+            rows += [
+                Validation(point.name, *about, shares[about[1]], value, above[about]) for about, value in found.items()
+            ]
+            validated.append(replace(point, validated=float(np.mean(list(above.values())))))
         return validated, rows
 
     def _patterns(self, point: Point) -> list[Any]:
@@ -257,18 +254,18 @@ class Planner:
             return [Candidate(point.name, point.form).pattern()] * len(self.rig.heads)
         return [self.rig.patterns[one] for of in point.choices for one in of]
 
-    def _losses(self, point: Point | None) -> dict[str, float]:
-        """The loss of the validation's samples by kind of data: the mean of one that dense attention has, too, else the
-        median, which a few samples far from the dense output don't move."""
+    def _losses(self, point: Point | None) -> dict[tuple[str, int], float]:
+        """The loss of the validation's samples by kind of data and length: the mean of one that dense attention has,
+        too, else the median, which a few samples far from the dense output don't move."""
         assigned = {} if point is None else self.rig.heads.assignment(self._patterns(point))
         form = None if point is None else (point.form if point.uniform else point.choices)
-        found: dict[str, list[float]] = {}
+        found: dict[tuple[str, int], list[float]] = {}
         for sample in self.readings.validation:
             key = "loss", sample.digest(), form
             arrays = self.state.of(key, lambda sample=sample: {"losses": self.rig.losses(sample, assigned)})
-            found.setdefault(sample.kind, []).extend(arrays["losses"].tolist())
+            found.setdefault((sample.kind, sample.length), []).extend(arrays["losses"].tolist())
         middle: Callable[[list[float]], Any] = np.mean if self.rig.objective.absolute else np.median
-        return {kind: float(middle(values)) for kind, values in found.items()}
+        return {about: float(middle(values)) for about, values in found.items()}
 
     def _choose(self, front: Sequence[Point], rows: Sequence[Validation]) -> int:
         """The best validated point within the budget; within a bound on the loss, the cheapest."""
