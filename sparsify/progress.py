@@ -1,4 +1,4 @@
-"""Progress through cases: how many are done, what is going on, and about how long the rest takes."""
+"""Progress at a terminal: what is going on, and of known steps how many are done and how long the rest takes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
-class Steps:
+def progress(*columns: ProgressColumn) -> Progress:
+    """Progress on stderr that goes away when done, and that says nothing where nobody looks."""
+    terminal = Console(stderr=True)
+    usual = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    return Progress(*(columns or usual), console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
+class Bar:
     """A bar on stderr, at a terminal only; `weights` says about how long each step takes, in any unit."""
 
-    def __init__(self, weights: Sequence[float], clock: Callable[[], float] = time.perf_counter) -> None:
-        self.weights, self.clock, self.done = weights, clock, 0
-        terminal = Console(stderr=True)
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        self.bar = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
-        self.task = self.bar.add_task("", total=sum(weights), count=self.count, left="")
+    def __init__(
+        self, weights: Sequence[float] = (), what: str = "", clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.weights, self.clock, self.done = list(weights), clock, 0
+        count, left = TextColumn("{task.fields[count]}"), TextColumn("{task.fields[left]}")
+        said = TextColumn("{task.description}")
+        self.bar = progress(SpinnerColumn(), count, said, BarColumn(bar_width=16), TimeElapsedColumn(), left)
+        self.task = self.bar.add_task(what, total=sum(weights) or None, count=self.count, left="")
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Bar:
         self.start = self.clock()
         self.bar.start()
         return self
@@ -37,18 +39,25 @@ class Steps:
     ) -> None:
         self.bar.stop()
 
+    def expect(self, weights: Sequence[float]) -> None:
+        """More steps are to come."""
+        self.weights += weights
+        self.bar.update(self.task, total=sum(self.weights), count=self.count)
+
     @property
     def count(self) -> str:
-        """`3/40`: the step that is going on, of all."""
+        """`3/40`: the step that is going on, of all that are known."""
+        if not self.weights:
+            return ""
         return f"{min(self.done + 1, len(self.weights))}/{len(self.weights)}"
 
     @property
     def left(self) -> str:
-        """About how long the rest takes, judged by what is done; nothing before the first step is."""
-        passed = sum(self.weights[: self.done])
-        if not passed:
+        """About how long the rest takes, judged by what is done; nothing before the first step is, or where all are."""
+        passed, whole = sum(self.weights[: self.done]), sum(self.weights)
+        if not passed or passed == whole:
             return ""
-        return f"about {duration((self.clock() - self.start) / passed * (sum(self.weights) - passed))} left"
+        return f"about {duration((self.clock() - self.start) / passed * (whole - passed))} left"
 
     def tell(self, what: str) -> None:
         """Says what is going on."""

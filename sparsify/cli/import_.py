@@ -54,9 +54,9 @@ def import_(
 
     Every head is named in the spec, so a model with other heads is an error when it is compiled; --model says so now.
     """
-    from sparsify.cli.models import overrides
     from sparsify.errors import InputError
     from sparsify.imports import load
+    from sparsify.models import overrides
 
     if model is not None and query_heads is not None:
         raise InputError("import: --query-heads and --model both say how many heads there are; give one")
@@ -103,8 +103,8 @@ def _heads(model: str, fields: dict[str, Any]) -> tuple[dict[int, int], str, dic
     import torch
 
     import sparsify
-    from sparsify.cli.models import Wanted, called, of_config
-    from sparsify.cli.output import progress
+    from sparsify.models import Wanted, called, of_config
+    from sparsify.progress import progress
     from sparsify.report import Report
 
     def report(made: Any, args: Any, kwargs: Any) -> Report:

@@ -117,8 +117,8 @@ def _planned(
 
 def _model(name: str, dtype: str | None, device: str) -> tuple[Any, Tokenizer]:
     """The model, and how it reads text: by its tokenizer, or by bytes where it has 256 tokens and none."""
-    from sparsify.cli.models import Wanted, called, loaded
     from sparsify.errors import InputError
+    from sparsify.models import Wanted, called, loaded
     from sparsify.planner.samples import of_bytes, of_hugging_face
 
     wanted = Wanted(dtype=dtype, command="plan")

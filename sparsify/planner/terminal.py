@@ -1,60 +1,19 @@
-"""What a plan shows at a terminal: progress with an estimate of the time left, a short table, the front."""
+"""What a plan shows at a terminal: progress with an estimate of the time left (`Bar`), a short table, the front."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.bench.progress import duration
-from sparsify.cli.output import progress as bar
 from sparsify.planner.plan import Plan, Point, SitePlan
+from sparsify.progress import Bar
+
+__all__ = ["Bar", "summary"]
 
 WIDTH = 30
-
-
-class Bar:
-    """A bar on stderr, at a terminal only. The time left is judged by the steps that are done (see `Progress`)."""
-
-    def __init__(self) -> None:
-        self.bar = bar()
-        self.weights: list[float] = []
-        self.done = 0
-        self.task = self.bar.add_task("catching the model's attentions", total=None)
-
-    def __enter__(self) -> Bar:
-        self.start = time.perf_counter()
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
-    def expect(self, weights: Sequence[float]) -> None:
-        self.weights += weights
-        self.bar.update(self.task, total=sum(self.weights))
-
-    def tell(self, what: str) -> None:
-        self.bar.update(self.task, description=f"{what}{self.left}")
-
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.update(self.task, completed=sum(self.weights[: self.done]))
-
-    @property
-    def left(self) -> str:
-        """`, about 40 s left`; nothing before a step is done or where all are."""
-        passed, whole = sum(self.weights[: self.done]), sum(self.weights)
-        if not passed or passed == whole:
-            return ""
-        return f", about {duration((time.perf_counter() - self.start) / passed * (whole - passed))} left"
 
 
 def summary(found: Plan) -> RenderableType:
