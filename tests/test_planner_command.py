@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 
@@ -93,6 +94,25 @@ def test_what_was_profiled_is_kept_in_a_folder_that_is_given(run, folder, monkey
 def test_wrong_input_is_one_sentence(line, message, run):
     code, out, err = run(line)
     assert code == 2 and message in err and len(err.splitlines()) == 1 and "Traceback" not in out + err
+
+
+def test_the_help_has_room_at_80_columns(run, monkeypatch):
+    """Every option's name stands whole, and its help beside it in lines of 30 letters at least."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("plan --help")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80 and "…" not in out
+    names = (
+        "--validate-length",
+        "--dense-layers",
+        "--candidates",
+        "--evidence",
+        "--no-evidence",
+        "--kv-groups",
+        "--out",
+    )
+    assert all(f"{name} " in out for name in names)
+    rows = [line.rstrip("│ \n") for line in out.splitlines() if line.startswith("│")]
+    assert max(len(re.split(r" {3,}", row)[-1]) for row in rows) >= 30
 
 
 def test_an_encoder_without_a_tokenizer_is_no_reader_of_bytes(run, folder):
