@@ -21,7 +21,9 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Data = Annotated[list[Path], typer.Option(help="Text: a file, or a folder of files (repeat it).", show_default=False)]
+Data = Annotated[
+    list[Path], typer.Option(metavar="PATH", help="Text: a file, or a folder of files (repeat it).", show_default=False)
+]
 Lengths = Annotated[str, typer.Option(help="Lengths to profile, in tokens.")]
 Budget = Annotated[str, typer.Option(help="A share of the dense cost, or a bound such as 'loss +1%'.")]
 Of = Annotated[str, typer.Option(help="What it is a share of: time, tiles, pairs, memory.")]
@@ -34,15 +36,17 @@ Profile = Annotated[
         " gates.",
     ),
 ]
-Samples = Annotated[int, typer.Option(rich_help_panel=READ, help="Pieces of text for each length.", min=1)]
+Samples = Annotated[int, typer.Option(metavar="N", rich_help_panel=READ, help="Pieces of text for each length.", min=1)]
 Recall = Annotated[
-    float | None, typer.Option(rich_help_panel=READ, help="The share of them with planted facts to remember.")
+    float | None,
+    typer.Option(metavar="SHARE", rich_help_panel=READ, help="The share of them with planted facts to remember."),
 ]
 Rounds = Annotated[
-    int, typer.Option(rich_help_panel=READ, help="How often the profile is made again on the way.", min=0)
+    int, typer.Option(metavar="N", rich_help_panel=READ, help="How often the profile is made again on the way.", min=0)
 ]
 Validate = Annotated[
-    list[Path] | None, typer.Option(rich_help_panel=READ, help="Text to validate with. Default: the data's end.")
+    list[Path] | None,
+    typer.Option(metavar="PATH", rich_help_panel=READ, help="Text to validate with. Default: the data's end."),
 ]
 ValidateLength = Annotated[
     int | None, typer.Option(rich_help_panel=READ, help="In tokens. Default: a length not profiled.")
@@ -50,15 +54,22 @@ ValidateLength = Annotated[
 Candidates = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=GET, help="A file of candidates, or kinds: elastic,windows,strides,selectors,neighborhoods."
+        rich_help_panel=GET,
+        help="A file of candidates, or kinds, joined by commas: elastic, windows, strides, selectors, neighborhoods.",
     ),
 ]
 Shape = Annotated[str | None, typer.Option(rich_help_panel=GET, help="Of a grid of tokens, for neighborhoods: 64,64.")]
-Rules = Annotated[int | None, typer.Option(rich_help_panel=GET, help="Distinct rules that a layer may have.", min=1)]
+Rules = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=GET, help="Distinct rules that a layer may have.", min=1)
+]
 DenseLayers = Annotated[str, typer.Option(rich_help_panel=GET, help="Layers that keep everything, such as 0-1.")]
 Reuse = Annotated[
     list[str] | None,
-    typer.Option(rich_help_panel=GET, help="A layer that selects, and those that take its choices: 2:3-5 (repeat it)."),
+    typer.Option(
+        metavar="L:L",
+        rich_help_panel=GET,
+        help="A layer that selects, and those that take its choices: 2:3-5 (repeat it).",
+    ),
 ]
 KvGroups = Annotated[
     bool | None,

@@ -73,7 +73,7 @@ def plan(
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
     _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
-    measured = type(rig.objective).__qualname__, rig.objective.unit, rig.objective.absolute
+    measured = type(rig.objective).__qualname__, rig.objective.unit, getattr(rig.objective, "__dict__", None)
     run = __version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured
     kept = State(None if state is None else Path(state), digest(run))
     made = Planner(rig, found, wanted, kept, progress).make(about)

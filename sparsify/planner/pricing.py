@@ -33,8 +33,8 @@ def best_few(prices: np.ndarray, most: int, known: Iterable[np.ndarray] = ()) ->
         left = np.flatnonzero(reached < least)
         left = left[np.argsort(reached[left], kind="stable")]
         if size < most - 1:
-            sets = np.array([[*sets[i], c] for i in left for c in range(sets[i, -1] + 1, len(columns))], dtype=np.int64)
-            sets = sets.reshape(-1, size + 1)
+            which, candidate = np.nonzero(np.arange(len(columns)) > sets[left, -1:])
+            sets = np.column_stack([sets[left[which]], candidate])
             continue
         step = max(1, CHUNK // columns.size)
         for start in range(0, len(left), step):
