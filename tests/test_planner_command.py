@@ -69,6 +69,7 @@ def test_a_folder_and_text_give_a_spec(run, folder):
     assert not report.refused
 
 
+@pytest.mark.slow
 def test_what_was_profiled_is_kept_in_a_folder_that_is_given(run, folder, monkeypatch):
     assert run(f"plan llama {GIVEN} --profile output --budget 0.8 --state kept -o one.yaml")[0] == 0
     kept = sorted((folder / "kept").iterdir())
