@@ -314,10 +314,10 @@ def test_settings_name_the_budgets_mildest_first():
 
 
 def test_elastic_spans_that_are_the_same_at_all_lengths_count_once():
-    found = kinds_of.told_apart(kinds_of.default(True, 2048, "time", ("elastic",)), (512, 2048))
+    found = kinds_of.told_apart(kinds_of.default(True, 2048, "time", ("elastic",)), (512, 1024))
 
     def masks(one):
-        return tuple(hash((one.pattern() & causal()).mask(1, n, n).numpy().tobytes()) for n in (512, 2048))
+        return tuple(hash((one.pattern() & causal()).mask(1, n, n).numpy().tobytes()) for n in (512, 1024))
 
     whole = kinds_of.default(True, 2048, "time", ("elastic",))
     assert 5 < len(found) < len(whole) == 49
