@@ -421,7 +421,7 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
     for part in parts:
         flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else [part]))
     flat = dict.fromkeys(_tightest(flat, kind))
-    if zero in flat or any(negate(part) in flat for part in flat if not isinstance(part, And | Or)):
+    if zero in flat or any(negate(part) in flat for part in flat if not (isinstance(part, And | Or) or _bounds(part))):
         return zero
     dual = Or if kind is And else And
     kept = [p for p in flat if not (isinstance(p, dual) and any(q in flat for q in p.parts))]  # absorption
@@ -432,13 +432,18 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
     return kept[0] if len(kept) == 1 else kind(tuple(kept)) if kept else unit
 
 
+def _bounds(part: Pred) -> bool:
+    """Whether it is a bound on a sum, which `_tightest` compares with the others."""
+    return isinstance(part, Ge) and isinstance(part.expr, Sum)
+
+
 def _tightest(parts: Iterable[Pred], kind: type[And] | type[Or]) -> list[Pred]:
     """Of several bounds on one linear form, the one that decides: the lowest in an And, the highest in an Or."""
     tighter = operator.lt if kind is And else operator.gt
     bound: dict[frozenset[tuple[int, Expr]], Ge] = {}
     rest: list[Pred] = []
     for part in parts:
-        if isinstance(part, Ge) and isinstance(part.expr, Sum):
+        if _bounds(part):
             form = frozenset(part.expr.terms)
             if form not in bound or tighter(part.expr.const, bound[form].expr.const):
                 bound[form] = part
