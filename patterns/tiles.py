@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify.expr import (
     FALSE,
@@ -319,6 +319,9 @@ class TileRule:
         return self._without(lambda node: bool(data_bounds(node)) or "b" in variables(node))
 
     def _without(self, unknown: Unknown) -> TileRule:
+        limits = [one for band in self.bands for one in (band.low, band.high, band.unless) if one is not None]
+        if not any(unknown(one) for one in (self.full, self.empty, *limits)):
+            return replace(self, bands=tuple(dict.fromkeys(self.bands)))
         bands = tuple(
             Band(_known(band.low, Max, unknown), _known(band.high, Min, unknown), _surely(band.unless, unknown))
             for band in self.bands

@@ -12,6 +12,7 @@ Here they are built. `sparsify.text` writes and reads them, `sparsify.walk` subs
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, dataclass_transform
@@ -283,14 +284,22 @@ def constant(expr: Expr) -> int | None:
 def _sum(parts: Iterable[tuple[int, Expr]]) -> Expr:
     const, terms = 0, {}
     for factor, part in parts:
-        inner = part if isinstance(part, Sum) else Sum(0, ((1, part),))
-        const += factor * inner.const
-        for coefficient, atom in inner.terms:
+        if not isinstance(part, Sum):
+            terms[part] = terms.get(part, 0) + factor
+            continue
+        const += factor * part.const
+        for coefficient, atom in part.terms:
             terms[atom] = terms.get(atom, 0) + factor * coefficient
-    kept = tuple(sorted(((c, a) for a, c in terms.items() if c), key=lambda term: (-term[0], repr(term[1]))))
+    kept = [(coefficient, atom) for atom, coefficient in terms.items() if coefficient]
+    if len(kept) > 1:
+        kept.sort(key=_by_text)
     if const == 0 and len(kept) == 1 and kept[0][0] == 1:
         return kept[0][1]
-    return Sum(const, kept)
+    return Sum(const, tuple(kept))
+
+
+def _by_text(term: tuple[int, Expr]) -> tuple[int, str]:
+    return -term[0], repr(term[1])
 
 
 def _product(left: Expr, right: Expr) -> Expr:
@@ -382,9 +391,9 @@ def _tightened(expr: Expr) -> Expr:
     """Divides `expr >= 0` by the common factor of its coefficients, rounding the constant down."""
     import math
 
-    if not isinstance(expr, Sum):
+    common = math.gcd(*(c for c, _ in expr.terms)) if isinstance(expr, Sum) else 1
+    if common == 1:
         return expr
-    common = math.gcd(*(c for c, _ in expr.terms))
     return _sum([(c // common, a) for c, a in expr.terms] + [(expr.const // common, as_expr(1))])
 
 
@@ -412,7 +421,7 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
     for part in parts:
         flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else [part]))
     flat = dict.fromkeys(_tightest(flat, kind))
-    if zero in flat or any(negate(part) in flat for part in flat if not isinstance(part, And | Or)):
+    if zero in flat or any(negate(part) in flat for part in flat if not (isinstance(part, And | Or) or _bounds(part))):
         return zero
     dual = Or if kind is And else And
     kept = [p for p in flat if not (isinstance(p, dual) and any(q in flat for q in p.parts))]  # absorption
@@ -423,28 +432,29 @@ def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero:
     return kept[0] if len(kept) == 1 else kind(tuple(kept)) if kept else unit
 
 
+def _bounds(part: Pred) -> bool:
+    """Whether it is a bound on a sum, which `_tightest` compares with the others."""
+    return isinstance(part, Ge) and isinstance(part.expr, Sum)
+
+
 def _tightest(parts: Iterable[Pred], kind: type[And] | type[Or]) -> list[Pred]:
     """Of several bounds on one linear form, the one that decides: the lowest in an And, the highest in an Or."""
-    pick = min if kind is And else max
-    bound: dict[tuple[tuple[int, Expr], ...], int] = {}
+    tighter = operator.lt if kind is And else operator.gt
+    bound: dict[frozenset[tuple[int, Expr]], Ge] = {}
     rest: list[Pred] = []
     for part in parts:
-        if isinstance(part, Ge) and isinstance(part.expr, Sum):
-            terms = part.expr.terms
-            bound[terms] = pick(bound.get(terms, part.expr.const), part.expr.const)
+        if _bounds(part):
+            form = frozenset(part.expr.terms)
+            if form not in bound or tighter(part.expr.const, bound[form].expr.const):
+                bound[form] = part
         else:
             rest.append(part)
-    for terms, const in bound.items():
-        other = bound.get(_negated(terms))
-        if other is not None and (const + other < 0 if kind is And else const + other >= -1):
+    for form, part in bound.items():
+        other = bound.get(frozenset((-coefficient, atom) for coefficient, atom in form)) if len(bound) > 1 else None
+        both = 0 if other is None else part.expr.const + other.expr.const
+        if other is not None and (both < 0 if kind is And else both >= -1):
             return [FALSE if kind is And else TRUE]  # the two bounds leave nothing, or cover everything
-        rest.append(Ge(_sum([(c, atom) for c, atom in terms] + [(const, as_expr(1))])))
-    return rest
-
-
-def _negated(terms: tuple[tuple[int, Expr], ...]) -> tuple[tuple[int, Expr], ...]:
-    negative = -Sum(0, terms)
-    return negative.terms if isinstance(negative, Sum) else ((1, negative),)
+    return rest + list(bound.values())
 
 
 def _without(part: Pred, known: Mapping[Pred, None], kind: type[And] | type[Or]) -> Pred:
@@ -460,6 +470,13 @@ def _without(part: Pred, known: Mapping[Pred, None], kind: type[And] | type[Or])
 
 def negate(pred: Pred) -> Pred:
     """The opposite predicate, again in negation normal form."""
+    held = pred.__dict__  # as hashes and texts are
+    if "_negated" not in held:
+        held["_negated"] = _negated(pred)
+    return held["_negated"]
+
+
+def _negated(pred: Pred) -> Pred:
     match pred:
         case And(parts):
             return disjunction(negate(part) for part in parts)

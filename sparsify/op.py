@@ -1,5 +1,5 @@
 """The custom ops `sparsify::attention` and `sparsify::attention_lse`: tensors, numbers and one canonical string, and
-nothing else (design D6)."""
+nothing else, so that graphs can be cached, exported, pickled and sent to other processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A program: everything about one attention that is fixed before its tensors are known.
 
-It is what the custom op carries as one canonical string (design D6), so graphs can be cached, exported, pickled and
+It is what the custom op carries as one canonical string, so graphs can be cached, exported, pickled and
 sent to other processes: no handle into this process is in it. The kernel's source, name and hash follow from it, the
 dtype, the head size and the machine.
 """
@@ -29,7 +29,7 @@ TARGETS = ("cpp", "triton", "null")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token each slot holds, where slots are not the tokens in their order (design D9).
+    """Which token each slot holds, where slots are not the tokens in their order.
 
     Predicates and biases then speak of slots, and a kernel reads row `token` where it needs slot q or k: nothing is
     moved. A query that no slot holds gives 0.

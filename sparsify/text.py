@@ -8,6 +8,7 @@ Printing is by an op table, which a target's printer overrides with its own lang
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,7 +84,18 @@ def to_text(
     node: Expr | Pred, ops: Mapping[str, str] = PYTHON, leaf: Callable[[Expr], str | None] | None = None
 ) -> str:
     """The node in the language of an op table; `leaf(atom)`, where it isn't None, names a variable or a load."""
-    return Printer(ops, leaf or (lambda atom: None)).text(node)
+    if ops is PYTHON and leaf is None:
+        return _plain(node)
+    return Printer(ops, leaf or _no_name).text(node)
+
+
+def _no_name(atom: Expr) -> None:
+    """No leaf has a name of its own."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(node: Expr | Pred) -> str:
+    return Printer(PYTHON, _no_name).text(node)
 
 
 class Printer:

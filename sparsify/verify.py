@@ -130,7 +130,7 @@ def _check_output(item: MaskCheck, own: torch.Tensor, made: torch.Tensor, weight
     """Both round, in an order of their own: what differs by little beside the largest output is equal.
 
     weights: those of the kept keys, summed; where some rows are empty, those of which it is 0 say nothing (there the
-    model's own is an average over everything or NaN, design D4).
+    model's own is an average over everything or NaN, and 0 here).
     """
     counts = weights != 0 if empty else torch.ones_like(own, dtype=torch.bool)
     own, made = own[counts], made[counts]

@@ -19,11 +19,11 @@ from sparsify.bench.check import Check, check
 from sparsify.bench.measure import Memory, Result, Timing, kept_share, timing
 from sparsify.bench.memory import peak_bytes
 from sparsify.bench.peers import SAME, Inputs, peers_of
-from sparsify.bench.progress import Steps, duration
 from sparsify.bench.selection import SelectionCase
 from sparsify.bench.summary import summaries
 from sparsify.errors import InputError
 from sparsify.patterns import causal, topk, window
+from sparsify.progress import Bar, duration
 
 measuring = importlib.import_module("sparsify.bench.measure")
 
@@ -259,7 +259,7 @@ def test_memory_is_looked_at_where_the_system_keeps_no_mark(tmp_path, monkeypatc
 
 def test_progress_counts_and_says_what_is_left() -> None:
     now = [0.0]
-    with Steps([1.0, 1.0, 8.0], clock=lambda: now[0]) as steps:
+    with Bar([1.0, 1.0, 8.0], clock=lambda: now[0]) as steps:
         steps.tell("one")
         assert (steps.count, steps.left) == ("1/3", "")
         now[0] = 30.0
@@ -267,8 +267,13 @@ def test_progress_counts_and_says_what_is_left() -> None:
         assert (steps.count, steps.left) == ("2/3", "about 4 min left")
         now[0] = 40.0
         steps.advance()
+        steps.expect([4.0])
+        assert (steps.count, steps.left) == ("3/4", "about 4 min left")
         steps.advance()
-        assert (steps.count, steps.left) == ("3/3", "about 0 s left")
+        steps.advance()
+        assert (steps.count, steps.left) == ("4/4", "")
+    with Bar(what="something") as steps:
+        assert (steps.count, steps.left) == ("", "")
     assert [duration(s) for s in (0.4, 99, 101, 7500)] == ["0 s", "99 s", "2 min", "2 h 5 min"]
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from sparsify.bench import end_to_end, runs
 from sparsify.bench.end_to_end import measure, remarks, table, write_json
-from sparsify.cli.models import Wanted
 from sparsify.errors import InputError
+from sparsify.models import Wanted
 
 pytest.importorskip("transformers")
 
@@ -134,7 +134,7 @@ def test_models_that_can_not_be_made(name: str, given: dict[str, Any], message: 
 
 
 def test_models_that_are_too_large(monkeypatch) -> None:
-    monkeypatch.setattr("sparsify.cli.models.LARGE", 1)
+    monkeypatch.setattr("sparsify.models.LARGE", 1)
     with pytest.raises(InputError) as raised:
         measured("llama")
     message = "its 0 GiB of weights are too many to run it; make it smaller: --set num_hidden_layers=2"

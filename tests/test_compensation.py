@@ -108,7 +108,7 @@ def test_half_precision(dtype):
 
 
 def test_equal_keys_are_dense_attention():
-    """Where all dropped keys are equal the compensated weight is exactly theirs (static.md: the oracle of the rule)."""
+    """Where all dropped keys are equal the compensated weight is exactly theirs."""
     q, k, v = inputs()
     kept = RAZOR.mask(1, 1, 60)[0, 0]
     k[:, :, ~kept] = k[:, :, 10:11]

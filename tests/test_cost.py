@@ -242,6 +242,8 @@ def test_selections_count_by_their_budget():
     ("given", "says"),
     [
         ({"length": 0}, "cost: length: expected an integer >= 1, found 0"),
+        ({"length": 10**9}, "cost: length: expected at most 16777216 tokens, found 1000000000"),
+        ({"length": 2**24, "batch": 64}, "cost: length: 16777216 queries of 4 heads in a batch of 64 are "),
         ({"length": 64, "q_len": 65}, "cost: q_len: expected an integer from 1 to the length 64, found 65"),
         ({"length": 64, "kv_heads": 3}, "cost: kv_heads: 4 query heads are no multiple of 3"),
         ({"length": 64, "dtype": "bfloat"}, "cost: dtype: found 'bfloat'; did you mean 'bfloat16'?"),

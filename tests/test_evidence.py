@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from plan_cases import CANDIDATES, SHARES, made_up_pictures, made_up_plan
+from rich.console import Console
 
 from sparsify.errors import InputError
 from sparsify.pictures.axes import along, powers, ticks
 from sparsify.planner.evidence import Evidence, duration, kind_of, percent, tokens, write_evidence
 from sparsify.planner.evidence_page import page
 from sparsify.planner.plan import Candidate
+from sparsify.planner.terminal import summary
 
 PLAN = made_up_plan()
 PICTURES = made_up_pictures(PLAN)
@@ -136,6 +139,21 @@ def test_times_and_validation_are_those_of_the_plan(elements):
     cells = [text for _, text in elements.of("td")]
     for row in PLAN.validation:
         assert f"{row.loss:.4g}" in cells and f"{row.increase:+.3g}" in cells
+
+
+def test_a_plan_that_is_slower_than_dense_says_so():
+    assert PLAN.slower == "" and Elements(page(Evidence(PLAN)).decode()).of("p", "slower") == []
+    sites = [replace(site, seconds=(site.seconds[0], 2 * site.dense_seconds[1])) for site in PLAN.sites]
+    slow = replace(PLAN, of="pairs", sites=tuple(sites))
+    assert slow.slower == (
+        "predicted to be slower than dense attention: 2 times its time at 2048 tokens; "
+        "the budget was one of pairs, so plan by time (--of time) where speed is wanted"
+    )
+    assert Elements(page(Evidence(slow)).decode()).of("p", "slower")[0][1] == slow.slower
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary(slow))
+    shown = console.export_text()
+    assert slow.slower in shown and "predicted time: 180 ms of 90 at 2048 tokens" in shown
 
 
 def test_the_script_is_given_each_head_and_its_alternatives(html):

@@ -1,18 +1,22 @@
 """`plan`: from a model and text to a spec that the backend takes, and what a user is told of wrong input."""
 
 import io
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from planner_cases import CANDIDATES, tiny, tokens
+from planner_cases import CANDIDATES, rig, tiny, tokens
 
 from sparsify.errors import InputError
 from sparsify.patterns import causal
 from sparsify.planner import Plan, plan
 from sparsify.planner import candidates as kinds_of
+from sparsify.planner.heads import OF, Costs
 from sparsify.planner.objective import Embedding, Tokens, Values, objective_for
+from sparsify.planner.plan import Candidate
 from sparsify.planner.readings import Readings
 from sparsify.planner.samples import Sample, Stream, of_bytes, plant, read_texts
 from sparsify.planner.settings import Budget, Settings
@@ -90,6 +94,37 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists()
 
 
+def test_a_plan_at_another_budget_finds_what_was_profiled(tmp_path, monkeypatch):
+    """Neither the budget nor the front, machine or limits are part of what a profile depends on; probes are."""
+    from sparsify.planner import influence
+
+    made, sketch = [], influence.sketch
+    monkeypatch.setattr(influence, "sketch", lambda *args: made.append(args) or sketch(*args))
+    given = {"lengths": 32, "state": tmp_path / "state", "rounds": 0, **SMALL, "front": ()}
+    plan(tiny(), [TEXT], budget=0.8, keep=True, **given)
+    assert len(made) == 2
+    other = plan(tiny(), [TEXT], budget=0.6, keep=True, per_layer=3, **given)
+    assert len(made) == 2 and other.front[other.chosen].cost <= 0.6 + 1e-6
+    plan(tiny(), [TEXT], budget=0.6, **given | {"probes": 2})
+    assert len(made) == 4 and not (tmp_path / "state").exists()
+
+
+def test_a_budget_that_nothing_meets_is_named_before_anything_is_profiled(monkeypatch):
+    monkeypatch.setattr("sparsify.planner.make.profiled", None)
+    for budget in (0.01, "loss +1%"):
+        with pytest.raises(InputError, match=r"budget: no choice comes to 0.01 of the dense cost; the nearest that"):
+            plan(tiny(), [TEXT], lengths=32, budget=budget, **SMALL | {"front": (0.01,)})
+
+
+def test_heads_that_cost_more_together_are_told(monkeypatch):
+    """What is met head by head may not be met by heads that share tiles."""
+    from sparsify.planner.make import Planner
+
+    monkeypatch.setattr(Planner, "cost", lambda self, chosen: 3.0)
+    with pytest.raises(InputError, match=r"heads that come to 0.6 one by one cost 3 of dense together; take a larger"):
+        plan(tiny(), [TEXT], lengths=32, budget=0.6, rounds=0, **SMALL | {"front": ()})
+
+
 @pytest.mark.slow
 def test_groups_of_heads_and_layers_that_stay_dense():
     found = plan(tiny(), [TEXT], lengths=32, budget=0.7, rounds=0, **SMALL | {"joined": True, "dense_layers": "0"})
@@ -135,6 +170,8 @@ WRONG = [
     ({"budget": "loss +1e-12", "objective": Tokens(False)}, "plan: budget: no plan loses at most +"),
     ({"of": "tile"}, "plan: of: found 'tile'; did you mean 'tiles'?"),
     ({"profile": "influenced"}, "plan: profile: found 'influenced'; did you mean 'influence'?"),
+    ({"budget": "loss +1%", "front": ()}, "plan: front: expected shares of the dense cost, one at least for a bound"),
+    ({"front": (2,)}, "plan: front: expected shares of the dense cost, found (2,)"),
     ({"samples": 0}, "plan: samples: expected an integer of at least 1, found 0"),
     ({"recall": 2}, "plan: recall: expected a share from 0 to 1, found 2"),
     ({"dense_layers": "x"}, "plan: dense_layers: "),
@@ -168,6 +205,12 @@ def test_pieces_are_spread_and_planted_facts_come_twice():
     assert [len(piece) for piece in pieces] == [100] * 4 and (pieces[0] == stream.tokens[:100]).all()
     found, needles = plant(np.zeros(512, dtype=np.int64), np.arange(1, 50), np.random.default_rng(0))
     assert needles
+    for size, seed in itertools.product((128, 200, 512, 4096), range(20)):
+        _, planted = plant(np.zeros(size, dtype=np.int64), np.arange(1, 50), np.random.default_rng(seed))
+        span = min(24, size // 32)  # of a whole fact, whose first third is its cue
+        for places in ([one[0] for one in planted], [one[1] for one in planted]):
+            assert (np.diff(places) >= span).all() and len(planted) > 1
+        assert max(asked + left for _, asked, left in planted) <= size
     for fact, asked, size in needles:
         assert fact + size <= 512 // 4 + 24 and 512 * 3 // 4 <= asked < asked + size <= 512
         assert (found[fact - 2 : fact + size] == found[asked - 2 : asked + size]).all() and found[fact] > 0
@@ -229,10 +272,41 @@ def test_probes_see_the_distance(objective):
     assert objective.distance(dense, reference, sample).abs().max() < 1e-6
 
 
-def test_readings_are_taken_as_they_are():
-    samples = tuple(Sample.of_tokens(tokens(32, seed=seed)) for seed in range(3))
+def test_readings_are_taken_as_they_are_and_validated_by_length():
+    samples = tuple(Sample.of_tokens(tokens(length, seed=length)) for length in (30, 31, 32, 48))
     given = Readings(samples[:1], samples[1:2], samples[2:])
-    assert plan(tiny(), given, lengths=32, budget=0.7, rounds=0, **SMALL).validation[0].length == 32
+    found = plan(tiny(), given, lengths=32, budget=0.7, rounds=0, **SMALL)
+    of_plan = [row for row in found.validation if row.name == found.front[found.chosen].name]
+    assert [row.length for row in of_plan] == [32, 48] and of_plan[0].cost > of_plan[1].cost
+    point = found.front[found.chosen]
+    assert point.validated == pytest.approx(np.mean([row.increase for row in of_plan]))
+
+
+def test_a_sample_is_known_by_all_that_is_in_it():
+    one, given = Sample.of_tokens(tokens(8)), tokens(8)
+    others = [
+        replace(one, extra={"scale": 2.0}), replace(one, extra={"scale": 3.0}), replace(one, needles=((0, 4, 2),)),
+        replace(one, inputs={"ids": given}), replace(one, inputs={"input_ids": given, "flag": True}),
+        replace(one, inputs={"input_ids": given.int()}), replace(one, extra={"mask": [torch.ones(2)]}),
+        replace(one, extra={"mask": [torch.zeros(2)]}), replace(one, tokens=given + 1), replace(one, kind="recall"),
+        replace(one, inputs={"input_ids": given + 2**40}), replace(one, inputs={"input_ids": given + 2**40 + 1}),
+    ]  # fmt: skip
+    assert len({sample.digest() for sample in [one, *others]}) == len(others) + 1
+    assert Sample.of_tokens(tokens(8)).digest() == one.digest()
+
+
+def test_heads_whose_rules_differ_cost_what_they_cost():
+    """One pattern by `h` costs each head what the head's own rule costs."""
+    made, _ = rig()
+    by_head = Candidate("by head", {"expr": "q - k < 64 + 128 * h"}).pattern()
+    alone = [Candidate("w", {"window": 64 + 128 * head}).pattern() for head in range(4)]
+    for of in OF:
+        costs = Costs(made.heads, (512,), of)
+        found, each = costs.shares([by_head, None])[0], costs.shares(alone)[0]
+        assert (np.diff(found[:4, 0]) > 0).all() and found[:, 1].sum() == pytest.approx(1)
+        assert found[4:, 0] == pytest.approx(found[:4, 0])  # of the other site
+        if of != "time":  # which heads share
+            assert found[:4, 0] == pytest.approx([each[head, head] for head in range(4)])
 
 
 def test_settings_name_the_budgets_mildest_first():
@@ -240,13 +314,14 @@ def test_settings_name_the_budgets_mildest_first():
 
 
 def test_elastic_spans_that_are_the_same_at_all_lengths_count_once():
-    found = kinds_of.told_apart(kinds_of.default(True, 1024, "time", ("elastic",)), (256, 1024))
-    masks = {one.name: [(one.pattern() & causal()).mask(1, n, n) for n in (256, 1024)] for one in found}
-    whole = kinds_of.default(True, 1024, "time", ("elastic",))
+    found = kinds_of.told_apart(kinds_of.default(True, 2048, "time", ("elastic",)), (512, 1024))
+
+    def masks(one):
+        return tuple(hash((one.pattern() & causal()).mask(1, n, n).numpy().tobytes()) for n in (512, 1024))
+
+    whole = kinds_of.default(True, 2048, "time", ("elastic",))
     assert 5 < len(found) < len(whole) == 49
-    for one in whole[1:]:
-        mine = [(one.pattern() & causal()).mask(1, n, n) for n in (256, 1024)]
-        assert any(all(torch.equal(a, b) for a, b in zip(mine, other, strict=True)) for other in masks.values()), one
+    assert set(map(masks, whole)) == set(map(masks, found)) and len(set(map(masks, found))) == len(found)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 
@@ -57,7 +58,7 @@ GIVEN = "--data text.txt --lengths 32,48 --candidates few.yaml --samples 1 --rou
 def test_a_folder_and_text_give_a_spec(run, folder):
     code, out, err = run(f"plan llama {GIVEN} --budget 0.8 -o mine.yaml")
     assert code == 0 and err == ""
-    assert "what each head of llama gets" in out and "> plan at 0.8" in out
+    assert "what each head of llama gets" in out and "> plan at 0." in out
     assert "mine.yaml: the spec; mine.plan.json: the plan" in out
     found, spec = Plan.load(folder / "mine.plan.json"), sparsify.load_spec(folder / "mine.yaml")
     assert spec == found.spec() and found.front[found.chosen].cost <= 0.8 + 1e-6
@@ -66,6 +67,15 @@ def test_a_folder_and_text_give_a_spec(run, folder):
     with torch.no_grad():
         report = sparsify.explain(model, input_ids=torch.zeros(1, 48, dtype=torch.long), use_cache=False, spec=spec)
     assert not report.refused
+
+
+@pytest.mark.slow
+def test_what_was_profiled_is_kept_in_a_folder_that_is_given(run, folder, monkeypatch):
+    assert run(f"plan llama {GIVEN} --profile output --budget 0.8 --state kept -o one.yaml")[0] == 0
+    kept = sorted((folder / "kept").iterdir())
+    monkeypatch.setattr("sparsify.planner.profiles.forward._one", None)  # it would be an error to profile again
+    assert run(f"plan llama {GIVEN} --profile output --budget 0.7 --state kept -o two.yaml")[0] == 0
+    assert set(kept) < set((folder / "kept").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,16 @@ def test_a_folder_and_text_give_a_spec(run, folder):
 def test_wrong_input_is_one_sentence(line, message, run):
     code, out, err = run(line)
     assert code == 2 and message in err and len(err.splitlines()) == 1 and "Traceback" not in out + err
+
+
+def test_the_help_has_room_at_80_columns(run, monkeypatch):
+    """Nothing is cut, and what is said of an option has lines of 30 letters at least."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("plan --help")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80 and "…" not in out
+    for panel in re.split(r"(?m)^╭─+", re.sub(r"[│╰].*[╯]", "", out))[2:]:
+        said = [re.split(r" {2,}", line.strip("│ "))[-1] for line in panel.splitlines()[1:]]
+        assert max(map(len, said)) >= 30, panel
 
 
 def test_an_encoder_without_a_tokenizer_is_no_reader_of_bytes(run, folder):

@@ -6,7 +6,7 @@ import torch
 from planner_cases import rig, tiny, tokens
 
 from sparsify.errors import InputError
-from sparsify.planner.objective import Tokens
+from sparsify.planner.objective import Tokens, Values
 from sparsify.planner.profiles import KINDS, profiled
 from sparsify.planner.profiles.gates import trained
 from sparsify.planner.profiles.moa import own_answers
@@ -170,6 +170,33 @@ def test_every_profile_goes_on_after_a_kill(profile, tmp_path, monkeypatch):
     assert np.array_equal(first.losses, second.losses) and again.reused
     with pytest.raises(Exception):  # noqa: B017, whatever Dynamo makes of it
         profiled(made, [sample], settings(profile, probes=2), State(tmp_path, "another run"), silent)
+
+
+class Hidden(torch.nn.Module):
+    """A model that gives its last hidden states, and no logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny()
+        self.inner.head = torch.nn.Identity()
+
+    def forward(self, input_ids):
+        return {"last_hidden_state": self.inner(input_ids)}
+
+
+def test_no_retrieval_without_logits():
+    """It is an error where it is asked for, and left out where facts happen to be planted."""
+    sample = Sample.of_tokens(tokens(), needles=((4, 30, 4),), kind="recall")
+    made = set_up(Hidden(), sample, rig()[0].candidates[:2], Values(), "hidden")
+    with pytest.raises(InputError) as error:
+        profiled(made, [sample], settings("retrieval"), NONE, silent)
+    assert str(error.value) == (
+        "plan: profile: retrieval needs a model that gives logits, and this one gives dict with last_hidden_state; "
+        "take 'output' or 'influence'"
+    )
+    assert profiled(made, [sample], settings("output"), NONE, silent).scores is None
+    with pytest.raises(InputError, match=r"has no logits \(batch, length, tokens\), found dict with last_hidden_state"):
+        Tokens().reference(made.run(sample), sample)
 
 
 def test_profiles_are_listed():

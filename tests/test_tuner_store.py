@@ -125,7 +125,11 @@ def test_a_wrong_file_is_refused_in_words_and_ignored_by_kernels(store, name):
     with pytest.raises(InputError) as raised:
         tunings.read(store)
     assert str(raised.value).startswith(f"{store}: {message}")
-    assert tuned.lookup(ENTRY.key) == {} and tuned.held() == ({}, str(raised.value))
+    with pytest.warns(RuntimeWarning) as warned:
+        assert tuned.lookup(ENTRY.key) == {} and tuned.held() == ({}, str(raised.value))
+        assert tuned.lookup(("a", "b", "c", "d")) == {}
+    what = "kernels run as they do by default; remove it and tune again, or set SPARSIFY_TUNED to another file or 0"
+    assert [str(one.message) for one in warned] == [f"{raised.value}; {what}"]  # once, however often it is asked
 
 
 def test_a_file_that_is_not_there(store):

@@ -186,7 +186,7 @@ def _way_back(site: Site, parts: Parts, groups: tuple[Dim, ...]) -> None:
 
 def _row_mask(side: Side, parts: Parts, groups: tuple[Dim, ...], before: fx.Node) -> fx.Node | None:
     """The rows of the output that are 0; None where the weights were masked as the scores were, which says nothing
-    new: a row that keeps nothing gives 0 (design D4)."""
+    new: a row that keeps nothing gives 0 in every kernel."""
     if set(flat(side.layout)) & set(leaves(parts.keys)):
         if any(_same_mask(side, mask) for mask in parts.masks):
             return None

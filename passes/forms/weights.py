@@ -108,7 +108,7 @@ def _is_guard(user: fx.Node) -> bool:
 
 
 def _fills_nan(user: fx.Node, node: fx.Node) -> bool:
-    """0 in place of NaN: what the weights of a row that keeps nothing are here anyway (design D4)."""
+    """0 in place of NaN: what the weights of a row that keeps nothing are in every kernel."""
     if op(user) == "nan_to_num":
         return not argument(user, "nan")
     found = _emptied(user, node)

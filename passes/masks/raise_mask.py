@@ -8,7 +8,7 @@ Before, as Hugging Face builds it (19 ATen nodes, a bool tensor of B*Q*K element
 
 After: `k <= q and _0[b, k]`, with the bool padding tensor as load `_0`. No tensor over queries and keys is left.
 
-How: an abstract interpreter (design D2, `elements`) asks what the mask's element at [b, h, q, k] is, from the mask
+How: an abstract interpreter (`elements`) asks what the mask's element at [b, h, q, k] is, from the mask
 backwards. `arange` answers with its index, views remap indices, comparisons build predicates, and what is opaque
 becomes a load of the smallest tensor on the way. Elementwise operations that no closed form describes, but that depend
 on few positions (k - q and h, say), are computed anew over those (`tables`). What an additive mask comes to is taken
@@ -17,7 +17,7 @@ predicate, all else are terms of a bias. Nothing is refused: at worst a mask is 
 
 One thing it assumes, and says so in `assumed`: integers that the model computes (1 - mask) * min with are 0 or 1;
 `exact` takes nothing for granted. Additive masks differ from a predicate in one place: a row that keeps nothing is an
-average over everything when its mask is finite, NaN when it is -inf, and 0 here (design D4).
+average over everything when its mask is finite, NaN when it is -inf, and 0 here, as in every kernel.
 """
 
 from __future__ import annotations

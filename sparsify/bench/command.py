@@ -2,120 +2,145 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from sparsify.bench.runs import How
+
 MODE = "What to measure (one of these; without any, single cases)"
+
+Grid = Annotated[
+    bool,
+    typer.Option(
+        "--grid", rich_help_panel=MODE, help="Measure every pattern at every shape; the options below narrow it."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MODE,
+        help="Measure a whole model with random weights: a config.json, a folder with one, a model type such as"
+        " llama, or package.module:callable. Prefill and decode, with Inductor and with sparsify.",
+        show_default=False,
+    ),
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        rich_help_panel=MODE, help="Say what got slower from one file of results to another.", show_default=False
+    ),
+]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless", rich_help_panel=MODE, help="Measure small models without a spec beside the inductor backend."
+    ),
+]
+Neighborhood = Annotated[
+    bool,
+    typer.Option(
+        "--neighborhood", rich_help_panel=MODE, help="Measure neighborhoods in grids, and those of video models."
+    ),
+]
+Selection = Annotated[
+    bool,
+    typer.Option(
+        "--selection", rich_help_panel=MODE, help="Measure selections from the data, and what choosing costs of it."
+    ),
+]
+Decode = Annotated[
+    bool,
+    typer.Option(
+        "--decode", rich_help_panel=MODE, help="Measure one query over a long cache beside the rate of memory."
+    ),
+]
+Mixture = Annotated[
+    bool,
+    typer.Option(
+        "--mixture", rich_help_panel=MODE, help="Measure eight unlike heads in one call beside each of them alone."
+    ),
+]
+Overhead = Annotated[
+    bool,
+    typer.Option(
+        "--overhead",
+        rich_help_panel=MODE,
+        help="Measure eager calls, the passes' part of compiling, and what a longer sequence builds again.",
+    ),
+]
+Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate", rich_help_panel=MODE, help="Predict drawn patterns and shapes, and measure them beside it."
+    ),
+]
+Preparation = Annotated[
+    bool,
+    typer.Option("--preparation", rich_help_panel=MODE, help="Measure what a mask costs before the first tile."),
+]
+Pattern = Annotated[list[str] | None, typer.Option(help="Patterns to measure (repeat it). Default: windows.")]
+Length = Annotated[list[int] | None, typer.Option(help="Sequence lengths. Default: 4096, of a model 2048.", min=1)]
+HeadDim = Annotated[list[int] | None, typer.Option(help="Head sizes. Default: 64.", min=1)]
+Dtype = Annotated[
+    list[str] | None,
+    typer.Option(help="float32, bfloat16, float16. Default: the first two, of a model the first."),
+]
+Heads = Annotated[int | None, typer.Option(help="Query heads. Default: 8.", min=1)]
+KvHeads = Annotated[int | None, typer.Option(help="Key heads. Default: as many; in the grid, a quarter, too.", min=1)]
+Case = Annotated[
+    list[str] | None,
+    typer.Option(help="Cases of --lossless, --neighborhood, --selection or --decode (repeat it). Default: all."),
+]
+Spec = Annotated[Path | None, typer.Option(help="A spec that --model runs with, too.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A field of --model's config, as NAME=VALUE (repeat it).")]
+Count = Annotated[int, typer.Option(help="How many patterns --simulate draws.", min=10)]
+Seed = Annotated[
+    int | None, typer.Option(help="What --simulate draws from; another one each time, if not given.", min=0)
+]
+Repeats = Annotated[int, typer.Option(help="Interleaved rounds, at most.", min=5)]
+Seconds = Annotated[float, typer.Option(help="Time for one case's rounds, about.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Json = Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw speed-up against density here (a .png or .html file, or a folder for both)."),
+]
 
 
 def bench(
     context: typer.Context,
-    grid: Annotated[
-        bool,
-        typer.Option(
-            "--grid", rich_help_panel=MODE, help="Measure every pattern at every shape; the options below narrow it."
-        ),
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=MODE,
-            help="Measure a whole model with random weights: a config.json, a folder with one, a model type such as"
-            " llama, or package.module:callable. Prefill and decode, with Inductor and with sparsify.",
-            show_default=False,
-        ),
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(
-            rich_help_panel=MODE, help="Say what got slower from one file of results to another.", show_default=False
-        ),
-    ] = None,
-    lossless: Annotated[
-        bool,
-        typer.Option(
-            "--lossless", rich_help_panel=MODE, help="Measure small models without a spec beside the inductor backend."
-        ),
-    ] = False,
-    neighborhood: Annotated[
-        bool,
-        typer.Option(
-            "--neighborhood", rich_help_panel=MODE, help="Measure neighborhoods in grids, and those of video models."
-        ),
-    ] = False,
-    selection: Annotated[
-        bool,
-        typer.Option(
-            "--selection", rich_help_panel=MODE, help="Measure selections from the data, and what choosing costs of it."
-        ),
-    ] = False,
-    decode: Annotated[
-        bool,
-        typer.Option(
-            "--decode", rich_help_panel=MODE, help="Measure one query over a long cache beside the rate of memory."
-        ),
-    ] = False,
-    mixture: Annotated[
-        bool,
-        typer.Option(
-            "--mixture", rich_help_panel=MODE, help="Measure eight unlike heads in one call beside each of them alone."
-        ),
-    ] = False,
-    overhead: Annotated[
-        bool,
-        typer.Option(
-            "--overhead",
-            rich_help_panel=MODE,
-            help="Measure eager calls, the passes' part of compiling, and what a longer sequence builds again.",
-        ),
-    ] = False,
-    simulate: Annotated[
-        bool,
-        typer.Option(
-            "--simulate", rich_help_panel=MODE, help="Predict drawn patterns and shapes, and measure them beside it."
-        ),
-    ] = False,
-    preparation: Annotated[
-        bool,
-        typer.Option("--preparation", rich_help_panel=MODE, help="Measure what a mask costs before the first tile."),
-    ] = False,
-    pattern: Annotated[
-        list[str] | None, typer.Option(help="Patterns to measure (repeat it). Default: windows.")
-    ] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Sequence lengths. Default: 4096, of a model 2048.", min=1)
-    ] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes. Default: 64.", min=1)] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float32, bfloat16, float16. Default: the first two, of a model the first."),
-    ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads. Default: 8.", min=1)] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key heads. Default: as many; in the grid, a quarter, too.", min=1)
-    ] = None,
-    case: Annotated[
-        list[str] | None,
-        typer.Option(help="Cases of --lossless, --neighborhood, --selection or --decode (repeat it). Default: all."),
-    ] = None,
-    spec: Annotated[Path | None, typer.Option(help="A spec that --model runs with, too.", show_default=False)] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of --model's config, as NAME=VALUE (repeat it).")
-    ] = None,
-    count: Annotated[int, typer.Option(help="How many patterns --simulate draws.", min=10)] = 80,
-    seed: Annotated[
-        int | None, typer.Option(help="What --simulate draws from; another one each time, if not given.", min=0)
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds, at most.", min=5)] = 30,
-    seconds: Annotated[float, typer.Option(help="Time for one case's rounds, about.")] = 6.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write results here (a .json file or a folder).")] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw speed-up against density here (a .png or .html file, or a folder for both)."),
-    ] = None,
+    grid: Grid = False,
+    model: Model = None,
+    compare: Compare = None,
+    lossless: Lossless = False,
+    neighborhood: Neighborhood = False,
+    selection: Selection = False,
+    decode: Decode = False,
+    mixture: Mixture = False,
+    overhead: Overhead = False,
+    simulate: Simulate = False,
+    preparation: Preparation = False,
+    pattern: Pattern = None,
+    length: Length = None,
+    head_dim: HeadDim = None,
+    dtype: Dtype = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    case: Case = None,
+    spec: Spec = None,
+    set_: Set = None,
+    count: Count = 80,
+    seed: Seed = None,
+    repeats: Repeats = 30,
+    seconds: Seconds = 6.0,
+    device: Device = "auto",
+    json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Measure sparsify beside dense SDPA, SDPA with the mask, and compiled FlexAttention: one process, interleaved.
 
@@ -124,33 +149,33 @@ def bench(
     --compare exits with 1 when something got slower by more than 5 % and beyond its spread, --simulate when its errors
     are larger than those of a calibrated machine should be.
     """
-    from sparsify.bench import runs
+    given = SimpleNamespace(**locals())  # the options by their names
     from sparsify.bench.modes import mode_of
+    from sparsify.bench.runs import How
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     mode = mode_of([name.rstrip("_") for name, source in sources.items() if source and source.name == "COMMANDLINE"])
-    how = runs.How(repeats, seconds, device, json)
-    if mode == "compare" and compare is not None:
-        holds = runs.compared(*compare)
-    elif mode == "model" and model is not None:
-        holds = runs.model(model, spec, set_, length, dtype, how)
-    elif mode == "lossless":
-        holds = runs.lossless(case, dtype, how)
-    elif mode == "neighborhood":
-        holds = runs.neighborhood(case, how)
-    elif mode == "selection":
-        holds = runs.selection(case, dtype, how)
-    elif mode == "decode":
-        holds = runs.decode(case, dtype, how)
-    elif mode == "mixture":
-        holds = runs.mixture(length, head_dim, dtype, kv_heads, how)
-    elif mode == "overhead":
-        holds = runs.overhead(how)
-    elif mode == "simulate":
-        holds = runs.simulate(count, seed, dtype, how)
-    elif mode == "preparation":
-        holds = runs.preparation()
-    else:
-        holds = runs.attention(runs.cases(grid, pattern, length, head_dim, dtype, heads, kv_heads), how, plot)
-    if not holds:
+    if not _holds(mode, given, How(repeats, seconds, device, json)):
         raise typer.Exit(1)
+
+
+def _holds(mode: str | None, g: Any, how: How) -> bool:
+    """Measures what is asked for, and says whether it holds. g: what is given, by the options' names."""
+    from sparsify.bench import runs
+
+    modes: dict[str | None, Callable[[], bool]] = {
+        "compare": lambda: runs.compared(*g.compare),
+        "model": lambda: runs.model(g.model, g.spec, g.set_, g.length, g.dtype, how),
+        "lossless": lambda: runs.lossless(g.case, g.dtype, how),
+        "neighborhood": lambda: runs.neighborhood(g.case, how),
+        "selection": lambda: runs.selection(g.case, g.dtype, how),
+        "decode": lambda: runs.decode(g.case, g.dtype, how),
+        "mixture": lambda: runs.mixture(g.length, g.head_dim, g.dtype, g.kv_heads, how),
+        "overhead": lambda: runs.overhead(how),
+        "simulate": lambda: runs.simulate(g.count, g.seed, g.dtype, how),
+        "preparation": runs.preparation,
+    }
+    if mode in modes:
+        return modes[mode]()
+    cases = runs.cases(g.grid, g.pattern, g.length, g.head_dim, g.dtype, g.heads, g.kv_heads)
+    return runs.attention(cases, how, g.plot)

@@ -20,9 +20,9 @@ from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
 from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
-from sparsify.cli.models import Call, Wanted, called, check_size, decoding, from_config
 from sparsify.errors import InputError
 from sparsify.explanation import explain
+from sparsify.models import Call, Wanted, called, check_size, decoding, from_config
 
 ROWS = 64  # logits of so many last tokens are computed, where the model lets its caller say so; they are compared
 WARM = 3  # decode steps before the timing: the first two compile, for one length and for any

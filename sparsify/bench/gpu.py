@@ -23,7 +23,7 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
             run()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        warnings.warn(f"a peer can't be captured, so its times have Python's in them: {error}", stacklevel=2)
+        warnings.warn(f"a call can't be captured, so its times have Python's in them: {error}", stacklevel=2)
         return run
     return graph.replay
 

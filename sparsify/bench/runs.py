@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sparsify.bench.progress import Steps
 from sparsify.codegen.target import DTYPES
 from sparsify.errors import InputError, nearest
+from sparsify.progress import Bar
 
 if TYPE_CHECKING:
     from sparsify.bench.cases import Case
@@ -80,7 +80,7 @@ def attention(cases: Sequence[Case], how: How, plot: Path | None) -> bool:
     place = how.place
     pictures = [] if plot is None else paths(plot, stem(machine(place)["machine"]) + "-speed-up")
     results: list[Result] = []
-    with Steps([_weight(case) for case in cases]) as steps, cold_caches():
+    with Bar([_weight(case) for case in cases]) as steps, cold_caches():
         for case in cases:
             results.append(measure(case, place, how.repeats, how.seconds, steps.tell))
             steps.advance()
@@ -139,7 +139,7 @@ def model(
             raise InputError(f"bench: {option} does not go with a callable, which makes its model and inputs itself")
     from sparsify.bench import end_to_end
     from sparsify.bench.cold import cold_caches
-    from sparsify.cli.models import Wanted, overrides
+    from sparsify.models import Wanted, overrides
     from sparsify.options import read_spec
 
     read_spec(None if spec is None else str(spec))
@@ -149,7 +149,7 @@ def model(
         for n in length or (2048,)
     ]
     place, phases = how.place, []
-    with Steps([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches():
+    with Bar([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches():
         for wanted in made:
             phases += end_to_end.measure(name, spec, wanted, place, how.repeats, how.seconds, steps.tell)
             steps.advance()
@@ -254,7 +254,7 @@ def overhead(how: How) -> bool:
     """What sparsify takes beside computing. Fails where a longer sequence builds anything again."""
     from sparsify.bench import overhead
 
-    with Steps([1.0]) as steps:
+    with Bar([1.0]) as steps:
         found = overhead.measure(steps.tell)
         steps.advance()
     for table in overhead.tables(found):
@@ -293,7 +293,7 @@ def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) ->
 def _each(jobs: Sequence[Any], measured: Callable[..., Any], around: Any = None) -> list[Any]:
     """What is measured of each job, with progress."""
     results = []
-    with Steps([1.0] * len(jobs)) as steps, around or nullcontext():
+    with Bar([1.0] * len(jobs)) as steps, around or nullcontext():
         for job in jobs:
             results.append(measured(job, steps.tell))
             steps.advance()

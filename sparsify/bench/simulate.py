@@ -14,12 +14,12 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from sparsify.bench.draws import Crossing
-from sparsify.bench.progress import Steps
 from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.cost import Machine, crossover, estimate
 from sparsify.cost import sample as samples
 from sparsify.cost.sample import Sample, seconds
+from sparsify.progress import Bar
 
 MEDIAN, NINETIETH, RANKS, FACTOR = 0.12, 0.30, 0.97, 1.5  # what a calibrated machine is to keep
 STEP = 2**0.5  # between the lengths at which a pattern and dense attention are timed
@@ -106,7 +106,7 @@ class Accuracy:
 
 def build(jobs: Sequence[Sample | Crossing]) -> None:
     """Builds the kernels of all jobs."""
-    with Steps([1.0] * len(jobs)) as steps, torch.inference_mode():
+    with Bar([1.0] * len(jobs)) as steps, torch.inference_mode():
         steps.tell("building kernels")
 
         def tell(done: int) -> None:

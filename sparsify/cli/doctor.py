@@ -32,7 +32,8 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check what this machine can run, and say why not more. Exits with 1 when no target works."""
-    from sparsify.cli.output import console, print_json, progress
+    from sparsify.cli.output import console, print_json
+    from sparsify.progress import progress
 
     if kernels:
         _kernels(json)
@@ -208,8 +209,9 @@ def _kernels(as_json: bool) -> None:
     """The table of Triton's ahead-of-time catalogue."""
     from rich.table import Table
 
-    from sparsify.cli.output import console, print_json, progress
+    from sparsify.cli.output import console, print_json
     from sparsify.codegen.triton.resources import kernel_resources
+    from sparsify.progress import progress
 
     with progress() as bar:
         task = bar.add_task("building kernels", total=None)

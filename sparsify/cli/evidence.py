@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.cli.output import progress, remark
+from sparsify.cli.output import remark
 from sparsify.errors import InputError
+from sparsify.progress import progress
 
 if TYPE_CHECKING:
     from sparsify.planner.pictures import Pictures

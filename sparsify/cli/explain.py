@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from sparsify.cli.models import Wanted
+    from sparsify.models import Wanted
     from sparsify.report import Report
 
 
@@ -47,8 +47,9 @@ def explain(
     No kernel is built. Of a Hugging Face model only the structure counts: it is followed with fake tensors, so models
     of any size can be asked about, and nothing is downloaded. A callable's model is run once, without gradients.
     """
-    from sparsify.cli.models import Wanted, overrides
-    from sparsify.cli.output import console, print_json, progress
+    from sparsify.cli.output import console, print_json
+    from sparsify.models import Wanted, overrides
+    from sparsify.progress import progress
 
     wanted = Wanted(length, batch, dtype, attn, padding, decode, overrides(set_ or []))
     with progress() as bar:
@@ -66,7 +67,7 @@ def _report(model: str, wanted: Wanted, options: dict[str, Any]) -> Report:
     import torch
 
     import sparsify
-    from sparsify.cli.models import called, of_config
+    from sparsify.models import called, of_config
 
     def report(made: Any, args: Any, kwargs: Any) -> Report:
         return sparsify.explain(made, *args, **options, **kwargs)

@@ -10,53 +10,60 @@ import typer
 if TYPE_CHECKING:
     from sparsify.imports import Imported
 
+PlanFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A plan of MoA (alphas and betas), DuoAttention (full_attention_heads.tsv and config.json, or their"
+        " folder) or MInference (a class and two numbers by head), or scores of retrieval heads.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The spec to write, YAML or JSON. Default: print it.")]
+Format = Annotated[
+    str | None,
+    typer.Option(help="moa, duo_attention, minference or retrieval_heads. Default: what the file looks like."),
+]
+Model = Annotated[str | None, typer.Option(help="Compare with this model's layers and heads; as for sparsify explain.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="A field of the model's config, as NAME=VALUE (repeat it).")
+]
+QueryHeads = Annotated[
+    int | None, typer.Option(help="DuoAttention: query heads a layer (--model knows it); gates are by KV head.")
+]
+Sparsity = Annotated[
+    float | None, typer.Option(help="DuoAttention: the share of KV heads that stream. Default: the config's.")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="The gate (DuoAttention; 0.5) or mean score (0.1) from which a head is dense."),
+]
+Top = Annotated[int | None, typer.Option(help="Scores of retrieval heads: how many of the best are dense.")]
+Sinks = Annotated[int | None, typer.Option(help="First keys that streaming heads keep.")]
+Recent = Annotated[int | None, typer.Option(help="Latest keys that streaming heads keep.")]
+MaxNew = Annotated[int | None, typer.Option(help="MoA: tokens to be generated, counted by its spans. Default: 1024.")]
+
 
 def import_(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            help="A plan of MoA (alphas and betas), DuoAttention (full_attention_heads.tsv and config.json, or their"
-            " folder) or MInference (a class and two numbers by head), or scores of retrieval heads.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The spec to write, YAML or JSON. Default: print it.")
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(help="moa, duo_attention, minference or retrieval_heads. Default: what the file looks like."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Compare with this model's layers and heads; as for sparsify explain.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the model's config, as NAME=VALUE (repeat it).")
-    ] = None,
-    query_heads: Annotated[
-        int | None, typer.Option(help="DuoAttention: query heads a layer (--model knows it); gates are by KV head.")
-    ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="DuoAttention: the share of KV heads that stream. Default: the config's.")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="The gate (DuoAttention; 0.5) or mean score (0.1) from which a head is dense."),
-    ] = None,
-    top: Annotated[int | None, typer.Option(help="Scores of retrieval heads: how many of the best are dense.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="First keys that streaming heads keep.")] = None,
-    recent: Annotated[int | None, typer.Option(help="Latest keys that streaming heads keep.")] = None,
-    max_new: Annotated[
-        int | None, typer.Option(help="MoA: tokens to be generated, counted by its spans. Default: 1024.")
-    ] = None,
+    path: PlanFile,
+    out: Out = None,
+    format: Format = None,
+    model: Model = None,
+    set_: Set = None,
+    query_heads: QueryHeads = None,
+    sparsity: Sparsity = None,
+    threshold: Threshold = None,
+    top: Top = None,
+    sinks: Sinks = None,
+    recent: Recent = None,
+    max_new: MaxNew = None,
 ) -> None:
     """Turn a plan of another system into a spec: which heads keep what, by the preset of that system's rule.
 
     Every head is named in the spec, so a model with other heads is an error when it is compiled; --model says so now.
     """
-    from sparsify.cli.models import overrides
     from sparsify.errors import InputError
     from sparsify.imports import load
+    from sparsify.models import overrides
 
     if model is not None and query_heads is not None:
         raise InputError("import: --query-heads and --model both say how many heads there are; give one")
@@ -103,8 +110,8 @@ def _heads(model: str, fields: dict[str, Any]) -> tuple[dict[int, int], str, dic
     import torch
 
     import sparsify
-    from sparsify.cli.models import Wanted, called, of_config
-    from sparsify.cli.output import progress
+    from sparsify.models import Wanted, called, of_config
+    from sparsify.progress import progress
     from sparsify.report import Report
 
     def report(made: Any, args: Any, kwargs: Any) -> Report:

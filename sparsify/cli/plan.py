@@ -12,82 +12,143 @@ if TYPE_CHECKING:
     from sparsify.planner.plan import Plan
     from sparsify.planner.samples import Tokenizer
 
+READ, GET, RUN = "What is read and profiled", "What heads may get", "The run"  # panels of the help
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with a Hugging Face model and its weights; or package.module:callable, which returns it.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    list[Path], typer.Option(metavar="PATH", help="Text: a file, or a folder of files (repeat it).", show_default=False)
+]
+Lengths = Annotated[str, typer.Option(help="Lengths to profile, in tokens.")]
+Budget = Annotated[str, typer.Option(help="A share of the dense cost, or a bound such as 'loss +1%'.")]
+Of = Annotated[str, typer.Option(help="What it is a share of: time, tiles, pairs, memory.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the spec goes; the plan is beside it, as JSON.")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=READ,
+        help="How losses are profiled: influence, effect, output, recall, local, echo, induction, retrieval, moa,"
+        " gates.",
+    ),
+]
+Samples = Annotated[int, typer.Option(metavar="N", rich_help_panel=READ, help="Pieces of text for each length.", min=1)]
+Recall = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", rich_help_panel=READ, help="The share of them with planted facts to remember."),
+]
+Rounds = Annotated[
+    int, typer.Option(metavar="N", rich_help_panel=READ, help="How often the profile is made again on the way.", min=0)
+]
+Validate = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", rich_help_panel=READ, help="Text to validate with. Default: the data's end."),
+]
+ValidateLength = Annotated[
+    int | None, typer.Option(rich_help_panel=READ, help="In tokens. Default: a length not profiled.")
+]
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=GET,
+        help="A file of candidates, or kinds, joined by commas: elastic, windows, strides, selectors, neighborhoods.",
+    ),
+]
+Shape = Annotated[str | None, typer.Option(rich_help_panel=GET, help="Of a grid of tokens, for neighborhoods: 64,64.")]
+Rules = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=GET, help="Distinct rules that a layer may have.", min=1)
+]
+DenseLayers = Annotated[str, typer.Option(rich_help_panel=GET, help="Layers that keep everything, such as 0-1.")]
+Reuse = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="L:L",
+        rich_help_panel=GET,
+        help="A layer that selects, and those that take its choices: 2:3-5 (repeat it).",
+    ),
+]
+KvGroups = Annotated[
+    bool | None,
+    typer.Option("--kv-groups/--heads", rich_help_panel=GET, help="One rule a KV group. Default: for memory."),
+]
+Machine = Annotated[
+    str | None, typer.Option(rich_help_panel=RUN, help="Whose time is predicted. Default: this machine.")
+]
+Dtype = Annotated[str | None, typer.Option(rich_help_panel=RUN, help="Of the weights. Default: the model's.")]
+Device = Annotated[str, typer.Option(rich_help_panel=RUN, help="Where the model runs.")]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=RUN, help="A folder that keeps what was profiled, for plans at other budgets.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Evidence = Annotated[
+    bool,
+    typer.Option("--evidence/--no-evidence", rich_help_panel=RUN, help="Draw it beside the spec: a page and a PNG."),
+]
+
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder with a Hugging Face model and its weights; or package.module:callable, which returns it.",
-            show_default=False,
-        ),
-    ],
-    data: Annotated[
-        list[Path],
-        typer.Option(help="Text to profile with: a file, or a folder of files (repeat it).", show_default=False),
-    ],
-    lengths: Annotated[str, typer.Option(help="Lengths to profile, in tokens.")] = "1024,2048",
-    budget: Annotated[str, typer.Option(help="A share of the dense cost, or a bound such as 'loss +1%'.")] = "0.5",
-    of: Annotated[str, typer.Option(help="What it is a share of: time, tiles, pairs, memory.")] = "time",
-    profile: Annotated[
-        str,
-        typer.Option(
-            help="How losses are profiled: influence, effect, output, recall, local, echo, induction, retrieval, moa,"
-            " gates."
-        ),
-    ] = "influence",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Where the spec goes; the plan is beside it, as JSON.")
-    ] = Path("plan.yaml"),
-    candidates: Annotated[
-        str | None,
-        typer.Option(help="A file of candidates, or kinds: elastic,windows,strides,selectors,neighborhoods."),
-    ] = None,
-    shape: Annotated[str | None, typer.Option(help="Of a grid of tokens, for neighborhoods: 64,64.")] = None,
-    validate: Annotated[list[Path] | None, typer.Option(help="Text to validate with. Default: the data's end.")] = None,
-    validate_length: Annotated[int | None, typer.Option(help="Tokens. Default: a length not profiled.")] = None,
-    samples: Annotated[int, typer.Option(help="Pieces of text for each length.", min=1)] = 4,
-    recall: Annotated[float | None, typer.Option(help="The share of them with planted facts to remember.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often the profile is made again on the way.", min=0)] = 2,
-    rules: Annotated[int | None, typer.Option(help="Distinct rules that a layer may have.", min=1)] = None,
-    kv_groups: Annotated[
-        bool | None, typer.Option("--kv-groups/--heads", help="One rule a KV group. Default: for memory.")
-    ] = None,
-    dense_layers: Annotated[str, typer.Option(help="Layers that keep everything, such as 0-1.")] = "",
-    reuse: Annotated[
-        list[str] | None, typer.Option(help="A layer that selects, and those that take its choices: 2:3-5 (repeat it).")
-    ] = None,
-    machine: Annotated[str | None, typer.Option(help="Whose time is predicted. Default: this machine.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: the model's.")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    evidence: Annotated[
-        bool, typer.Option("--evidence/--no-evidence", help="Draw it beside the spec, as a page and a PNG.")
-    ] = True,
+    model: Model,
+    data: Data,
+    lengths: Lengths = "1024,2048",
+    budget: Budget = "0.5",
+    of: Of = "time",
+    profile: Profile = "influence",
+    out: Out = Path("plan.yaml"),
+    candidates: Candidates = None,
+    shape: Shape = None,
+    validate: Validate = None,
+    validate_length: ValidateLength = None,
+    samples: Samples = 4,
+    recall: Recall = None,
+    rounds: Rounds = 2,
+    rules: Rules = None,
+    kv_groups: KvGroups = None,
+    dense_layers: DenseLayers = "",
+    reuse: Reuse = None,
+    machine: Machine = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    state: State = None,
+    evidence: Evidence = True,
 ) -> None:
     """Choose a pattern for every head of a model, by predicted cost and measured quality, and write the spec.
 
     Its attentions are caught, candidates are profiled on the text, a budget is spent on the heads that need it, and the
     choice is validated on text and at a length that no profile saw. A run that was killed goes on where it was.
     """
+    settings = {
+        "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,
+        "recall": recall, "rounds": rounds, "per_layer": rules, "joined": kv_groups, "dense_layers": dense_layers,
+        "reuse": _reuse(reuse or []), "machine": machine, "validate_length": validate_length,
+        "shape": None if shape is None else _numbers("shape", shape), **_candidates(candidates),
+        "state": state or out.with_name(f"{out.name}.state"), "keep": state is not None,
+    }  # fmt: skip
+    _check_out(out)
+    _make(model, dtype, device, data, validate, out, evidence, settings)
+
+
+def _make(
+    name: str, dtype: str | None, device: str, data: list[Path], validate: list[Path] | None, out: Path, evidence: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Plans, writes the spec, the plan and its evidence, and prints what was found."""
     from sparsify.cli.evidence import draw_evidence, origin
     from sparsify.cli.output import console
     from sparsify.planner.memory import keep_freed
     from sparsify.planner.samples import read_texts
-    from sparsify.planner.terminal import Bar, summary
+    from sparsify.planner.terminal import summary
 
     keep_freed()
-
-    settings = {
-        "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,
-        "recall": recall, "rounds": rounds, "per_layer": rules, "joined": kv_groups, "dense_layers": dense_layers,
-        "reuse": _reuse(reuse or []),
-        "machine": machine, "validate_length": validate_length,
-        "shape": None if shape is None else _numbers("shape", shape), **_candidates(candidates),
-    }  # fmt: skip
-    _check_out(out)
-    made, tokenizer = _model(model, dtype, device)
+    made, tokenizer = _model(name, dtype, device)
     texts = read_texts(data)
-    with Bar() as progress:
-        found = _planned(made, texts, validate, tokenizer, model, out, progress, settings)
+    found = _planned(made, texts, validate, tokenizer, name, settings)
     found.spec().save(out, origin(found))
     found.save(out.with_suffix(".plan.json"))
     drawn = draw_evidence(found, made, texts, tokenizer, out) if evidence else []
@@ -98,24 +159,23 @@ def plan(
 
 
 def _planned(
-    made: Any, texts: list[str], validate: list[Path] | None, tokenizer: Tokenizer, name: str, out: Path, progress: Any,
-    settings: dict[str, Any],
-) -> Plan:  # fmt: skip
+    made: Any, texts: list[str], validate: list[Path] | None, tokenizer: Tokenizer, name: str, settings: dict[str, Any]
+) -> Plan:
     from sparsify.planner import plan as make
     from sparsify.planner.samples import read_texts
+    from sparsify.progress import Bar
 
     held_out = read_texts(validate) if validate else None
-    state = out.with_name(f"{out.name}.state")
-    return make(
-        made, texts, held_out=held_out, tokenizer=tokenizer, name=Path(name).name, state=state,
-        progress=progress, **settings,
-    )  # fmt: skip
+    with Bar(what="catching the model's attentions") as progress:
+        return make(
+            made, texts, held_out=held_out, tokenizer=tokenizer, name=Path(name).name, progress=progress, **settings
+        )
 
 
 def _model(name: str, dtype: str | None, device: str) -> tuple[Any, Tokenizer]:
     """The model, and how it reads text: by its tokenizer, or by bytes where it has 256 tokens and none."""
-    from sparsify.cli.models import Wanted, called, loaded
     from sparsify.errors import InputError
+    from sparsify.models import Wanted, called, loaded
     from sparsify.planner.samples import of_bytes, of_hugging_face
 
     wanted = Wanted(dtype=dtype, command="plan")

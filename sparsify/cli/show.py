@@ -85,10 +85,11 @@ def _spec(
     path: Path, wanted: tuple[Any, ...], shape: tuple[Any, ...], out: Path, endings: tuple[str, ...]
 ) -> list[Path]:
     """Draws a spec."""
-    from sparsify.cli.output import progress, remark
+    from sparsify.cli.output import remark
     from sparsify.cli.presets import masks_of
     from sparsify.errors import InputError
     from sparsify.pictures import draw
+    from sparsify.progress import progress
     from sparsify.spec import load_spec, unmatched_rules
 
     found = load_spec(path)

@@ -9,64 +9,76 @@ import typer
 
 WHAT = "What to do (one of these)"
 
+Grid = Annotated[
+    bool, typer.Option("--grid", rich_help_panel=WHAT, help="Tune the kernels of the grid of sparsify bench.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=WHAT,
+        help="Tune the kernels of a model, named as for sparsify explain, with --spec or with its own masks.",
+        show_default=False,
+    ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", rich_help_panel=WHAT, help="Measure this machine for the cost simulator."),
+]
+Export = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=WHAT, help="Write what is tuned to this file.", show_default=False),
+]
+Import = Annotated[
+    Path | None,
+    typer.Option("--import", rich_help_panel=WHAT, help="Add what --export wrote elsewhere.", show_default=False),
+]
+Spec = Annotated[Path | None, typer.Option(help="The spec that --model runs with.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A field of --model's config, as NAME=VALUE (repeat it).")]
+Pattern = Annotated[list[str] | None, typer.Option(help="Patterns of --grid (repeat it). Default: all.")]
+Length = Annotated[list[int] | None, typer.Option(help="Sequence lengths. Default: 4096, of a model 2048.", min=1)]
+HeadDim = Annotated[list[int] | None, typer.Option(help="Head sizes of --grid. Default: all.", min=1)]
+Dtype = Annotated[
+    list[str] | None,
+    typer.Option(help="float32, bfloat16, float16. Default: the grid's, of a model the first."),
+]
+Heads = Annotated[int | None, typer.Option(help="Query heads of --grid. Default: 8.", min=1)]
+KvHeads = Annotated[int | None, typer.Option(help="Key heads of --grid. Default: as many, and a quarter.", min=1)]
+Target = Annotated[Literal["auto", "cpp", "triton"], typer.Option(help="Whose kernels.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="Build Triton kernels for this chip (80, 90, 100, gfx942) without a GPU, and prune those that spill or"
+        " don't fit.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Budget = Annotated[str, typer.Option(help="Time for all kernels together: 90s, 5m, 1h30m.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run of these kernels ended or was interrupted.")]
+Json = Annotated[Path | None, typer.Option(help="Write what was won here, too.", show_default=False)]
+
 
 def tune(
     context: typer.Context,
-    grid: Annotated[
-        bool, typer.Option("--grid", rich_help_panel=WHAT, help="Tune the kernels of the grid of sparsify bench.")
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=WHAT,
-            help="Tune the kernels of a model, named as for sparsify explain, with --spec or with its own masks.",
-            show_default=False,
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", rich_help_panel=WHAT, help="Measure this machine for the cost simulator."),
-    ] = False,
-    export: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=WHAT, help="Write what is tuned to this file.", show_default=False),
-    ] = None,
-    import_: Annotated[
-        Path | None,
-        typer.Option("--import", rich_help_panel=WHAT, help="Add what --export wrote elsewhere.", show_default=False),
-    ] = None,
-    spec: Annotated[Path | None, typer.Option(help="The spec that --model runs with.", show_default=False)] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of --model's config, as NAME=VALUE (repeat it).")
-    ] = None,
-    pattern: Annotated[list[str] | None, typer.Option(help="Patterns of --grid (repeat it). Default: all.")] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Sequence lengths. Default: 4096, of a model 2048.", min=1)
-    ] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes of --grid. Default: all.", min=1)] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float32, bfloat16, float16. Default: the grid's, of a model the first."),
-    ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of --grid. Default: 8.", min=1)] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key heads of --grid. Default: as many, and a quarter.", min=1)
-    ] = None,
-    target: Annotated[Literal["auto", "cpp", "triton"], typer.Option(help="Whose kernels.")] = "auto",
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="Build Triton kernels for this chip (80, 90, 100, gfx942) without a GPU, and prune those that spill or"
-            " don't fit.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    budget: Annotated[str, typer.Option(help="Time for all kernels together: 90s, 5m, 1h30m.")] = "5m",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run of these kernels ended or was interrupted.")
-    ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write what was won here, too.", show_default=False)] = None,
+    grid: Grid = False,
+    model: Model = None,
+    calibrate: Calibrate = False,
+    export: Export = None,
+    import_: Import = None,
+    spec: Spec = None,
+    set_: Set = None,
+    pattern: Pattern = None,
+    length: Length = None,
+    head_dim: HeadDim = None,
+    dtype: Dtype = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    target: Target = "auto",
+    arch: Arch = None,
+    device: Device = "auto",
+    budget: Budget = "5m",
+    resume: Resume = False,
+    json: Json = None,
 ) -> None:
     """Find how kernels run fastest on this machine, and keep it: what is compiled from then on runs so.
 
@@ -91,9 +103,7 @@ def tune(
             jobs = command.of_grid(pattern, head_dim, heads, kv_heads, *shapes, place)
         else:
             jobs = command.of_model(model, spec, set_, *shapes, place, run=arch is None)
-        if arch is not None:
-            holds = command.ahead(jobs, arch, seconds)
-        else:
-            holds = command.tune(jobs, seconds, resume, place, json)
+        ahead = None if arch is None else command.ahead(jobs, arch, seconds)
+        holds = command.tune(jobs, seconds, resume, place, json) if ahead is None else ahead
     if not holds:
         raise typer.Exit(1)

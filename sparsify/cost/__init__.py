@@ -11,7 +11,7 @@ Tiles       key tiles of all query tiles, by class                         (span
 steps       how often query tiles do what a kernel is made of              (steps)
 Launch      query tiles timed by rates, and handed out to cores            (schedule, launch)
 Machine     what each step takes                                           (machine, find)
-Estimate    the result, for a site and its heads                           (time, estimate)
+Estimate    the result, for a site and its heads                           (result, time, estimate)
 Sample      what is run to fit a machine's rates                           (sample, calibration, fit)
 """
 
@@ -19,9 +19,10 @@ import importlib
 from typing import Any
 
 from sparsify.cost.dense import crossover, dense_seconds
-from sparsify.cost.estimate import Estimate, HeadCost, estimate
+from sparsify.cost.estimate import estimate
 from sparsify.cost.find import machine, names, save
 from sparsify.cost.machine import Machine
+from sparsify.cost.result import Estimate, HeadCost
 
 __all__ = [
     "Estimate", "HeadCost", "Machine", "calibrate", "crossover", "dense_seconds", "estimate", "machine", "names",

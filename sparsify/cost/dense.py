@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from sparsify.cost.estimate import check, estimate
+from sparsify.cost.estimate import estimate, of_call
 from sparsify.cost.find import machine as find_machine
 from sparsify.cost.machine import FEW, Dense, Machine
 from sparsify.cost.nest import Shape
@@ -16,26 +16,13 @@ SHORTEST, LONGEST = 32, 2**20
 STEP = 2**0.25  # between lengths that are tried, before the last ones are searched
 
 
-def dense_seconds(
-    patterns: Sequence[Pattern],
-    *,
-    kv_heads: int | None = None,
-    length: int,
-    head_dim: int,
-    dtype: str = "float32",
-    machine: Machine | str | Path | None = None,
-    q_len: int | None = None,
-    batch: int = 1,
-) -> float:
+@of_call
+def dense_seconds(patterns: tuple[Pattern, ...], shape: Shape, machine: Machine) -> float:
     """What `scaled_dot_product_attention` takes in place of these patterns, causal where all of them are.
 
     The arguments are those of `estimate`. Raises InputError as it does.
     """
-    heads = len(patterns)
-    queries = length if q_len is None else q_len
-    shape = Shape(heads, heads if kv_heads is None else kv_heads, queries, length, head_dim, dtype, batch)
-    check(patterns, shape)
-    rates = find_machine(machine).dense_of(dtype, head_dim)
+    rates = machine.dense_of(shape.dtype, shape.head_dim)
     return dense_time(shape, rates, is_dense_causal(patterns, shape)) * 1e-9
 
 
@@ -52,26 +39,16 @@ def dense_time(shape: Shape, rates: Dense, causal: bool) -> float:
     return rates.launch + (rates.causal if causal else rates.pair) * pairs
 
 
-def crossover(
-    patterns: Sequence[Pattern],
-    *,
-    kv_heads: int | None = None,
-    head_dim: int,
-    dtype: str = "float32",
-    machine: Machine | str | Path | None = None,
-    q_len: int | None = None,
-    batch: int = 1,
-) -> int | None:
+def crossover(patterns: Sequence[Pattern], *, q_len: int | None = None, **sizes: Any) -> int | None:
     """The length N from which on the patterns are faster than dense attention; None where they never are.
 
-    Lengths from 32 (or q_len) to 2**20 are tried. The arguments are those of `estimate`.
+    Lengths from 32 (or q_len) to 2**20 are tried. The other arguments are those of `estimate`.
     """
-    given = find_machine(machine)
+    sizes["machine"] = find_machine(sizes.get("machine"))  # of a name, a file is read
 
     def faster(length: int) -> bool:
-        sizes = {"kv_heads": kv_heads, "length": length, "head_dim": head_dim, "dtype": dtype, "batch": batch}
-        found = estimate(patterns, machine=given, q_len=q_len, **sizes)  # type: ignore[arg-type]
-        return found.seconds < dense_seconds(patterns, machine=given, q_len=q_len, **sizes)  # type: ignore[arg-type]
+        mine, theirs = (of(patterns, length=length, q_len=q_len, **sizes) for of in (estimate, dense_seconds))
+        return mine.seconds < theirs
 
     low, high = max(SHORTEST, q_len or 0), LONGEST
     if not faster(high):

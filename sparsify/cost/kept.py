@@ -27,11 +27,8 @@ def kept_pairs(keep: Pred, head: int, at: Positions) -> float:
 
 
 def _by_rows(keep: Pred, head: int, at: Positions) -> float:
-    env = corners(keep, head, at, 1)
-    share = 1.0
-    if at.q_slots > ROWS:
-        rows = spread(at.q_slots, ROWS // 4)
-        env, share = env | {name: env[name][rows] for name in ("q0", "q1")}, at.q_slots / rows.size
+    rows = spread(at.q_slots, ROWS // 4) if at.q_slots > ROWS else None
+    env, share = corners(keep, head, at, 1, rows), 1.0 if rows is None else at.q_slots / rows.size
     found = band_pieces([(tile_rule(keep), env)], env["q0"].size, at.k_slots)
     return float(found.lengths.sum()) * share
 

@@ -90,10 +90,10 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]
     """A GPU's: an item is a query tile of some heads, and sections of heads follow each other. While the products of
     one key tile are made, the next one is read."""
     shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
-    found = [group.steps.copy() for some in groups for group in some]
-    for done, group in zip(found, (group for some in groups for group in some), strict=True):
-        done[READ], done[ITEM] = group.visited * nest.keys, 1
-    line = np.tile(np.stack(found), (shape.batch, 1, 1))
+    flat = [group for some in groups for group in some]
+    line = np.stack([group.steps for group in flat])
+    line[:, READ], line[:, ITEM] = np.stack([group.visited for group in flat]) * nest.keys, 1
+    line = np.tile(line, (shape.batch, 1, 1)) if shape.batch > 1 else line
     if nest.splits > 1:
         line = np.repeat(line, nest.splits, axis=2) / nest.splits
         line[:, ITEM] = 1

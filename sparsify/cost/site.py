@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sparsify.codegen.slots import slot_count
 from sparsify.cost.choosing import Head, head_of, kept_units, rows_of
@@ -133,7 +135,19 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
         sorts = any(one.selector is not None and one.selector.permute is not None for one in heads)
         return Site(shape, heads, tokens, tokens, keeps, orders=int(sorts))
     env = {"N": shape.k_len, "Nq": shape.q_len}
-    slots = slot_count(placed.queries, shape.q_len, env), slot_count(placed.keys, shape.k_len, env)
-    at = Positions(*slots, 0, shape.q_len, shape.k_len)
     assert placed.queries is not None
-    return Site(shape, tuple(map(Head, placed.keeps)), at, tokens, keeps, placed.queries.filled, 2)
+    laid_out = over_slots(shape, placed.keeps, tokens, (placed.queries, placed.keys), env)
+    return replace(laid_out, keeps=keeps, filled=placed.queries.filled)
+
+
+def over_slots(
+    shape: Shape, keeps: tuple[Pred, ...], tokens: Positions, layouts: tuple[Layout | None, Layout | None],
+    env: Mapping[str, Any],
+) -> Site:  # fmt: skip
+    """The site of predicates over the slots of layouts, of the queries and of the keys; None leaves tokens as they are.
+
+    env: what numbers of slots are of: N, Nq and size variables.
+    """
+    slots = {"q_slots": slot_count(layouts[0], shape.q_len, env), "k_slots": slot_count(layouts[1], shape.k_len, env)}
+    orders = sum(layout is not None for layout in layouts)
+    return Site(shape, tuple(map(Head, keeps)), replace(tokens, **slots), tokens, keeps, orders=orders)

@@ -61,7 +61,11 @@ def merged(found: list[tuple[Array, Array]], count: int) -> Pieces:
     if not found:
         return Pieces(np.zeros((1, count), np.int64), np.zeros((1, count), np.int64))
     low, high = (np.stack([one[side] for one in found]) for side in (0, 1))
-    if len(found) > 1:
+    if len(found) == 2:  # as below, and sooner
+        first = low[0] <= low[1]
+        low, high = (np.stack([np.where(first, *side), np.where(first, *side[::-1])]) for side in (low, high))
+        low[1] = np.maximum(low[1], high[0])
+    elif len(found) > 2:
         order = np.argsort(low, axis=0, kind="stable")
         low, high = np.take_along_axis(low, order, 0), np.take_along_axis(high, order, 0)
         before = np.maximum.accumulate(high, axis=0)[:-1]

@@ -52,9 +52,9 @@ class Tiles:
     pieces: Pieces
 
 
-def corners(keep: Pred, head: int, at: Positions, rows: int) -> dict[str, Any]:
-    """The variables of tile rules for all query tiles of a head."""
-    q0 = np.arange(0, at.q_slots, rows, dtype=np.int64)
+def corners(keep: Pred, head: int, at: Positions, rows: int, some: Array | None = None) -> dict[str, Any]:
+    """The variables of tile rules for all query tiles of a head, or for `some` of them."""
+    q0 = np.arange(0, at.q_slots, rows, dtype=np.int64) if some is None else some * rows
     env: dict[str, Any] = {"b": 0, "h": head, "N": at.k_len, "Nq": at.q_len}
     env |= {"q0": q0 + at.offset, "q1": np.minimum(q0 + rows, at.q_slots) - 1 + at.offset}
     return env | size_values(variables(keep), at.k_len)

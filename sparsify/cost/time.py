@@ -3,54 +3,29 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import replace
 
 from sparsify.cost.choosing import Work, work_of
 from sparsify.cost.kept import kept_by_any, kept_pairs
 from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
+from sparsify.cost.result import Estimate, HeadCost
 from sparsify.cost.site import Site, rule_of
 from sparsify.cost.steps import group_of, listing, rates_vector
 from sparsify.cost.tiles import Positions, tiles_of
+from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.patterns.select import Choice
 
-
-@dataclass(frozen=True)
-class Part:
-    """One query head; the fields of a `HeadCost`, times in nanoseconds."""
-
-    pairs: float
-    visited: float
-    full: float
-    partial: float
-    empty: float
-    kv_bytes: float
-    select_seconds: float
-    seconds: float
+MOST_TILES = 2**22  # query tiles of a launch, each of which takes about 500 bytes here
+NANO = 1e-9  # rates are in nanoseconds
 
 
-@dataclass(frozen=True)
-class SiteCost:
-    """As in an `Estimate`, times in nanoseconds."""
-
-    time: float
-    bytes: float
-    heads: tuple[Part, ...]
-    kv_bytes: float
-    select: float
-    launches: int
-    permutations: int
-    tile: tuple[int, int]
-    items: int
-    busy: float
-    cores: int
-
-
-def site_cost(site: Site, machine: Machine) -> SiteCost:
+def site_cost(site: Site, machine: Machine) -> Estimate:
     """What a call of a site's attention costs."""
     nest, shape = site.nest(machine), site.shape
+    _check_size(site, nest)
     launch = launch_of(site, machine, nest)
     row = shape.head_dim * shape.size
     moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
@@ -62,19 +37,30 @@ def site_cost(site: Site, machine: Machine) -> SiteCost:
     )
     heads = _parts(site, nest, machine, choosing, time)
     kv = [_kept_keys(site, range(j * shape.group, (j + 1) * shape.group)) for j in range(shape.kv_heads)]
-    return SiteCost(
-        time=time,
+    return Estimate(
+        seconds=time * NANO,
         bytes=moved,
         heads=heads,
         kv_bytes=sum(kv) * 2 * row * shape.batch,
-        select=sum(choosing.values()),
+        select_seconds=sum(choosing.values()) * NANO,
         launches=(2 if nest.splits > 1 else 1) + len(choosing),
         permutations=site.orders,
         tile=(nest.rows, nest.keys),
         items=launch.times.size,
+        waves=launch.times.size / launch.cores,
         busy=float(launch.times.sum()) / (launch.span * launch.cores) if launch.span else 1.0,
         cores=launch.cores,
+        machine=machine.name,
     )
+
+
+def _check_size(site: Site, nest: Nest) -> None:
+    """Raises InputError for more query tiles than there is memory for."""
+    shape = site.shape
+    tiles = -(-site.at.q_slots // nest.rows) * shape.heads * shape.batch
+    if tiles > MOST_TILES:
+        what = f"{shape.q_len} queries of {shape.heads} heads in a batch of {shape.batch} are {tiles} query tiles"
+        raise InputError(f"cost: length: {what}, and at most {MOST_TILES} are counted; give fewer")
 
 
 def _choosing(site: Site, machine: Machine) -> dict[str, float]:
@@ -92,7 +78,7 @@ def _work_time(work: Work, machine: Machine) -> float:
     return sum(amount * rates[name] for name, amount in vars(work).items())
 
 
-def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float], time: float) -> tuple[Part, ...]:
+def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float], time: float) -> tuple[HeadCost, ...]:
     """The heads, each with its share of the time by what it would take alone."""
     vector = rates_vector(machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys)))
     own = [_counted(site, nest, h) for h in range(site.shape.heads)]
@@ -102,13 +88,13 @@ def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float],
     found = []
     for part, weight, head in zip(own, weights, site.heads, strict=True):
         select = choosing[head.text] / sharing[head.text] if head.text else 0.0
-        fields = vars(part) | {"select_seconds": select, "seconds": rest * weight / whole + select}
-        found.append(Part(**fields))
+        seconds = (rest * weight / whole + select) * NANO
+        found.append(replace(part, select_seconds=select * NANO, seconds=seconds))
     return tuple(found)
 
 
-def _counted(site: Site, nest: Nest, h: int) -> Part:
-    """The tiles and pairs of one head by itself."""
+def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
+    """The tiles and pairs of one head by itself, without its time."""
     shape, head = site.shape, site.heads[h]
     visited, full, partial, run = _totals(rule_of(head.static, h), site.at, nest)
     pairs = kept_pairs(*site.pairs_rule(h), site.at)
@@ -117,7 +103,7 @@ def _counted(site: Site, nest: Nest, h: int) -> Part:
         visited, full = visited + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
         partial, pairs = partial + float(lists.partial.sum()), pairs + lists.pairs
         run += float((lists.run * nest.rows).sum()) * nest.keys
-    return Part(
+    return HeadCost(
         pairs=min(pairs, run) * shape.batch,
         visited=run * shape.batch,
         full=full * shape.batch,

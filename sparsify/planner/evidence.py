@@ -228,23 +228,11 @@ class Evidence:
 
     @property
     def validated(self) -> list[tuple[str, float, list[Validation | None]]]:
-        """A row for each point: its name, its cost there, and what it loses on each of `texts`."""
+        """A row for each point: its name, its greatest cost there, and what it loses on each of `texts`."""
         found = {(row.name, row.data, row.length): row for row in self.plan.validation}
-        costs = {row.name: row.cost for row in self.plan.validation}
+        costs = {row.name: row.cost for row in sorted(self.plan.validation, key=lambda row: row.cost)}
+        costs = {row.name: costs[row.name] for row in self.plan.validation}  # in the order of the points
         return [(name, cost, [found.get((name, *text)) for text in self.texts]) for name, cost in costs.items()]
-
-    # -- time --------------------------------------------------------------------------------------------------------
-
-    @property
-    def timed(self) -> bool:
-        """Whether times were predicted."""
-        sites, count = self.plan.sites, len(self.plan.lengths)
-        return bool(sites) and all(len(site.seconds) == len(site.dense_seconds) == count for site in sites)
-
-    def total(self, length: int) -> tuple[float, float]:
-        """Seconds of all sites at the `length`-th of the lengths: the plan's, and dense attention's."""
-        sites = self.plan.sites
-        return sum(site.seconds[length] for site in sites), sum(site.dense_seconds[length] for site in sites)
 
     # -- words -------------------------------------------------------------------------------------------------------
 
@@ -265,8 +253,8 @@ class Evidence:
             if rival is not None and mark.loss > 0:
                 found.append((f"{rival.loss / mark.loss:.3g}x", "as much lost by the best uniform pattern",
                               f"{rival.point.name}: {signed(rival.loss)} at {percent(rival.point.cost)}"))  # fmt: skip
-        if self.timed:
-            ours, dense = self.total(len(plan.lengths) - 1)
+        if plan.timed:
+            ours, dense = plan.total(len(plan.lengths) - 1)
             if ours > 0:
                 remark = f"{duration(dense)} to {duration(ours)} at {plan.lengths[-1]:,} tokens"
                 found.append((f"{dense / ours:.3g}x", "as fast, attention alone, predicted", remark))

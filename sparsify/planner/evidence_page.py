@@ -85,7 +85,7 @@ def _y(evidence: Evidence) -> Any:
 
 def _bars(evidence: Evidence) -> list[list[tuple[float, float]]]:
     """For each length and site the seconds of the plan and of dense attention."""
-    if not evidence.timed:
+    if not evidence.plan.timed:
         return []
     sites = evidence.plan.sites
     return [[(s.seconds[i], s.dense_seconds[i]) for s in sites] for i in range(len(evidence.plan.lengths))]

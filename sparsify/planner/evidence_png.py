@@ -45,10 +45,11 @@ def png(evidence: Evidence) -> bytes:
     return made.getvalue()
 
 
-def _lines(evidence: Evidence) -> tuple[str, str]:
+def _lines(evidence: Evidence) -> tuple[str, ...]:
     plan = evidence.plan
     facts = [f"{number} {what}" for number, what, _ in evidence.facts]
-    return ";  ".join(facts), f"profiled at {tokens(plan.lengths)} tokens; cost is that of {plan.machine}"
+    lines = ";  ".join(facts), f"profiled at {tokens(plan.lengths)} tokens; cost is that of {plan.machine}"
+    return (*lines, plan.slower) if plan.slower else lines
 
 
 class _Sheet:
@@ -81,10 +82,10 @@ class _Front:
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.height = 4.3 if evidence.marks or evidence.timed else 0.0
+        self.height = 4.3 if evidence.marks or evidence.plan.timed else 0.0
 
     def draw(self, sheet: _Sheet, top: float) -> None:
-        timed, marks = self.evidence.timed, self.evidence.marks
+        timed, marks = self.evidence.plan.timed, self.evidence.marks
         if marks:
             self.front(sheet, top, 6.1 if timed else 10.4)
         if timed:
@@ -124,7 +125,7 @@ class _Front:
     def times(self, sheet: _Sheet, top: float, left: float) -> None:
         e, last = self.evidence, len(self.evidence.plan.lengths) - 1
         sheet.text(left - 1.15, top, "Predicted time of each site", size=11.5, weight="bold")
-        ours, dense = e.total(last)
+        ours, dense = e.plan.total(last)
         note = f"{e.plan.lengths[last]:,} tokens: {duration(ours)} in colour, dense {duration(dense)} behind"
         sheet.text(left - 1.15, top + 0.24, note, size=8, color=FAINT)
         sites = e.plan.sites[:MOST_BARS]

@@ -127,9 +127,9 @@ class Costs:
         found = np.empty((len(self.lengths), len(self.heads), len(patterns)))
         for number, length in enumerate(self.lengths):
             for site, places in kinds(self.heads.sites):
-                each = np.array([self._head(site, pattern, length) for pattern in patterns])
-                found[number][np.isin(self.heads.site, places)] = each
-            found[number] /= sum(self._head(self.heads.sites[place], None, length) for place in self.heads.site)
+                each = np.stack([self._heads(site, pattern, length) for pattern in patterns], 1)
+                found[number][np.isin(self.heads.site, places)] = np.tile(each, (len(places), 1))
+            found[number] /= sum(self._heads(site, None, length).sum() for site in self.heads.sites)
         return found
 
     def share(self, patterns: Sequence[Pattern | None], length: int) -> float:
@@ -147,18 +147,17 @@ class Costs:
     def _site(self, site: Found, patterns: tuple[Pattern | None, ...], length: int) -> float:
         if self.of == "time":
             return self.seconds(site, patterns, length)
-        return sum(self._head(site, pattern, length, head) for head, pattern in enumerate(patterns))
+        return sum(float(self._heads(site, pattern, length)[head]) for head, pattern in enumerate(patterns))
 
-    def _head(self, site: Found, pattern: Pattern | None, length: int, head: int = 0) -> float:
+    def _heads(self, site: Found, pattern: Pattern | None, length: int) -> np.ndarray:
+        """(heads of the site,): what each head costs where all have one pattern, which may depend on the head."""
         found = self._estimate(site, (pattern,) * site.info.heads, length)
-        one = found.heads[head]
         if self.of == "time":
-            return found.seconds / site.info.heads
-        if self.of == "tiles":
-            return one.visited + choosing(pattern, length)
-        if self.of == "pairs":
-            return one.pairs + choosing(pattern, length)
-        return one.kv_bytes * site.info.kv_heads / site.info.heads
+            return np.array([one.seconds for one in found.heads])
+        if self.of == "memory":
+            return np.array([one.kv_bytes for one in found.heads]) * site.info.kv_heads / site.info.heads
+        pairs = [one.visited if self.of == "tiles" else one.pairs for one in found.heads]
+        return np.array(pairs) + choosing(pattern, length)
 
     def _estimate(self, site: Found, patterns: tuple[Pattern | None, ...], length: int) -> cost.Estimate:
         return _estimated(site, patterns, length, self._machine)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsify import cost
+from sparsify import __version__, cost
 from sparsify.errors import InputError
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.select import selections
@@ -46,6 +46,7 @@ def plan(
     held_out: Any = None,
     objective: Objective | None = None,
     state: Path | str | None = None,
+    keep: bool = False,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -55,8 +56,9 @@ def plan(
     since these are given as `input_ids`. data: texts, tokens or `Readings`; held_out: more, to validate with (else the
     end of the data). lengths: in tokens, that are profiled. budget: a share of the dense cost, or "loss +1%".
     tokenizer: how texts are read (bytes, by default). objective: what results are measured by (see `objective`). state:
-    a folder where what was found is kept until the plan is there, so that a killed run goes on. The other settings are
-    those of `Settings`. `plan(...).spec()` is for the backend.
+    a folder where what was found is kept until the plan is there, so that a killed run goes on; keep: whether it stays,
+    so that a plan of the same model and data at another budget finds it. The other settings are those of `Settings`.
+    `plan(...).spec()` is for the backend.
 
     Raises InputError for no data, a length beyond the model's, a budget that no candidates meet (with the nearest that
     is met), and a model none of whose attentions can be rewritten.
@@ -71,11 +73,12 @@ def plan(
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
     _check_dense_layers(rig, wanted.dense_layers)
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
-    run = about.fingerprint, _weights(model), [one.form for one in rig.candidates], repr(wanted)
-    folder = None if state is None else Path(state)
-    kept = State(folder, digest(run))
+    measured = type(rig.objective).__qualname__, rig.objective.unit, getattr(rig.objective, "__dict__", None)
+    run = __version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured
+    kept = State(None if state is None else Path(state), digest(run))
     made = Planner(rig, found, wanted, kept, progress).make(about)
-    kept.clear()
+    if not keep:
+        kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
 
 
@@ -114,9 +117,9 @@ def _is_decoder(config: Any) -> bool:
     return "CausalLM" in names or "LMHead" in names or bool(getattr(config, "is_decoder", False))
 
 
-def _weights(model: Any) -> list[float]:
-    """Numbers that other weights don't have: one a parameter, so that a change of any layer shows."""
-    return [float(one.detach().float().abs().mean()) for one in getattr(model, "parameters", list)()]
+def _weights(model: Any) -> list[tuple[str, float]]:
+    """What other weights don't have: of each parameter its dtype and a number, so that a change of any layer shows."""
+    return [(str(one.dtype), float(one.detach().float().abs().mean())) for one in getattr(model, "parameters", list)()]
 
 
 @dataclass
@@ -137,6 +140,7 @@ class Planner:
 
     def make(self, about: Model) -> Plan:
         rig, settings = self.rig, self.settings
+        self._check_budget()
         profile = profiled(rig, self.readings.profile, settings, self.state, self.progress)
         points, profile, solution = self._front(profile)
         front = [
@@ -166,6 +170,10 @@ class Planner:
             retrieval=tuple(profile.retrieval(rig.heads)),
         )
 
+    def _check_budget(self) -> None:
+        """Raises InputError for a budget that no choice meets: costs are known before anything is profiled."""
+        within_cost(self.problem(np.zeros(self.shares.shape[1:])), self.settings.least_met)
+
     def problem(self, losses: np.ndarray) -> Problem:
         """The knapsack of some losses (heads, candidates)."""
         count = int(self.units.max()) + 1
@@ -193,10 +201,8 @@ class Planner:
 
     def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
         """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""
-        budgets = self.settings.budgets()
         share = self.settings.budget.share
-        within_cost(self.problem(profile.losses), share if share is not None else max(budgets))
-        steps = list(refined(self, profile, budgets))
+        steps = list(refined(self, profile, self.settings.budgets()))
         points = [self._point(f"plan at {budget:.4g}", chosen, found) for budget, chosen, found, _ in steps]
         solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
         return points[::-1], steps[-1][3], solution
@@ -230,20 +236,17 @@ class Planner:
 
     def _validate(self, front: Sequence[Point]) -> tuple[list[Point], list[Validation]]:
         """Each point on what no profile saw, and the rows of the table."""
-        rows, validated = [], []
-        dense = self._losses(None)
-        length = self.readings.validation[0].length
-        for kind, value in dense.items():
-            rows.append(Validation(DENSE, kind, length, 1.0, value, 0.0))
+        validated, dense = [], self._losses(None)
+        rows = [Validation(DENSE, *about, 1.0, value, 0.0) for about, value in dense.items()]
         for point in front:
             self.progress.tell(f"validating {point.name}")
-            found = self._losses(point)
-            patterns = self._patterns(point)
-            share = self.costs.share(patterns, length)
-            for kind, value in found.items():
-                rows.append(Validation(point.name, kind, length, share, value, value - dense[kind]))
-            mean = np.mean([found[kind] - dense[kind] for kind in found])
-            validated.append(replace(point, validated=float(mean)))
+            found, patterns = self._losses(point), self._patterns(point)
+            shares = {length: self.costs.share(patterns, length) for _, length in found}
+            above = {about: value - dense[about] for about, value in found.items()}
+            rows += [
+                Validation(point.name, *about, shares[about[1]], value, above[about]) for about, value in found.items()
+            ]
+            validated.append(replace(point, validated=float(np.mean(list(above.values())))))
         return validated, rows
 
     def _patterns(self, point: Point) -> list[Any]:
@@ -251,18 +254,18 @@ class Planner:
             return [Candidate(point.name, point.form).pattern()] * len(self.rig.heads)
         return [self.rig.patterns[one] for of in point.choices for one in of]
 
-    def _losses(self, point: Point | None) -> dict[str, float]:
-        """The loss of the validation's samples by kind of data: the mean of one that dense attention has, too, else the
-        median, which a few samples far from the dense output don't move."""
+    def _losses(self, point: Point | None) -> dict[tuple[str, int], float]:
+        """The loss of the validation's samples by kind of data and length: the mean of one that dense attention has,
+        too, else the median, which a few samples far from the dense output don't move."""
         assigned = {} if point is None else self.rig.heads.assignment(self._patterns(point))
         form = None if point is None else (point.form if point.uniform else point.choices)
-        found: dict[str, list[float]] = {}
+        found: dict[tuple[str, int], list[float]] = {}
         for sample in self.readings.validation:
             key = "loss", sample.digest(), form
             arrays = self.state.of(key, lambda sample=sample: {"losses": self.rig.losses(sample, assigned)})
-            found.setdefault(sample.kind, []).extend(arrays["losses"].tolist())
+            found.setdefault((sample.kind, sample.length), []).extend(arrays["losses"].tolist())
         middle: Callable[[list[float]], Any] = np.mean if self.rig.objective.absolute else np.median
-        return {kind: float(middle(values)) for kind, values in found.items()}
+        return {about: float(middle(values)) for about, values in found.items()}
 
     def _choose(self, front: Sequence[Point], rows: Sequence[Validation]) -> int:
         """The best validated point within the budget; within a bound on the loss, the cheapest."""

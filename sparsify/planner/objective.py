@@ -58,17 +58,17 @@ class Tokens:
         return self.next_token
 
     def reference(self, result: Any, sample: Sample) -> torch.Tensor:
-        return torch.log_softmax(_logits(result).float(), -1)
+        return torch.log_softmax(logits_of(result).float(), -1)
 
     def distance(self, result: Any, reference: torch.Tensor, sample: Sample) -> torch.Tensor:
-        here = torch.log_softmax(_logits(result).float(), -1)
+        here = torch.log_softmax(logits_of(result).float(), -1)
         each = (reference.exp() * (reference - here)).sum(-1)
         return (each * _positions(sample, each.shape, each.device)).sum(-1)
 
     def loss(self, result: Any, reference: torch.Tensor, sample: Sample) -> torch.Tensor:
         if not self.next_token:
             return self.distance(result, reference, sample)
-        here = torch.log_softmax(_logits(result).float(), -1)[:, :-1]
+        here = torch.log_softmax(logits_of(result).float(), -1)[:, :-1]
         tokens = sample.tokens.to(here.device)
         each = -here.gather(-1, tokens[:, 1:, None]).squeeze(-1)
         share = _positions(sample, tokens.shape, here.device)[:, :-1]
@@ -78,7 +78,7 @@ class Tokens:
         self, result: Any, reference: torch.Tensor, sample: Sample, count: int, generator: torch.Generator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens drawn from the dense distribution: their gradients have the divergence's curvature (Fisher)."""
-        logits, dense = _logits(result).float(), reference.exp()
+        logits, dense = logits_of(result).float(), reference.exp()
         share = _positions(sample, logits.shape[:2], logits.device).sqrt()
         centre = (dense * (logits - reference)).sum(-1)
         for _ in range(count):
@@ -166,7 +166,19 @@ def objective_for(result: Any, sample: Sample, causal: bool) -> Objective:
     return Values()
 
 
-def _logits(result: Any) -> torch.Tensor:
+def instead_of_logits(result: Any) -> str:
+    """What a result has in the place of logits (B, N, tokens), in words; nothing where it has them."""
+    logits = result if isinstance(result, torch.Tensor) else getattr(result, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return "" if logits.dim() == 3 else f"some of shape {tuple(logits.shape)}"
+    names = f" with {', '.join(map(str, result.keys()))}" if hasattr(result, "keys") else ""
+    return f"{type(result).__name__}{names}"
+
+
+def logits_of(result: Any) -> torch.Tensor:
+    """The logits (B, N, tokens) of a result. Raises InputError naming what was found instead."""
+    if instead := instead_of_logits(result):
+        raise InputError(f"plan: the model's result has no logits (batch, length, tokens), found {instead}")
     return result if isinstance(result, torch.Tensor) else result.logits
 
 

@@ -148,6 +148,28 @@ class Plan:
         """The candidate of every head, site by site."""
         return tuple(tuple(head.candidate for head in site.heads) for site in self.sites)
 
+    @property
+    def timed(self) -> bool:
+        """Whether times were predicted."""
+        count = len(self.lengths)
+        return bool(self.sites) and all(len(one.seconds) == len(one.dense_seconds) == count for one in self.sites)
+
+    def total(self, length: int) -> tuple[float, float]:
+        """Seconds of all sites at the `length`-th of the lengths: the plan's, and dense attention's."""
+        return sum(site.seconds[length] for site in self.sites), sum(site.dense_seconds[length] for site in self.sites)
+
+    @property
+    def slower(self) -> str:
+        """What to know and to do where dense attention is predicted to be faster at some length, else nothing."""
+        totals = [(length, *self.total(place)) for place, length in enumerate(self.lengths)] if self.timed else []
+        length, mine, dense = max(totals, key=lambda one: one[1] / one[2], default=(0, 0.0, 1.0))
+        if mine <= dense * (1 + 1e-6):
+            return ""
+        return (
+            f"predicted to be slower than dense attention: {mine / dense:.3g} times its time at {length} tokens; "
+            f"the budget was one of {self.of}, so plan by time (--of time) where speed is wanted"
+        )
+
     def spec(self, point: Point | None = None) -> Spec:
         """The spec that gives every head what the plan, or a point of its front, gives it; the backend takes it as it
         is."""

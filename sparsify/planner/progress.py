@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Who is told. `sparsify.planner.terminal.Bar` is a bar at a terminal."""
+    """Who is told. `sparsify.progress.Bar` is a bar at a terminal."""
 
     def expect(self, weights: Sequence[float]) -> None:
         """More steps are to come, that take about so long, in any unit."""

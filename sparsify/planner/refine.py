@@ -71,6 +71,8 @@ def refined(
         try:
             chosen, found = chosen_at(planner, profile, budget)
         except InputError:
+            if budget == planner.settings.least_met:
+                raise
             continue
         yield budget, chosen, found, profile
 
@@ -83,9 +85,15 @@ def chosen_at(planner: Planner, profile: Profile, budget: float) -> tuple[np.nda
     budget that can't be met.
     """
     planner.progress.tell(f"choosing at {budget:.3g} of the cost")
-    problem, spend = planner.problem(profile.losses), budget
+    problem, spend, over = planner.problem(profile.losses), budget, 0.0
     for _ in range(TRIES):
-        found = within_cost(problem, spend)
+        try:
+            found = within_cost(problem, spend)
+        except InputError:
+            if over:
+                said = f"heads that come to {budget:.4g} one by one cost {over * budget:.4g} of dense together"
+                raise InputError(f"plan: budget: {said}; take a larger one") from None
+            raise
         options = [found.chosen]
         if profile.current is not None and not problem.sources:
             options += [exchanged(problem, spend, planner.units, profile.current, found.chosen, own) for own in OWN]

@@ -13,7 +13,7 @@ import torch
 from sparsify.codegen.target import dtype_name
 from sparsify.patterns import Pattern
 from sparsify.planner.heads import Found, Heads
-from sparsify.planner.objective import Objective, objective_for
+from sparsify.planner.objective import Objective, instead_of_logits, objective_for
 from sparsify.planner.plan import DENSE, Candidate
 from sparsify.planner.probe import Assignment, Key, Probe
 from sparsify.planner.samples import Sample
@@ -24,7 +24,8 @@ REFERENCES = 1 << 29  # bytes of dense results that are kept
 
 @dataclass
 class Rig:
-    """patterns: of the candidates, None for the dense one; dense: its index."""
+    """patterns: of the candidates, None for the dense one; dense: its index. instead: what the model gives where that
+    are no logits, in words; else nothing."""
 
     probe: Probe
     heads: Heads
@@ -32,6 +33,7 @@ class Rig:
     candidates: tuple[Candidate, ...]
     patterns: tuple[Pattern | None, ...]
     device: torch.device
+    instead: str = ""
     _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
 
     @property
@@ -97,7 +99,7 @@ def set_up(
     chosen = candidates(causal) if callable(candidates) else candidates
     patterns = tuple(None if one.name == DENSE else one.pattern() for one in chosen)
     objective = objective or objective_for(result, sample, causal)
-    return Rig(probe, Heads(tuple(sites.values())), objective, chosen, patterns, device)
+    return Rig(probe, Heads(tuple(sites.values())), objective, chosen, patterns, device, instead_of_logits(result))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

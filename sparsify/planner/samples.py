@@ -40,12 +40,17 @@ class Sample:
         return cls({"input_ids": tokens}, tokens.shape[1], tokens, **fields)
 
     def digest(self) -> str:
-        """A hash of all tensors in it."""
-        found = hashlib.sha256(self.kind.encode())
-        given = [*self.inputs.values(), self.weights]
-        for tensor in (one for one in given if isinstance(one, torch.Tensor)):
-            found.update(str(tuple(tensor.shape)).encode())
-            found.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
+        """A hash of all that is in it."""
+        found = hashlib.sha256(repr((self.kind, self.length, self.needles)).encode())
+        given = dict(self.inputs), dict(self.extra), self.tokens, self.weights
+        for path, value in torch.utils._pytree.tree_flatten_with_path(given)[0]:
+            found.update(repr(path).encode())
+            if isinstance(value, torch.Tensor | np.ndarray):
+                found.update(repr((value.dtype, tuple(value.shape))).encode())
+                tensor = torch.as_tensor(value).detach().cpu().contiguous()
+                found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                found.update(repr(value).encode())
         return found.hexdigest()[:16]
 
 
@@ -148,7 +153,7 @@ def plant(
     for number in range(facts):
         run = rng.choice(words, span)
         fact = int((number + rng.random() * 0.5) * (size // 4) / facts)
-        asked = int(size * 3 // 4 + (number + rng.random() * 0.5) * (size // 4 - span) / facts)
+        asked = int(size * 3 // 4 + (number + rng.random() * 0.5) * (size // 4) / facts)
         found[fact : fact + span] = run
         found[asked : asked + span] = run
         needles.append((fact + cue, asked + cue, span - cue))

@@ -104,18 +104,28 @@ class Settings:
         recall = given.get("recall")
         if recall is not None and not 0 <= recall <= 1:
             raise InputError(f"plan: recall: expected a share from 0 to 1, found {recall!r}")
+        bound = Budget.read(budget)
+        front = given.get("front", FRONT)
+        if not all(0 < one <= 1 for one in front) or (bound.share is None and not front):
+            least = "shares of the dense cost" + (", one at least for a bound on the loss" if not front else "")
+            raise InputError(f"plan: front: expected {least}, found {front!r}")
         if "dense_layers" in given:
             given["dense_layers"] = _layers(given["dense_layers"])
         if given.get("reuse"):
             given["reuse"] = _reuse(given["reuse"])
             if given.get("per_layer") is not None:
                 raise InputError("plan: reuse: goes without a limit on the rules of a layer (per_layer)")
-        return cls(tuple(sorted(set(found))), Budget.read(budget), **given)
+        return cls(tuple(sorted(set(found))), bound, **given)
 
     @property
     def shared_rules(self) -> bool:
         """Whether the heads of a KV group have one rule."""
         return self.of == "memory" if self.joined is None else self.joined
+
+    @property
+    def least_met(self) -> float:
+        """The budget that has to be met: the user's own or, of a bound on the loss, the mildest of the front."""
+        return max(self.budgets()) if self.budget.share is None else self.budget.share
 
     def budgets(self) -> tuple[float, ...]:
         """Those of the front with the user's own, the mildest first."""

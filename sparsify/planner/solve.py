@@ -1,15 +1,14 @@
-"""Solve: which candidate each head gets, at the least loss under a budget or the least cost under a bound on the loss.
+"""Solve: which candidate each head gets, at the least loss under a budget.
 
 A multiple-choice knapsack with one budget a profiled length. Without a limit on distinct rules it goes to HiGHS as it
 stands. With one, a layer is chosen as a whole: columns (what all units of a layer get) are made by their reduced cost
 until none is left that helps (Dantzig and Wolfe), which gives the bound, and HiGHS chooses among the columns. MoA's
-limit of two rules a layer makes its pairs enumerable, which is the pricing here.
+limit of two rules a layer makes its sets enumerable, which `pricing` goes through.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import sys
@@ -21,9 +20,11 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from sparsify.errors import InputError
+from sparsify.planner.pricing import best_few
 
 MOST_SETS = 40_000  # sets of rules that are looked at in one layer; beyond, its rules are limited by HiGHS itself
 ROUNDS = 60  # of columns
+LAST = 4  # sets of a layer that the next one is looked for from
 GAP = 1e-4
 
 
@@ -54,8 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """chosen: the candidate of each unit. value: its loss (of a budget) or its cost (of a bound on the loss); bound: no
-    choice has less; gap: (value - bound) / value."""
+    """chosen: the candidate of each unit. value: its loss; bound: no choice has less; gap: (value - bound) / value."""
 
     chosen: np.ndarray
     value: float
@@ -69,25 +69,8 @@ class Solution:
 def within_cost(problem: Problem, budget: float) -> Solution:
     """The least loss at a share `budget` of the dense cost, at every length. Raises InputError where none is so cheap,
     with the least that is."""
-    rows, limits = problem.costs, np.full(len(problem.costs), budget)
-    return _solve(problem, problem.losses, rows, limits, "budget", "of the dense cost")
-
-
-def within_loss(problem: Problem, bound: float) -> Solution:
-    """The least cost, at the mean of the lengths, for losses that add to at most `bound`. Raises InputError where none
-    is so good, with the best that is."""
-    cost = problem.costs.mean(0)
-    cost = np.where(np.isfinite(problem.losses), cost, np.inf)
-    return _solve(problem, cost, problem.losses[None], np.array([bound]), "loss", "of loss")
-
-
-def _solve(
-    problem: Problem, values: np.ndarray, rows: np.ndarray, limits: np.ndarray, what: str, unit: str
-) -> Solution:
-    """values: (units, candidates), what is made least; rows: (constraints, units, candidates), of which the chosen ones
-    add to at most `limits`."""
-    allowed = np.isfinite(problem.losses)
-    values, rows = np.where(allowed, values, 0.0), np.where(allowed, rows, 0.0)
+    limits, allowed = np.full(len(problem.costs), budget), np.isfinite(problem.losses)
+    values, rows = np.where(allowed, problem.losses, 0.0), np.where(allowed, problem.costs, 0.0)
     blocks = [np.flatnonzero(problem.layers == layer) for layer in range(int(problem.layers.max()) + 1)]
     few = problem.most is None or min(values.shape[1], max(map(len, blocks))) <= problem.most
     if problem.sources or few:
@@ -98,7 +81,8 @@ def _solve(
         found = _limited(values, rows, limits, allowed, problem.layers, problem.most)
     if found is None:
         least = _upwards(_least(problem, rows, allowed, blocks))
-        raise InputError(f"plan: {what}: no choice comes to {limits[0]:.4g} {unit}; the nearest that is met is {least}")
+        said = f"no choice comes to {budget:.4g} of the dense cost; the nearest that is met is {least}"
+        raise InputError(f"plan: budget: {said}")
     return found
 
 
@@ -114,8 +98,7 @@ def _least(problem: Problem, rows: np.ndarray, allowed: np.ndarray, blocks: list
         if len(block) <= most:
             total += worst[block].min(1).sum()
         else:
-            sets = itertools.combinations(range(candidates), min(most, 2))
-            total += min(worst[block][:, list(one)].min(1).sum() for one in sets)
+            total += worst[block][:, best_few(worst[block], min(most, 3))].min(1).sum()
     return float(total)
 
 
@@ -253,7 +236,8 @@ class _Columns:
     ) -> None:
         self.values, self.rows, self.limits, self.blocks = values, rows, limits, blocks
         self.closed = np.where(allowed, 0.0, np.inf)
-        self.sets = np.array(list(itertools.combinations(range(values.shape[1]), most)))
+        self.most = most
+        self.last: list[list[np.ndarray]] = [[] for _ in blocks]  # the sets of each layer's latest columns
         self.columns: list[tuple[int, np.ndarray]] = []
         self.seen: set[tuple[int, bytes]] = set()
 
@@ -289,8 +273,8 @@ class _Columns:
             weighed = self.values + np.tensordot(prices, self.rows, 1) + self.closed
         total, fresh = 0.0, False
         for layer, block in enumerate(self.blocks):
-            best = weighed[block][:, self.sets].min(2)  # (units of the layer, sets)
-            found = self.sets[best.sum(0).argmin()]
+            found = best_few(weighed[block], self.most, self.last[layer])
+            self.last[layer] = [*self.last[layer], found][-LAST:]
             column = found[weighed[block][:, found].argmin(1)]
             total += float(weighed[block, column].sum())
             key = layer, column.tobytes()

@@ -1,65 +1,25 @@
-"""What a plan shows at a terminal: progress with an estimate of the time left, a short table, the front."""
+"""What a plan shows at a terminal: progress with an estimate of the time left (`Bar`), a short table, the front."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.bench.progress import duration
-from sparsify.cli.output import progress as bar
 from sparsify.planner.plan import Plan, Point, SitePlan
+from sparsify.progress import Bar
+
+__all__ = ["Bar", "summary"]
 
 WIDTH = 30
 
 
-class Bar:
-    """A bar on stderr, at a terminal only. The time left is judged by the steps that are done (see `Progress`)."""
-
-    def __init__(self) -> None:
-        self.bar = bar()
-        self.weights: list[float] = []
-        self.done = 0
-        self.task = self.bar.add_task("catching the model's attentions", total=None)
-
-    def __enter__(self) -> Bar:
-        self.start = time.perf_counter()
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
-    def expect(self, weights: Sequence[float]) -> None:
-        self.weights += weights
-        self.bar.update(self.task, total=sum(self.weights))
-
-    def tell(self, what: str) -> None:
-        self.bar.update(self.task, description=f"{what}{self.left}")
-
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.update(self.task, completed=sum(self.weights[: self.done]))
-
-    @property
-    def left(self) -> str:
-        """`, about 40 s left`; nothing before a step is done or where all are."""
-        passed, whole = sum(self.weights[: self.done]), sum(self.weights)
-        if not passed or passed == whole:
-            return ""
-        return f", about {duration((time.perf_counter() - self.start) / passed * (whole - passed))} left"
-
-
 def summary(found: Plan) -> RenderableType:
     """A short table of sites, the front, and a line on how good the choice is."""
-    return Group(_sites(found), _front(found), Text(_closing(found)))
+    parts = [_sites(found), _front(found), Text(_closing(found))]
+    return Group(*parts, Text(found.slower, "yellow")) if found.slower else Group(*parts)
 
 
 def _sites(found: Plan) -> Table:
@@ -97,6 +57,9 @@ def _line(point: Point, worst: float) -> str:
 def _closing(found: Plan) -> str:
     heads = ", ".join(f"{found.sites[site].address} head {head}" for site, head in found.retrieval[:8])
     said = [f"cost: share of dense {found.of}, on {found.machine}; lengths {', '.join(map(str, found.lengths))}"]
+    if found.timed:
+        mine, dense = found.total(-1)
+        said.append(f"predicted time: {mine * 1e3:.3g} ms of {dense * 1e3:.3g} at {found.lengths[-1]} tokens")
     if found.gap is not None and found.bound is not None:
         said.append(f"profiled losses: no choice has less than {found.bound:.4g}; this one is within {found.gap:.2%}")
     if heads:

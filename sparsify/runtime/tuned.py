@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ def lookup(key: Key) -> Mapping[str, int]:
     """What differs from the default for a kernel: what is forced, else what the store says; nothing by default."""
     if _forced is not None:
         return _forced
-    path = env.tuned()
-    found = {} if path is None else _read(path)[0]
+    found, why = held()
+    if why:
+        _warn(why)
     return found[key].values if key in found else {}
 
 
@@ -35,6 +37,7 @@ def reload() -> None:
     global _generation
     _generation += 1
     _read.cache_clear()
+    _warn.cache_clear()
 
 
 def keep(entries: Iterable[Tuned]) -> Path:
@@ -65,6 +68,13 @@ def forced(values: Mapping[str, int]) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    """Once a process: what is wrong with the store is wrong for every kernel."""
+    what = "kernels run as they do by default; remove it and tune again, or set SPARSIFY_TUNED to another file or 0"
+    warnings.warn(f"{why}; {what}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

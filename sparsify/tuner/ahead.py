@@ -14,12 +14,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sparsify.bench.progress import Steps
 from sparsify.bench.tables import new_table, short
 from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import tuned as home
 from sparsify.codegen.triton.resources import CHIPS, Resources, resources_of
 from sparsify.errors import BuildError, InputError, nearest
+from sparsify.progress import Bar
 from sparsify.tuner.children import Child, Failed, Lost
 from sparsify.tuner.jobs import Job, jobs_of, read
 from sparsify.tuner.order import Order, machine_for
@@ -99,7 +99,7 @@ def prune(
     end, found, journal = clock() + budget, {}, Journal.here()
     children = [Child(partial(Builder, arch)) for _ in range(os.cpu_count() or 1)]
     try:
-        with tempfile.TemporaryDirectory(prefix="sparsify-tune-") as folder, Steps([1.0] * len(jobs)) as steps:
+        with tempfile.TemporaryDirectory(prefix="sparsify-tune-") as folder, Bar([1.0] * len(jobs)) as steps:
             for number, job in enumerate(jobs):
                 steps.tell(f"{job.name}: building for {arch}")
                 share = (end - clock()) / (len(jobs) - number)

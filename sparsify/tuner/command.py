@@ -12,11 +12,11 @@ from unittest import mock
 from rich.console import Console
 
 from sparsify import env
-from sparsify.bench.progress import Steps
 from sparsify.bench.report import machine, write
 from sparsify.bench.runs import How
 from sparsify.codegen.target import DTYPES
 from sparsify.errors import InputError, nearest
+from sparsify.progress import Bar
 from sparsify.runtime import tuned, tunings
 from sparsify.tuner.report import remarks, table, to_dict
 from sparsify.tuner.run import Run
@@ -75,7 +75,7 @@ def of_grid(
     _check_dtypes(dtype)
     with _for_tune():
         cases = whole_grid(pattern, length or [LENGTH], head_dim, dtype, heads, kv_heads)
-    with Steps([1.0] * len(cases)) as steps:
+    with Bar([1.0] * len(cases)) as steps:
         return of_cases(cases, place, steps.tell)
 
 
@@ -84,7 +84,7 @@ def of_model(
     length: list[int] | None, dtype: list[str] | None, place: str, run: bool = True,
 ) -> list[Job]:  # fmt: skip
     """The kernels of a model at every length and dtype."""
-    from sparsify.cli.models import Wanted, overrides
+    from sparsify.models import Wanted, overrides
     from sparsify.options import read_spec
     from sparsify.tuner import sources
 
@@ -98,7 +98,7 @@ def of_model(
         for kind in dtype or ("float32",)
         for n in length or (MODEL_LENGTH,)
     ]
-    with Steps([1.0]) as steps:
+    with Bar([1.0]) as steps:
         steps.tell(f"{name}: its kernels")
         return sources.of_model(name, spec, made, place, run)
 
@@ -123,7 +123,7 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
 def calibrate() -> None:
     """Measures this machine for the simulator, its kernels as they are by default, and keeps it. Raises InputError."""
     from sparsify import cost
-    from sparsify.cli.output import progress
+    from sparsify.progress import progress
 
     with progress() as bar, tuned.forced({}):
         task = bar.add_task("", total=None)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sparsify import cost
-from sparsify.codegen.slots import slot_count
 from sparsify.codegen.target import Launch, dtype_name
-from sparsify.cost.choosing import Head
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Shape
-from sparsify.cost.site import Site
+from sparsify.cost.site import Site, over_slots
 from sparsify.cost.tiles import Positions
 from sparsify.cost.time import site_cost
 from sparsify.errors import SparsifyError
@@ -55,7 +53,7 @@ class Order:
             return None
         if changed not in self._seen:
             try:
-                self._seen[changed] = site_cost(replace(self.site, tuned=changed), self.machine).time * 1e-9
+                self._seen[changed] = site_cost(replace(self.site, tuned=changed), self.machine).seconds
             except (SparsifyError, ValueError, KeyError, TypeError):
                 self._seen[changed] = None
         return self._seen[changed]
@@ -83,14 +81,6 @@ def _site(launch: Launch) -> Site | None:
     if any(lists(keep) for keep in program.keep):
         return None
     env = {"N": k_len, "Nq": q_len} | dict(zip(program.sizes(), program.size_values(k_len), strict=True))
-    slots = slot_count(program.queries, q_len, env), slot_count(program.keys, k_len, env)
+    shape = Shape(heads, kv_heads, q_len, k_len, head_dim, dtype_name(launch.q.dtype), batch)
     tokens = Positions(q_len, k_len, launch.q_offset, q_len, k_len)
-    keeps = tuple(map(program.rule_of, range(heads)))
-    return Site(
-        Shape(heads, kv_heads, q_len, k_len, head_dim, dtype_name(launch.q.dtype), batch),
-        tuple(map(Head, keeps)),
-        Positions(*slots, launch.q_offset, q_len, k_len),
-        tokens,
-        keeps,
-        orders=sum(layout is not None for layout in (program.queries, program.keys)),
-    )
+    return over_slots(shape, tuple(map(program.rule_of, range(heads))), tokens, (program.queries, program.keys), env)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from sparsify.bench.progress import Steps
+from sparsify.progress import Bar
 from sparsify.runtime import tuned
 from sparsify.runtime.tunings import Tuned
 from sparsify.tuner.children import Child, Failed, Lost
@@ -63,7 +63,7 @@ class Run:
             journal.forget(job.key for job in self.jobs)
         children = [Child(self.make) for _ in range(min(BUILDERS, os.cpu_count() or 1))]
         try:
-            with tempfile.TemporaryDirectory(prefix="sparsify-tune-") as folder, Steps([1.0] * len(self.jobs)) as steps:
+            with tempfile.TemporaryDirectory(prefix="sparsify-tune-") as folder, Bar([1.0] * len(self.jobs)) as steps:
                 for number, job in enumerate(self.jobs):
                     if self.clock() > end and number:
                         break
@@ -80,7 +80,7 @@ class Run:
         return self.outcomes
 
     def _tune(
-        self, job: Job, path: Path, children: Sequence[Child], journal: Journal, deadline: float, steps: Steps
+        self, job: Job, path: Path, children: Sequence[Child], journal: Journal, deadline: float, steps: Bar
     ) -> None:
         home, launch = tunable(job.key[2]), job.launches[0]
         tell = partial(_tell, steps, job.name)
@@ -107,7 +107,7 @@ def _kind(job: Job) -> tuple[str, bool]:
     return job.key[2], "__few__" in job.key[3]
 
 
-def _tell(steps: Steps, name: str, text: str) -> None:
+def _tell(steps: Bar, name: str, text: str) -> None:
     steps.tell(f"{name}: {text}")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from sparsify.bench import gpu
 from sparsify.codegen import target
 from sparsify.codegen.target import Launch
 from sparsify.runtime import tuned
@@ -46,14 +49,14 @@ class Runner:
         Stops after `rounds`, or when the time is over, or when the candidate can't win any more; five rounds at least.
         """
         times: tuple[list[float], list[float]] = ([], [])
-        sides = (values, against)
-        for side in sides:
+        for side in (values, against):
             self.build(side)
-        again = max(1, min(MOST, int(ROUND_SECONDS / self.seconds(against))))
+        sides = Side(self.launches, values), Side(self.launches, against)
+        again = max(1, min(MOST, int(ROUND_SECONDS / sides[1].seconds())))
         begin = time.perf_counter()
         for number in range(rounds):
             for side in (0, 1) if number % 2 == 0 else (1, 0):
-                times[side].append(sum(self.seconds(sides[side]) for _ in range(again)) / again)
+                times[side].append(sum(sides[side].seconds() for _ in range(again)) / again)
             if number + 1 >= FEWEST:
                 late = time.perf_counter() - begin > seconds
                 if late or hopeless([a / b for a, b in zip(*times, strict=True)]):
@@ -62,15 +65,33 @@ class Runner:
 
     def seconds(self, values: Values) -> float:
         """Seconds of all launches together, once."""
-        total = 0.0
+        return Side(self.launches, values).seconds()
+
+
+class Side:
+    """A candidate's launches, ready to be timed: on a GPU as graphs that are captured once, so that a time is that of
+    the kernels and not of the Python around them."""
+
+    def __init__(self, launches: Sequence[Launch], values: Values) -> None:
+        self.values = values
         with tuned.forced(values), torch.inference_mode():
-            for launch in self.launches:
-                _wait(launch)
-                start = time.perf_counter()
-                target(launch.program.target).run(launch)
-                _wait(launch)
-                total += time.perf_counter() - start
-        return total
+            self.calls = [(launch.q.is_cuda, _call(launch)) for launch in launches]
+
+    def seconds(self) -> float:
+        """Of all launches together, once; on a GPU by events on the device."""
+        with tuned.forced(self.values), torch.inference_mode():
+            return sum(gpu.seconds(call) if on_gpu else _seconds(call) for on_gpu, call in self.calls)
+
+
+def _call(launch: Launch) -> Callable[[], object]:
+    call = partial(target(launch.program.target).run, launch)
+    return gpu.replayed(call) if launch.q.is_cuda else call
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _run(launch: Launch, values: Values) -> torch.Tensor:

@@ -13,10 +13,10 @@ import torch
 from sparsify.bench.cases import Case
 from sparsify.bench.end_to_end import decode_step, model_of, prefill
 from sparsify.bench.peers import Inputs, sparsify
-from sparsify.cli.models import Wanted
 from sparsify.codegen.names import program_name
 from sparsify.codegen.target import Launch
 from sparsify.errors import InputError
+from sparsify.models import Wanted
 from sparsify.tuner.jobs import Job, jobs_of, recorded, sizes
 
 

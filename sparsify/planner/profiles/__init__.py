@@ -38,9 +38,10 @@ KINDS: dict[str, Callable[[Rig, Sequence[Sample], Settings, State, Progress], Pr
 
 
 def profiled(rig: Rig, samples: Sequence[Sample], settings: Settings, state: State, progress: Progress) -> Profile:
-    """The profile that the settings ask for; with scores of retrieval, where samples have facts to retrieve."""
+    """The profile that the settings ask for; with scores of retrieval, where samples have facts to retrieve and the
+    model says tokens."""
     found = KINDS[settings.profile](rig, samples, settings, state, progress)
-    if found.scores is None and any(sample.needles for sample in samples):
+    if found.scores is None and not rig.instead and any(sample.needles for sample in samples):
         found = found.scored(retrieval.retrieval_scores(rig, samples, state, progress))
     return found
 

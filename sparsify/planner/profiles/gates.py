@@ -39,11 +39,12 @@ def trained(
     units = rig.heads.groups(joined=True)
     chosen = [sample for sample in samples if sample.needles] or list(samples)
     progress.expect([chosen[step % len(chosen)].length * 4 for step in range(steps)])
+    read = [sample.digest() for sample in chosen]
     at = {"gates": np.ones(int(units.max()) + 1, np.float32), "first": 0.0, "second": 0.0}
     for step in range(steps):
         progress.tell(f"training gates, step {step + 1} of {steps}")
         sample = chosen[step % len(chosen)]
-        key = "gates", step, steps, sample.digest()
+        key = "gates", step, steps, read
         at = state.of(key, lambda sample=sample, at=at, step=step: _step(rig, sample, units, at, step, steps))
         progress.advance()
     return at["gates"][units].astype(np.float64)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sparsify.errors import InputError
+from sparsify.planner.objective import logits_of
 from sparsify.planner.profiles.profile import Profile
 from sparsify.planner.profiles.scores import by_score
 from sparsify.planner.progress import Progress
@@ -24,9 +25,13 @@ from sparsify.planner.study import studied
 
 
 def retrieval(rig: Rig, samples: Sequence[Sample], settings: Settings, state: State, progress: Progress) -> Profile:
-    """Heads by their retrieval score. Raises InputError where no sample has a fact to retrieve."""
+    """Heads by their retrieval score. Raises InputError where no sample has a fact to retrieve, or the model says no
+    tokens."""
     if not any(sample.needles for sample in samples):
         raise InputError("plan: profile: retrieval needs samples with facts to copy; give recall a share above 0")
+    if rig.instead:
+        what = f"needs a model that gives logits, and this one gives {rig.instead}; take 'output' or 'influence'"
+        raise InputError(f"plan: profile: retrieval {what}")
     return by_score(rig, retrieval_scores(rig, samples, state, progress), max(settings.lengths))
 
 
@@ -61,7 +66,7 @@ def _scores(rig: Rig, sample: Sample) -> np.ndarray:
 
     with torch.no_grad():
         result = rig.run(sample, {}, watch)
-    logits = result if isinstance(result, torch.Tensor) else result.logits
+    logits = logits_of(result)
     assert sample.tokens is not None
     right = logits[0, asked.to(logits.device)].argmax(-1).cpu() == sample.tokens[0, asked + 1]
     return np.concatenate([(pointed[site.key] & right).double().mean(-1).numpy() for site in rig.heads.sites])
