@@ -23,13 +23,13 @@ from sparsify.progress import Bar
 
 MEDIAN, NINETIETH, RANKS, FACTOR = 0.12, 0.30, 0.97, 1.5  # what a calibrated machine is to keep
 STEP = 2**0.5  # between the lengths at which a pattern and dense attention are timed
-BUDGET, TURNS = 0.1, 2  # seconds for timing one thing, and how often: the faster time counts, as in calibration
+BUDGET, TURNS = 0.07, 3  # seconds for timing one thing, and how often: the median counts, as in calibration
 FASTER = 3  # lengths in a row at which a pattern is faster end the search
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A sample with its measured and its predicted seconds."""
+    """A sample with its measured and its predicted seconds, both at the pace at which the machine was calibrated."""
 
     sample: Sample
     measured: float
@@ -124,7 +124,8 @@ def measured(job: Sample | Crossing, given: Machine, tell: Callable[[str], None]
     tell(f"{shape.q_len} x {shape.k_len}, {job.patterns[0]}")
     with torch.inference_mode():
         run = job.run()
-    return Predicted(job, min(seconds(run, job.cold, BUDGET) for _ in range(TURNS)), _predicted(job, given))
+    times = [seconds(run, job.cold, BUDGET, at=given.pace) for _ in range(TURNS)]
+    return Predicted(job, statistics.median(times), _predicted(job, given))
 
 
 def _predicted(sample: Sample, given: Machine) -> float:

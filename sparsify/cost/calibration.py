@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -12,9 +13,9 @@ from sparsify import patterns as p
 from sparsify.cost import find
 from sparsify.cost.dense_rates import dense_rates
 from sparsify.cost.fit import fitted
-from sparsify.cost.machine import Machine, Rates
+from sparsify.cost.machine import Machine, Pace, Rates
 from sparsify.cost.nest import Shape, cpp_nest
-from sparsify.cost.sample import Sample, build, seconds
+from sparsify.cost.sample import Sample, build, pace, seconds
 from sparsify.cost.selection_rates import selection_rates
 from sparsify.errors import InputError
 from sparsify.patterns import Pattern
@@ -23,7 +24,7 @@ from sparsify.runtime.machine import cpu_model
 
 DTYPES, HEAD_DIMS = ("float32", "bfloat16"), (64, 128)
 READ_BYTES = 2**28  # of the tensor whose sum tells how fast memory is read
-PASSES = 2  # over all samples, of which the faster counts: what else a machine does slows one of them, not both
+PASSES = 3  # over all samples, the median of which counts
 
 Progress = Callable[[str, int, int], None]  # what is going on, steps done, all steps
 CAUSAL = p.causal()
@@ -57,11 +58,12 @@ def calibrate(progress: Progress | None = None) -> Machine:
     steps = len(given) * (1 + PASSES) + 2
     with torch.inference_mode(), tuned.forced({}):
         build(given, lambda done: tell("building kernels", done, steps))
-        times = _timed(given, lambda done: tell("timing attention", len(given) + done, steps))
+        at = pace()
+        times = _timed(given, lambda done: tell("timing attention", len(given) + done, steps), at)
         tell("timing dense attention", steps - 2, steps)
-        dense = dense_rates(DTYPES, HEAD_DIMS)
+        dense = dense_rates(DTYPES, HEAD_DIMS, at)
         tell("timing selections", steps - 1, steps)
-        chosen = selection_rates()
+        chosen = selection_rates(at)
         first = Machine(
             name=find.this_name(),
             about=f"{cpu_model()}, {find.cores()} threads",
@@ -76,6 +78,7 @@ def calibrate(progress: Progress | None = None) -> Machine:
             rates=tuple(_guess(dtype, size) for dtype, size in product(DTYPES, HEAD_DIMS)),
             dense=dense,
             selection=chosen,
+            pace=at,
         )
     tell("fitting", steps, steps)
     return fitted(first, given, [1e9 * time for time in times])
@@ -103,13 +106,13 @@ def _guess(dtype: str, size: int) -> Rates:
     )  # fmt: skip
 
 
-def _timed(given: Sequence[Sample], tell: Callable[[int], None]) -> list[float]:
-    found = [float("inf")] * len(given)
+def _timed(given: Sequence[Sample], tell: Callable[[int], None], at: Pace) -> list[float]:
+    found: list[list[float]] = [[] for _ in given]
     for turn in range(PASSES):
         for i, one in enumerate(given):
-            found[i] = min(found[i], seconds(one.run(), one.cold, 0.1))
+            found[i].append(seconds(one.run(), one.cold, 0.06, at=at))
             tell(turn * len(given) + i + 1)
-    return found
+    return list(map(statistics.median, found))
 
 
 def _memory() -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from sparsify import patterns as p
-from sparsify.cost.machine import Dense
+from sparsify.cost.machine import Dense, Pace
 from sparsify.cost.nest import Shape
 from sparsify.cost.sample import Sample, seconds
 
@@ -18,27 +18,27 @@ LONG = ((2, 2, 64), (2, 2, 256), (4, 4, 700), (4, 2, 1400))  # heads, key heads,
 FEW_QUERIES = ((8, 8, 1, 6000), (8, 2, 1, 6000), (2, 2, 4, 3000), (8, 1, 1, 1000), (2, 1, 1, 128))
 
 
-def dense_rates(dtypes: Sequence[str], head_dims: Sequence[int]) -> tuple[Dense, ...]:
-    """Those of `scaled_dot_product_attention` on this machine."""
-    return tuple(_rates(dtype, size) for dtype, size in product(dtypes, head_dims))
+def dense_rates(dtypes: Sequence[str], head_dims: Sequence[int], at: Pace) -> tuple[Dense, ...]:
+    """Those of `scaled_dot_product_attention` on this machine, at a pace."""
+    return tuple(_rates(dtype, size, at) for dtype, size in product(dtypes, head_dims))
 
 
-def _rates(dtype: str, size: int) -> Dense:
+def _rates(dtype: str, size: int, at: Pace) -> Dense:
     """The launch is that of short calls, whatever they are."""
     rows, times = [], []
     for causal, (heads, kv_heads, length) in product((False, True), LONG):
         shape = Shape(heads, kv_heads, length, length, size, dtype)
         pairs = float(heads * length**2)
         rows.append([1.0, 0.0 if causal else pairs, pairs if causal else 0.0, 0.0, 0.0])
-        times.append(_seconds(shape, causal))
+        times.append(_seconds(shape, causal, at))
     for heads, kv_heads, queries, keys in FEW_QUERIES:
         rows.append([1.0, 0.0, 0.0, float(heads * queries * keys), float(kv_heads * keys)])
-        times.append(_seconds(Shape(heads, kv_heads, queries, keys, size, dtype), False))
+        times.append(_seconds(Shape(heads, kv_heads, queries, keys, size, dtype), False, at))
     found, _ = nnls(np.array(rows) / np.array(times)[:, None] * 1e-9, np.ones(len(times)))
     launch, pair, causal_pair, few, key = (max(float(value), LEAST) for value in found)
     return Dense(dtype=dtype, head_dim=size, launch=launch, pair=pair, causal=causal_pair, few=few, key=key)
 
 
-def _seconds(shape: Shape, causal: bool) -> float:
+def _seconds(shape: Shape, causal: bool, at: Pace) -> float:
     one = Sample((p.causal() if causal else p.dense(),) * shape.heads, shape)
-    return seconds(one.dense(), one.cold, 0.1)
+    return seconds(one.dense(), one.cold, 0.1, at=at)

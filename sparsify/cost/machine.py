@@ -82,6 +82,16 @@ class Selection(_Strict):
     view: Cost = _Positive
 
 
+class Pace(_Strict):
+    """How fast a machine runs at a time: its clock and its other users change that by a third from minute to minute.
+
+    product: seconds of a product of two float32 matrices of 512 x 512. memory: of reading 64 MiB that no cache holds.
+    """
+
+    product: float = _Positive
+    memory: float = _Positive
+
+
 class Machine(_Strict):
     """A processor or GPU. `str(machine)` says which; `machine.text()` is JSON that `Machine.parse` reads.
 
@@ -89,7 +99,7 @@ class Machine(_Strict):
     instruction set (avx512, avx2, portable), a CUDA capability ("90") or gfx942. cores: of a processor, or
     multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does;
     cold: that a call of fewer than FEW queries takes beside them, as caches then hold what other layers left there.
-    measured: whether the rates are; if not, `sources` says where they are from.
+    measured: whether the rates are; if not, `sources` says where they are from. pace: how fast it ran then.
     """
 
     version: Literal[1] = VERSION
@@ -106,6 +116,7 @@ class Machine(_Strict):
     rates: tuple[Rates, ...] = Field(min_length=1)
     dense: tuple[Dense, ...] = Field(min_length=1)
     selection: Selection
+    pace: Pace | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Machine:
@@ -184,7 +195,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _fields_at(place: tuple[Any, ...]) -> Iterable[str]:
-    kinds = {"rates": Rates, "dense": Dense, "selection": Selection}
+    kinds = {"rates": Rates, "dense": Dense, "selection": Selection, "pace": Pace}
     return (kinds[place[0]] if place else Machine).model_fields
 
 

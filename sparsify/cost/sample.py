@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sparsify import op
 from sparsify.codegen.cpp import CppTarget
 from sparsify.codegen.tuned import FEW as TUNED_FEW
-from sparsify.cost.machine import FEW
+from sparsify.cost.machine import FEW, Pace
 from sparsify.cost.nest import Shape
 from sparsify.functional import planned
 from sparsify.patterns import Pattern
@@ -24,6 +24,7 @@ from sparsify.program import Program
 
 EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a cache, as when layers follow each other
 
+SIDE, PRODUCTS = 512, 6  # matrix products that tell how fast the machine runs, before the calls and after them
 MANY = TUNED_FEW + 1  # queries: all kernels of so many or more are one
 
 Run = Callable[[], object]
@@ -96,17 +97,45 @@ def _build(text: str, dtype: torch.dtype, size: int, queries: int) -> None:
     CppTarget().kernel(Program.parse(text), dtype, size, size, queries)
 
 
-def seconds(run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40) -> float:
-    """The median of calls for about so many seconds, after one that warms up."""
+def pace() -> Pace:
+    """How fast the machine runs now."""
+    large = torch.ones(EVICT_BYTES // 4)
+    return Pace(
+        product=statistics.median(_products(60)), memory=statistics.median(_timed(large.sum) for _ in range(20))
+    )
+
+
+def seconds(
+    run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40, at: Pace | None = None
+) -> float:  # fmt: skip
+    """The median of calls for about so many seconds, after one that warms up.
+
+    at: the pace at which the time is asked for; how fast the machine runs meanwhile is measured beside the calls.
+    """
     large = torch.ones(EVICT_BYTES // 4) if cold else None
     found: list[float] = []
+    beside: list[float] = []
     with torch.inference_mode():
         run()
+        beside += [] if cold or at is None else _products(PRODUCTS)
         begin = time.perf_counter()
         while len(found) < least or (len(found) < most and time.perf_counter() - begin < budget):
             if large is not None:
-                large.sum()
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
-    return statistics.median(found)
+                beside.append(_timed(large.sum))
+            found.append(_timed(run))
+        beside += [] if cold or at is None else _products(PRODUCTS)
+    if at is None:
+        return statistics.median(found)
+    return statistics.median(found) * (at.memory if cold else at.product) / statistics.median(beside)
+
+
+def _products(count: int) -> list[float]:
+    """Seconds of so many matrix products."""
+    one = torch.ones(SIDE, SIDE)
+    return [_timed(lambda: one @ one) for _ in range(count + 1)][1:]
+
+
+def _timed(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

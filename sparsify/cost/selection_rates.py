@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparsify.cost.machine import Selection
+from sparsify.cost.machine import Pace, Selection
 from sparsify.cost.sample import seconds
 
 # What a compiled selection takes for each thing that `Work` counts, in these operations' times: fitted once to eight
@@ -15,12 +15,12 @@ from sparsify.cost.sample import seconds
 LAUNCH, PRODUCT, SCORE, ORDER, VIEW = 190.0, 1.1, 14.5, 0.05, 4.8
 
 
-def selection_rates() -> Selection:
-    """Those of this machine."""
+def selection_rates(at: Pace) -> Selection:
+    """Those of this machine, at a pace."""
     generator = torch.Generator().manual_seed(0)
     few, q, k = torch.randn(64, generator=generator), *torch.randn(2, 8, 512, 64, generator=generator).unbind(0)
     scores, keys = torch.randn(4096, 256, generator=generator), torch.randn(8, 8192, 64, generator=generator)
-    nanoseconds = lambda run: 1e9 * seconds(run, False, 0.1)  # noqa: E731
+    nanoseconds = lambda run: 1e9 * seconds(run, False, 0.1, at=at)  # noqa: E731
     launch = nanoseconds(lambda: few.amax())
     return Selection(
         launch=LAUNCH * launch,
