@@ -36,6 +36,7 @@ from sparsify.spec import Spec
 
 CONTEXT, BUDGETS = 4096, (0.5, 0.25, 0.125)
 GAIN, RECALL = 0.5, 0.95  # of the window's loss at most; of the dense right answers at least, at a quarter
+ROUNDS = 2  # of profiling again: facts that are copied with confidence show in no gradient until they are lost
 KINDS = ("windows", "strides", "selectors")  # of candidates
 LOCAL = {"sinks": 4, "window": 128}  # what a masked head is held to
 console = Console(highlight=False)
@@ -82,7 +83,7 @@ def make(budget: float, of: str, state: Path | None) -> Plan:
     with Bar() as progress:
         return plan(
             load(), readings(), lengths=CONTEXT, budget=budget, of=of, front=BUDGETS, kinds=KINDS,
-            probes=6, rounds=0, name="reader", state=state, progress=progress,
+            probes=6, rounds=ROUNDS, name="reader", state=state, progress=progress,
         )  # fmt: skip
 
 

@@ -15,18 +15,29 @@ from sparsify.cost.spans import Array
 from sparsify.cost.steps import STEPS
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
+GUESSED = 0.1  # what a relative error of a guess weighs beside that of a time
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
 
 def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[float]) -> Machine:
-    """The machine with the launch and the rates that fit the samples' times best; its own rates are a first guess."""
+    """The machine with the launch and the rates that fit the samples' times best; its own rates are a first guess.
+
+    Steps that mostly go together can't be told apart by noisy times: the guess keeps one of them from being 0.
+    """
     sites = [site_of(one.patterns, one.shape) for one in samples]
-    times = np.array(nanoseconds)
+    times, guess = np.array(nanoseconds), _rates_in(machine)
     for _ in range(ROUNDS):
         rows = np.stack([_row(site, machine) for site in sites])
-        found, _ = nnls(rows / times[:, None], np.ones(times.size))
+        known = np.concatenate([rows / times[:, None], GUESSED * np.diag(1 / guess)])
+        found, _ = nnls(known, np.concatenate([np.ones(times.size), np.full(guess.size, GUESSED)]))
         machine = _with_rates(machine, found)
     return machine
+
+
+def _rates_in(machine: Machine) -> Array:
+    """The launch and the rates, in the order of `_row`."""
+    rates = [getattr(entry, name) for entry in machine.rates for name in STEPS]
+    return np.array([machine.launch, machine.cold, *rates])
 
 
 def _row(site: Site, machine: Machine) -> Array:

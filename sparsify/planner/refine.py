@@ -7,8 +7,9 @@ always the model itself, on the samples of the search.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from sparsify.planner.profiles import Profile
 from sparsify.planner.profiles.influence import influence
 from sparsify.planner.rig import Rig
 from sparsify.planner.samples import Sample
-from sparsify.planner.solve import Solution, within_cost
+from sparsify.planner.solve import Problem, Solution, within_cost
 from sparsify.planner.state import State
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def refined(
 
 
 def chosen_at(planner: Planner, profile: Profile, budget: float) -> tuple[np.ndarray, Solution]:
-    """The candidate of every head at a budget, by a profile: the best, as measured, of the knapsack's and of those that
-    are searched from it; and the knapsack's solution.
+    """The candidate of every head at a budget, by a profile: the best, as measured, of the knapsack's, of those that
+    are searched from it, and of those in which heads of retrieval keep everything; and the knapsack's solution.
 
     Heads of a site may cost more together than each by itself: then less is spent on them. Raises InputError for a
     budget that can't be met.
@@ -97,12 +98,29 @@ def chosen_at(planner: Planner, profile: Profile, budget: float) -> tuple[np.nda
         options = [found.chosen]
         if profile.current is not None and not problem.sources:
             options += [exchanged(problem, spend, planner.units, profile.current, found.chosen, own) for own in OWN]
+        options += _retrieving(planner, profile, problem, spend)
         chosen = min((option[planner.units] for option in options), key=planner.measure)
         over = planner.cost(chosen) / budget
         if over <= 1 + SLACK:
             break
         spend *= 0.995 / over
     return chosen, found
+
+
+def _retrieving(planner: Planner, profile: Profile, problem: Problem, budget: float) -> Iterator[np.ndarray]:
+    """The candidates of all units where the heads that look far back, or the first half of them, keep everything.
+
+    What a model copies with confidence shows in no curvature of its output, and one such head often stands in for
+    another, so that no profile of single heads tells what all of them are for.
+    """
+    named = profile.far()
+    for count in dict.fromkeys((len(named), (len(named) + 1) // 2)):
+        units = planner.units[named[:count]]
+        losses = problem.losses.copy()
+        losses[np.ix_(units, np.arange(losses.shape[1]) != planner.rig.dense)] = np.inf
+        with contextlib.suppress(InputError):
+            if units.size:
+                yield within_cost(replace(problem, losses=losses), budget).chosen
 
 
 def _marks(count: int, rounds: int) -> set[int]:

@@ -28,10 +28,13 @@ class Profile:
         """The same with scores of heads."""
         return replace(self, scores=scores)
 
-    def retrieval(self, heads: Heads) -> list[tuple[int, int]]:
-        """The heads that look far back, as (site, head), the most important first."""
+    def far(self) -> list[int]:
+        """The places of the heads that look far back, the most important first."""
         if self.scores is None:
             return []
         order = np.argsort(-self.scores, kind="stable")
-        found = [one for one in order if self.scores[one] >= FAR]
-        return [(int(heads.site[one]), int(heads.number[one])) for one in found]
+        return [int(one) for one in order if self.scores[one] >= FAR]
+
+    def retrieval(self, heads: Heads) -> list[tuple[int, int]]:
+        """The same as (site, head)."""
+        return [(int(heads.site[one]), int(heads.number[one])) for one in self.far()]
