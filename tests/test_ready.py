@@ -210,6 +210,8 @@ def test_wrong_input_is_named_after_a_ready_call(what):
     assert is_ready(*given, NEAR)
     with pytest.raises(errors.InputError, match=what):
         sparsify.attention(*WRONG[what](*given), NEAR)
+    with pytest.raises(errors.InputError, match="expected one pattern"):
+        sparsify.attention(*draw(1, 4, 2, 1, 80, 16), text_of(*draw(1, 4, 2, 1, 80, 16)[:2], NEAR))
     for scale in (torch.nan, True, "1"):
         with pytest.raises(errors.InputError, match="scale"):
             sparsify.attention(*draw(1, 4, 2, 1, 80, 16), NEAR, scale=scale)

@@ -65,10 +65,10 @@ def remember(launch: Launch, kernel: Kernel, key: object) -> None:
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.PyDLL | None:
     """The library that is asked from now on, or None where Python or torch lack what it needs, or it isn't built."""
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    tensor_of, compiler = _tensor_of(), runtime.find_compiler()
     locked = getattr(sys, "_is_gil_enabled", lambda: True)()  # by Python's lock calls are found one at a time
-    compiler = runtime.find_compiler()
-    if capsule is None or not locked or sys.implementation.name != "cpython" or isinstance(compiler, Refusal):
+    fit = locked and sys.implementation.name == "cpython" and _EMPTY is not None and tensor_of
+    if not fit or isinstance(compiler, Refusal):
         return None
     later = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     try:
@@ -79,7 +79,7 @@ def _library() -> ctypes.PyDLL | None:
     library = ctypes.PyDLL(built._name, handle=built._handle)
     library.ready_function.restype = ctypes.py_object
     library.ready_add.argtypes = library.ready_setup.argtypes = [ctypes.c_char_p]
-    library.ready_setup(_setup(capsule))
+    library.ready_setup(SETUP.pack(tensor_of, runtime.parallel_function(), os.getpid(), *map(id, _OBJECTS)))
     ready.install(library.ready_function(0), library.ready_function(1), library.ready_clear)
     return library
 
@@ -92,15 +92,20 @@ _MODES = (
     torch._C._get_tracing_state,
     torch.autograd._profiler_enabled,
 )
+_EMPTY = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)  # as Inductor makes its buffers
 _OBJECTS: tuple[Any, ...] = (
     torch.Tensor, str, list, float, None, NotImplemented, torch.get_num_threads, torch.is_grad_enabled,
-    torch._C._dynamo.guards._empty_strided_cpu, *map(sys.intern, ("requires_grad", "is_neg")), *_MODES,
+    _EMPTY, *map(sys.intern, ("requires_grad", "is_neg")), *_MODES,
 )  # fmt: skip
 
 
-def _setup(capsule: object) -> bytes:
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+def _tensor_of() -> int:
+    """The address of DLPack's function that reads a tensor of torch's, or 0 where torch has none."""
+    capsule, pointer = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    table = ctypes.cast(pointer(capsule, b"dlpack_exchange_api"), ctypes.POINTER(ctypes.c_void_p))
-    tensor_of = table[5] or 0  # behind the version, an older table, and three functions
-    return SETUP.pack(tensor_of, runtime.parallel_function(), os.getpid(), *map(id, _OBJECTS))
+    try:
+        table = ctypes.cast(pointer(capsule, b"dlpack_exchange_api"), ctypes.POINTER(ctypes.c_void_p))
+    except ValueError:
+        return 0
+    major = ctypes.cast(table, ctypes.POINTER(ctypes.c_uint32))[0]
+    return table[5] or 0 if major == 1 else 0  # behind the version, an older table, and three functions
