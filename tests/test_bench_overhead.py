@@ -30,7 +30,8 @@ def test_a_longer_sequence_builds_nothing(kernels) -> None:
     assert sum(found["a model"].kernels) == 1 and sum(found["compiled"].graphs) == 2
 
 
-def test_eager_calls_have_a_peer(kernels) -> None:
+def test_eager_calls_have_a_peer(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "COLD_BYTES", 2**20)
     found = overhead.eager_calls(calls=3)
     assert [call.name for call in found] == ["one pattern", "a pattern a head", "a pattern and a mask"]
     assert all(min(call.us, call.cold, call.sdpa, call.sdpa_cold) > 0 for call in found)
