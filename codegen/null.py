@@ -71,6 +71,9 @@ class NullTarget:
                     launch.lse[b, h] = lse
         return out
 
+    def remember(self, launch: Launch, key: object) -> None:
+        """Nothing: it is not there to be fast."""
+
 
 def _nest(rule: TileRule) -> list[str]:
     lines = ["for each query tile q0..q1:"]

@@ -85,3 +85,9 @@ class Target(Protocol):
         The latter is the natural logarithm of the sum of exp(score) over the row's kept keys and its sink, the scores
         as the program makes them. A row that keeps nothing gives 0; where it has no sink either its lse is -inf.
         """
+
+    def remember(self, launch: Launch, key: object) -> None:
+        """A call like this one was made, and may be made again: by `key`, the program's text, a pattern, or one a head.
+
+        A target that can then does so without being asked (`sparsify.runtime.ready`), and others do nothing.
+        """

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from sparsify import op
 from sparsify.codegen import Launch
@@ -16,6 +17,7 @@ from sparsify.op import DTYPES
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids as grids_of
 from sparsify.program import Program
+from sparsify.runtime import ready
 from sparsify.selection.compensate import attention_compensated
 from sparsify.selection.site import select
 from sparsify.sizes import LIMIT
@@ -55,6 +57,9 @@ def attention(
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
     `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
     """
+    alone = mask is None and q_offset is None and not return_lse and not is_dynamo_compiling()
+    if alone and (out := ready.by_pattern(q, k, v, pattern, scale)) is not NotImplemented:
+        return out
     _check(q, k, v, mask, scale, q_offset)
     if q.shape[2] == 0 or k.shape[2] == 0:
         out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
@@ -65,7 +70,10 @@ def attention(
     elif return_lse:
         out, lse = op.attention_lse(q, k, v, loads, *numbers, text)
     else:
-        return op.called(q, k, v, loads, *numbers, text)
+        out = op.called(q, k, v, loads, *numbers, text)
+        if alone and not loads and not _grids(pattern, k.shape[2]):
+            op.remember(q, k, v, numbers[1], text, pattern)
+        return out
     return (out, lse) if return_lse else out
 
 

@@ -11,6 +11,7 @@ import torch
 from sparsify.codegen import Launch, target
 from sparsify.codegen.target import empty_lse, empty_output
 from sparsify.program import Program
+from sparsify.runtime import ready
 from sparsify.sizes import size_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of q, k and v
@@ -22,8 +23,12 @@ LIBRARY.define(f"attention_lse{ARGUMENTS} -> (Tensor, Tensor)", tags=(torch.Tag.
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped-def]
-    parsed = Program.parse(program)
-    return target(parsed.target).run(Launch(parsed, q, k, v, tuple(loads), q_offset, scale))
+    out = ready.by_program(q, k, v, loads, q_offset, scale, program)
+    if out is NotImplemented:
+        launch = Launch(Program.parse(program), q, k, v, tuple(loads), q_offset, scale)
+        out = target(launch.program.target).run(launch)
+        target(launch.program.target).remember(launch, program)
+    return out
 
 
 @torch.library.register_fake("sparsify::attention", lib=LIBRARY)
@@ -52,6 +57,12 @@ def called(q, k, v, loads, q_offset, scale, program):  # type: ignore[no-untyped
     if not torch.compiler.is_compiling() and _undisturbed() and all(map(_plain, (q, k, v, *loads))):
         return _attention(q, k, v, loads, q_offset, scale, program)
     return attention(q, k, v, loads, q_offset, scale, program)
+
+
+def remember(q, k, v, scale, program, pattern):  # type: ignore[no-untyped-def]
+    """Has calls of `sparsify.attention` by this pattern, or these, find what one made; see `Target.remember`."""
+    launch = Launch(Program.parse(program), q, k, v, (), k.shape[2] - q.shape[2], scale)
+    target(launch.program.target).remember(launch, pattern)
 
 
 def _undisturbed() -> bool:

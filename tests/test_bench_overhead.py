@@ -30,14 +30,15 @@ def test_a_longer_sequence_builds_nothing(kernels) -> None:
     assert sum(found["a model"].kernels) == 1 and sum(found["compiled"].graphs) == 2
 
 
-def test_eager_calls_have_a_peer(kernels) -> None:
+def test_eager_calls_have_a_peer(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "COLD_BYTES", 2**20)
     found = overhead.eager_calls(calls=3)
     assert [call.name for call in found] == ["one pattern", "a pattern a head", "a pattern and a mask"]
-    assert all(call.us > 0 < call.sdpa for call in found)
+    assert all(min(call.us, call.cold, call.sdpa, call.sdpa_cold) > 0 for call in found)
 
 
 MADE = Overhead(
-    (Call("one pattern", 41.23, 9.9),),
+    (Call("one pattern", 41.23, 152.7, 9.9, 88.4),),
     (Compiling("no spec", 0.5, 25.0),),
     (Growth("a model", (1, 1, 0, 0), (1, 0, 0, 0)),),
 )
@@ -47,7 +48,7 @@ def test_overhead_is_told_and_written(monkeypatch: pytest.MonkeyPatch, capsys, t
     monkeypatch.setattr(overhead, "measure", lambda tell: MADE)
     assert runs.overhead(runs.How(5, 1.0, "cpu", tmp_path / "a.json"))
     told = capsys.readouterr().out
-    assert "41.2" in told and "2.0%" in told and "1, 1, 0, 0" in told
+    assert "41.2" in told and "88.4" in told and "2.0%" in told and "1, 1, 0, 0" in told
     assert json.loads((tmp_path / "a.json").read_text())["results"][0]["compiling"][0]["passes"] == 0.5
     again = replace(MADE, growth=(Growth("a model", (1, 1, 1, 0), (1, 0, 0, 0)),))
     monkeypatch.setattr(overhead, "measure", lambda tell: again)

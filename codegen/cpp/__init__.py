@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify import env, runtime
+from sparsify.codegen.cpp import ready
 from sparsify.codegen.cpp.launch import Kernel, build, built
 from sparsify.codegen.cpp.source import Shape, render
 from sparsify.codegen.cpp.tuned import tuning
@@ -55,6 +56,13 @@ class CppTarget:
             raise InputError(f"the C++ target runs on cpu tensors, found {launch.q.device}")
         sizes = launch.q.shape[-1], launch.v.shape[-1], launch.q.shape[-2]
         return self.kernel(launch.program, launch.q.dtype, *sizes).run(launch)
+
+    def remember(self, launch: Launch, key: object) -> None:
+        """Has later calls that are like this one run by themselves, if its kernel is built."""
+        sizes = launch.q.shape[-1], launch.v.shape[-1], launch.q.shape[-2]
+        found = built(launch.program, launch.q.dtype, *sizes) if launch.q.is_cpu else None
+        if found is not None:
+            ready.remember(launch, found, key)
 
     def kernel(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int) -> Kernel:
         """The built kernel for so many queries. Raises as `run` does."""

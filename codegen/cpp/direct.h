@@ -23,13 +23,8 @@ static inline __attribute__((always_inline)) void fetch_lines(const Element* con
 
 template <int R> struct Count { static constexpr int rows = R; };
 
-// Calls `use` with rows 0 to count - 1, four, two or one at a time.
-template <typename Use> static inline __attribute__((always_inline)) void by_rows(int count, Use use) {
-    int r = 0;
-    for (; r + 4 <= count; r += 4) use(r, Count<4>());
-    if (count & 2) use(r, Count<2>()), r += 2;
-    if (count & 1) use(r, Count<1>());
-}
+template <bool ON> struct Flag { static constexpr bool on = ON; };
+constexpr int DIRECT_BLOCKS = DIRECT_ROWS ? (DIRECT_ROWS + MR - 1) / MR : 1;
 
 static inline Floats halves_to_floats(Ints x) { // the lower 16 bits of each lane, the others being 0
 #if IO_FP16
@@ -76,26 +71,38 @@ static inline __attribute__((always_inline)) Floats sums_of(Floats* rows) {
     }
 }
 
-// The products of R rows with W keys, row r's in scores[r * KV]. Meanwhile the keys' values are fetched.
-template <int R>
+// Keeps a number that several products need in a register: compilers read it from memory for each of them, and such
+// reads are what products then wait for.
+#if defined __AVX512F__
+#define HOLD(x) asm("" : "+v"(x))
+#elif defined __x86_64__
+#define HOLD(x) asm("" : "+x"(x))
+#else
+#define HOLD(x)
+#endif
+
+// The products of R rows with W keys, row r's in scores[r * KV]. With FETCHES the keys' values are fetched meanwhile.
+template <int R, bool FETCHES>
 static inline __attribute__((always_inline)) void
-multiply_keys(Floats* scores, const float* q, const Element* const* keys, const Element* const* values) {
+multiply_keys(Floats* scores, const float* const* q, const Element* const* keys, const Element* const* values) {
     constexpr int AT_ONCE = 8 / R < W ? 8 / R : W, STEP = HALVES * W;
     Floats sums[R][W];
     for (int j = 0; j < W; j += AT_ONCE) {
         Floats acc[R][AT_ONCE] = {};
         for (int i = 0; i < D; i += STEP) {
-            fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
+            if (FETCHES) fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
             Floats x[AT_ONCE][HALVES];
 #pragma GCC unroll 8
             for (int n = 0; n < AT_ONCE; n++) read(x[n], keys[j + n] + i);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-                for (int half = 0; half < HALVES; half++)
+                for (int half = 0; half < HALVES; half++) {
+                    Floats y = *(const AnyFloats*)(q[r] + i + half * W);
+                    HOLD(y);
 #pragma GCC unroll 8
-                    for (int n = 0; n < AT_ONCE; n++)
-                        acc[r][n] += x[n][half] * *(const AnyFloats*)(q + r * D + i + half * W);
+                    for (int n = 0; n < AT_ONCE; n++) acc[r][n] += x[n][half] * y;
+                }
         }
         for (int r = 0; r < R; r++)
             for (int n = 0; n < AT_ONCE; n++) sums[r][j + n] = acc[r][n];
@@ -110,8 +117,9 @@ struct Kept {
     const Element *value[KB], *next[KB];
 };
 
-// Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys.
-template <int R, int NV>
+// Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys. With
+// FETCHES as many of the next keys are fetched meanwhile.
+template <int R, int NV, bool FETCHES>
 static inline __attribute__((always_inline)) void
 add_columns(float* sums, int first, const float* weights, const Kept& kept, int start, int count) {
     Floats acc[R][NV];
@@ -120,7 +128,7 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
     for (int i = 0; i < count; i++) {
-        fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
+        if (FETCHES) fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
         Floats x[NV];
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n += HALVES) read(x + n, kept.value[start + i] + (first + n) * W);
@@ -135,29 +143,44 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
         for (int n = 0; n < NV; n++) *(AnyFloats*)(sums + r * DVP + (first + n) * W) = acc[r][n];
 }
 
-// out += weights * values for R rows, of the kept keys: some keys after the other, all columns of each. Meanwhile the
-// next keys are fetched. The sum over one tile is made apart, as in weigh_values.
-template <int R>
-static inline __attribute__((always_inline)) void add_values(float* out, const float* weights, const Kept& kept) {
+// out += weights * values for R rows, of the kept keys: some keys after the other, all columns of each. The sum over
+// one tile is made apart, as in weigh_values.
+template <int R, bool FETCHES>
+static inline __attribute__((always_inline)) void
+add_values(float* const* out, const float* weights, const Kept& kept) {
     constexpr int NV = 8 / R < DVV ? 8 / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
     float sums[R * DVP] __attribute__((aligned(64))) = {};
     for (int i = 0; i < kept.count; i += AT_ONCE) {
         int some = least(AT_ONCE, kept.count - i);
-        for (int v = 0; v < DONE; v += NV) add_columns<R, NV>(sums, v, weights, kept, i, some);
-        for (int v = DONE; v < DVV; v += HALVES) add_columns<R, HALVES>(sums, v, weights, kept, i, some);
+        for (int v = 0; v < DONE; v += NV) add_columns<R, NV, FETCHES>(sums, v, weights, kept, i, some);
+        for (int v = DONE; v < DVV; v += HALVES)
+            add_columns<R, HALVES, FETCHES>(sums, v, weights, kept, i, some);
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < DVV; v++) {
-            float* to = out + (v / NR * NR * MR + r * NR + v % NR) * W;
+            float* to = out[r] + (v / NR * NR * MR + v % NR) * W;
             *(AnyFloats*)to += *(const AnyFloats*)(sums + (r * DVV + v) * W);
         }
 }
 
-// One tile of keys for the first `count` rows; `masks` is null on a full tile. What no row keeps is not read.
+// Calls `use` with rows `from` to `to` - 1, four, two or one at a time, and whether they are the first.
+template <typename Use> static inline __attribute__((always_inline)) void by_rows(int from, int to, Use use) {
+    int r = from;
+    auto some = [&](auto n) __attribute__((always_inline)) {
+        r == from ? use(r, n, Flag<true>()) : use(r, n, Flag<false>());
+        r += n.rows;
+    };
+    while (r + 4 <= to) some(Count<4>());
+    if (to - r >= 2) some(Count<2>());
+    if (to - r >= 1) some(Count<1>());
+}
+
+// One tile of keys for `count` rows in blocks of MR, each with its masks. What none of the rows keeps, so that it isn't
+// in `any`, is not read.
 static __attribute__((noinline)) void
-meet_direct(Rows& rows, int count, const Direct& tile, const Scoring& scoring, const Masks* masks) {
+meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring, const Masks* masks, uint64_t any) {
     static const Element zeros[D > DV ? D : DV] = {};
-    Floats scores[MR][KV];
+    Floats scores[DIRECT_BLOCKS * MR][KV];
     Kept kept;
     kept.count = 0;
     for (int group = 0; group < KB; group += W) {
@@ -165,22 +188,41 @@ meet_direct(Rows& rows, int count, const Direct& tile, const Scoring& scoring, c
         int before = kept.count;
         for (int i = 0; i < W; i++) {
             int j = group + i;
-            bool there = (!masks || masks->any >> j & 1) && tile.key[j];
+            bool there = any >> j & 1 && tile.key[j];
             keys[i] = there ? tile.key[j] : zeros, values[i] = there ? tile.value[j] : zeros;
             kept.number[kept.count] = j, kept.value[kept.count] = values[i];
             kept.next[kept.count] = keys[i] + tile.ahead;
             kept.count += there;
         }
         if (kept.count > before)
-            by_rows(count, [&](int r, auto n) {
-                multiply_keys<n.rows>(&scores[r][group / W], rows.q + r * D, keys, values);
+            by_rows(0, count, [&](int r, auto n, auto first) __attribute__((always_inline)) {
+                const float* q[n.rows];
+                for (int i = 0; i < n.rows; i++) q[i] = blocks[(r + i) / MR].q + (r + i) % MR * D;
+                multiply_keys<n.rows, first.on>(&scores[r][group / W], q, keys, values);
             });
         else
             for (int r = 0; r < count; r++) scores[r][group / W] = Floats{};
     }
-    float weights[MR * KB] __attribute__((aligned(64)));
-    if (!weigh_keys<false>(rows, count, scores, scoring, masks, weights)) return;
-    by_rows(count, [&](int r, auto n) { add_values<n.rows>(rows.out + r * NRW, weights + r * KB, kept); });
+    float weights[DIRECT_BLOCKS * MR * KB] __attribute__((aligned(64)));
+    int from = 0; // the first row that was weighed and whose values aren't added
+    auto add_until = [&](int to) {
+        by_rows(from, to, [&](int r, auto n, auto first) __attribute__((always_inline)) {
+            float* out[n.rows];
+            for (int i = 0; i < n.rows; i++) out[i] = blocks[(r + i) / MR].out + (r + i) % MR * NRW;
+            add_values<n.rows, first.on>(out, weights + r * KB, kept);
+        });
+    };
+    for (int r = 0; r < count; r += MR) {
+        Floats(&of_block)[MR][KV] = *(Floats(*)[MR][KV])scores[r];
+        const Masks& mine = masks[r / MR];
+        const Masks* some = BIAS || mine.keep ? &mine : nullptr;
+        if (mine.any &&
+            weigh_keys<false>(blocks[r / MR], least(MR, count - r), of_block, scoring, some, weights + r * KB))
+            continue;
+        add_until(r);
+        from = r + MR;
+    }
+    add_until(count);
 }
 
 // Puts the columns of weighted values in order.

@@ -30,12 +30,12 @@ MAX_BUILT = 4096
 
 
 class Source(ctypes.Structure):
-    """`Source` of call.h."""
+    """`Source` of launch.h."""
 
     _fields_ = (("data", POINTER), ("type", I64), ("size", I64 * 4), ("stride", I64 * 4))
 
 
-# `Call` of call.h: 11 pointers, 9 numbers, 4 times 4 strides, 2 factors. Packing it takes a tenth of what filling the
+# `Call` of launch.h: 11 pointers, 9 numbers, 4 times 4 strides, 2 factors. Packing it takes a tenth of what filling the
 # fields of a ctypes structure does.
 CALL = struct.Struct("@11P9q16q2d")
 

@@ -4,7 +4,7 @@
 // Where the rows of a tile's keys and values lie.
 static Direct rows_of(const Call& c, const Queries& t, const Keys& keys) {
     Direct rows = {};
-    rows.ahead = keys.at || KEY_LAYOUT ? 0 : KB * c.ks[2];
+    rows.ahead = keys.at || KEY_LAYOUT || keys.last + 1 >= c.k_slots ? 0 : KB * c.ks[2];
     const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
     const Element* v = (const Element*)c.v + t.batch * c.vs[0] + t.kv_head * c.vs[1];
     for (int j = 0; j < keys.count; j++) {
@@ -143,6 +143,29 @@ static void add_biases(const Call& c, Worker& w, const Queries& t, const Keys& k
 }
 #endif
 
+// What a block of rows drops of a tile, and adds to it; all is kept where `marked` is false.
+static Masks masks_of(const Worker& w, const Queries& t, I block, bool marked) {
+    const uint64_t* keep = w.keep + block * MR;
+    uint64_t any = 0, all = ~0ull;
+    for (int r = 0; r < MR && marked; r++) {
+        any |= keep[r];
+        all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
+    }
+    bool whole = !marked || (all & first_keys(KB)) == first_keys(KB);
+    return {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
+}
+
+// Meets a tile whose keys are read where they lie.
+static void meet_lying(
+    const Call& c, Worker& w, const Queries& t, const Keys& keys, bool marked, const Scoring& scoring) {
+#if READS
+    Masks masks[DIRECT_BLOCKS];
+    uint64_t any = 0;
+    for (I block = 0; block * MR < t.rows(); block++) any |= (masks[block] = masks_of(w, t, block, marked)).any;
+    if (any) meet_direct(w.rows, t.rows(), rows_of(c, t, keys), scoring, masks, any);
+#endif
+}
+
 // Meets a tile of class `kind`, which is not 0.
 static void meet_tile(
     const Call& c, Worker& w, const Queries& t, const Keys& keys, int kind, const Scoring& scoring) {
@@ -151,29 +174,14 @@ static void meet_tile(
 #if BIAS
     add_biases(c, w, t, keys);
 #endif
+    if (w.direct) return meet_lying(c, w, t, keys, marked, scoring);
     I slot = -1;
-    Direct lying;
-    if (w.direct) lying = rows_of(c, t, keys);
     for (I block = 0; block * MR < t.rows(); block++) {
-        const uint64_t* keep = w.keep + block * MR;
-        uint64_t any = 0, all = ~0ull;
-        for (int r = 0; r < MR && marked; r++) {
-            any |= keep[r];
-            all &= block * MR + r < t.rows() ? keep[r] : ~0ull;
-        }
-        if (marked && !any) continue;
-        bool whole = !marked || (all & first_keys(KB)) == first_keys(KB);
-        Masks some = {whole ? nullptr : keep, BIAS ? w.lines + block * MR : nullptr, whole ? ~0ull : any};
-        const Masks* masks = whole && !BIAS ? nullptr : &some;
-#if READS
-        if (w.direct) {
-            meet_direct(w.rows[block], least(MR, t.rows() - block * MR), lying, scoring, masks);
-            continue;
-        }
-#endif
+        Masks some = masks_of(w, t, block, marked);
+        if (!some.any) continue;
         if (slot < 0) slot = packed(c, w, t, keys);
         meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
-             scoring, masks);
+             scoring, BIAS || some.keep ? &some : nullptr);
     }
 }
 

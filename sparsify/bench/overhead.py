@@ -28,6 +28,7 @@ from sparsify.patterns import Pattern
 
 HEADS, HEAD_DIM = 8, 64
 CALLS = 2000
+COLD_CALLS, COLD_BYTES = 30, 2**28  # between two of them more is read than caches hold
 LAYERS, TOKENS = 32, 256
 LLAMA = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -38,11 +39,16 @@ SPEC = {"version": 1, "patterns": {"near": {"sinks": 4, "window": 64}}, "sites":
 
 @dataclass(frozen=True)
 class Call:
-    """Microseconds of one eager call on one query and one key of 8 heads, median; sdpa: those of PyTorch's own."""
+    """Microseconds of one eager call on one query and one key of 8 heads, median; sdpa: those of PyTorch's own.
+
+    cold, sdpa_cold: the same where what was read meanwhile left nothing in caches, as in decoding.
+    """
 
     name: str
     us: float
+    cold: float
     sdpa: float
+    sdpa_cold: float
 
 
 @dataclass(frozen=True)
@@ -110,19 +116,28 @@ def eager_calls(calls: int = CALLS) -> tuple[Call, ...]:
     found = []
     with torch.inference_mode():
         for name, (pattern, asked) in given.items():
-            ours = _median(partial(attention, q, k, v, pattern, mask=asked), calls)
-            theirs = _median(partial(F.scaled_dot_product_attention, q, k, v, attn_mask=asked), calls)
-            found.append(Call(name, ours * 1e6, theirs * 1e6))
+            ours = _medians(partial(attention, q, k, v, pattern, mask=asked), calls)
+            theirs = _medians(partial(F.scaled_dot_product_attention, q, k, v, attn_mask=asked), calls)
+            found.append(Call(name, *ours, *theirs))
     return tuple(found)
 
 
-def _median(run: Callable[[], object], calls: int) -> float:
+def _medians(run: Callable[[], object], calls: int) -> tuple[float, float]:
+    """Microseconds of a call after another one, and of one after much else."""
+    large = torch.ones(COLD_BYTES // 4)
+    _times(run, 100)
+    usual, cold = _times(run, calls), _times(run, min(calls, COLD_CALLS), large.sum)
+    return statistics.median(usual) * 1e6, statistics.median(cold) * 1e6
+
+
+def _times(run: Callable[[], object], calls: int, between: Callable[[], object] = lambda: None) -> list[float]:
     samples = []
-    for _ in range(calls + 100):
+    for _ in range(calls):
+        between()
         start = time.perf_counter()
         run()
         samples.append(time.perf_counter() - start)
-    return statistics.median(samples[100:])
+    return samples
 
 
 def llama() -> torch.nn.Module:
@@ -201,9 +216,9 @@ class _Layer(torch.nn.Module):
 
 def tables(found: Overhead) -> list[Table]:
     """One for eager calls, one for compiling and one for growing."""
-    calls = new_table("an eager call, one query and one key of 8 heads", "us", "SDPA")
+    calls = new_table("an eager call, one query and one key of 8 heads", "us", "cold", "SDPA", "cold")
     for call in found.calls:
-        calls.add_row(call.name, short(call.us), short(call.sdpa))
+        calls.add_row(call.name, *map(short, (call.us, call.cold, call.sdpa, call.sdpa_cold)))
     compiling = new_table(f"compiling a Llama of {LAYERS} layers, in s", "passes", "Inductor", "share")
     for one in found.compiling:
         compiling.add_row(one.name, f"{one.passes:.2f}", f"{one.inductor:.1f}", f"{one.share:.1%}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsify import env
 from sparsify.errors import InputError
-from sparsify.runtime import tunings
+from sparsify.runtime import ready, tunings
 from sparsify.runtime.tunings import Key, Tuned
 
 _forced: Mapping[str, int] | None = None
@@ -38,6 +38,7 @@ def reload() -> None:
     _generation += 1
     _read.cache_clear()
     _warn.cache_clear()
+    ready.forget()
 
 
 def keep(entries: Iterable[Tuned]) -> Path:
@@ -64,10 +65,12 @@ def forced(values: Mapping[str, int]) -> Iterator[None]:
     """Every kernel that is asked for meanwhile differs from its default by these values, whatever the store says."""
     global _forced
     before, _forced = _forced, dict(values)
+    ready.forget()
     try:
         yield
     finally:
         _forced = before
+        ready.forget()
 
 
 @functools.cache
