@@ -31,8 +31,8 @@ CAUSAL = p.causal()
 
 # One kernel each; sizes in N give several patterns to one kernel. The numbers are lengths of keys.
 PREFILL: tuple[tuple[Pattern, tuple[int, ...]], ...] = (
-    (CAUSAL, (200, 700, 2000)),
-    (p.window("N/8"), (600, 1800, 3900)),
+    (CAUSAL, (200, 700, 2000, 40, 110)),
+    (p.window("N/8"), (600, 1800, 3900, 64, 130)),
     ((p.sinks(4) | p.window("N/16 + 16")) & CAUSAL, (900, 3000)),
     (p.dilated(4) & p.window("N/4"), (500, 1500)),
     ((p.window("N/32") | p.column_stride(6, block=32)) & CAUSAL, (1200, 2600)),
@@ -89,7 +89,7 @@ def samples() -> list[Sample]:
     found = []
     for dtype, size in product(DTYPES, HEAD_DIMS):
         for number, (pattern, lengths) in enumerate(PREFILL):
-            for heads, length in zip((2, 4, 2), lengths, strict=False):
+            for heads, length in zip((2, 4, 2, 8, 4), lengths, strict=False):
                 found.append(Sample((pattern,) * heads, Shape(heads, 2, length, length, size, dtype)))
             for queries, heads, kv_heads, keys in DECODE if number in DECODED else ():
                 found.append(Sample((pattern,) * heads, Shape(heads, kv_heads, queries, keys, size, dtype)))

@@ -16,7 +16,7 @@ from sparsify.cost.sample import Sample, seconds
 
 LEAST = 1e-6
 PASSES = 3  # the median of which counts
-LONG = ((2, 2, 64), (2, 2, 256), (4, 4, 700), (4, 2, 1400))  # heads, key heads, length
+LONG = ((8, 8, 40), (4, 4, 110), (2, 2, 64), (2, 2, 256), (4, 4, 700), (4, 2, 1400))  # heads, key heads, length
 FEW_QUERIES = ((8, 8, 1, 6000), (8, 2, 1, 6000), (2, 2, 4, 3000), (8, 1, 1, 1000), (2, 1, 1, 128))
 
 
