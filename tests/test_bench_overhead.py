@@ -80,6 +80,7 @@ def _text(table) -> str:
     return captured.get()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_mixture_is_written(kernels, tmp_path, capsys) -> None:
     assert runs.mixture([256], [16], None, None, runs.How(5, 0.1, "cpu", tmp_path / "m.json"))

@@ -59,7 +59,7 @@ TUNINGS = st.fixed_dictionaries(
 
 
 @built
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(values=TUNINGS, dtype=st.sampled_from([torch.float32, torch.bfloat16]), few=st.booleans())
 def test_any_tuning_gives_the_right_numbers(values, dtype, few):
     rows, vectors = values.pop("tile")

@@ -214,8 +214,8 @@ template <bool ALL, typename Use> static inline __attribute__((always_inline)) v
 }
 
 // From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
-// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile; the weights of
-// vectors none of whose keys counts are not written.
+// of the first `count` and as floats. Returns whether any key counts. `masks` is null on a full tile; with ALL
+// the weights of vectors none of whose keys counts are not written, else they are 0.
 template <bool ALL, bool SOME>
 static inline __attribute__((always_inline)) bool
 weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scoring, const Masks* masks, float* to) {
@@ -270,7 +270,7 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
     each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { sum[r] = rows.sum[r]; });
 #pragma GCC unroll 16
     for (int v = 0; v < KV; v += TOGETHER) {
-        if (!used(v) && !(TOGETHER == 2 && used(v + 1))) continue;
+        if (ALL && !used(v) && !(TOGETHER == 2 && used(v + 1))) continue;
         each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
             Floats weights[TOGETHER];
 #pragma GCC unroll 2

@@ -15,7 +15,7 @@ from sparsify.cost.spans import Array
 from sparsify.cost.steps import STEPS
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
-GUESSED = 0.1  # what a relative error of a guess weighs beside that of a time
+GUESSED = 0.03  # what a relative error of a guess weighs beside that of a time
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
 
