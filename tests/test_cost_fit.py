@@ -34,7 +34,7 @@ def test_a_fit_finds_the_machine_that_made_the_times():
     found = fitted(first, given, [_nanoseconds(one, TRUTH) for one in given])
     assert found.launch == pytest.approx(TRUTH.launch, rel=0.1)
     for one in draws.draw(5, 30, ("float32", "bfloat16")):
-        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.05)
+        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.06)
 
 
 def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):
