@@ -23,7 +23,7 @@ from rich.table import Table
 from examples.prose import modules
 from sparsify.planner import Plan, plan
 from sparsify.planner.memory import keep_freed
-from sparsify.planner.terminal import Bar
+from sparsify.progress import Bar
 
 LENGTH, BUDGETS, GOAL = 512, (0.5, 0.25, 0.125), 0.6
 console = Console(highlight=False)

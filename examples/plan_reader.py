@@ -31,7 +31,8 @@ from sparsify.planner.memory import keep_freed
 from sparsify.planner.probe import Probe
 from sparsify.planner.readings import Readings
 from sparsify.planner.samples import Sample
-from sparsify.planner.terminal import Bar, summary
+from sparsify.planner.terminal import summary
+from sparsify.progress import Bar
 from sparsify.spec import Spec
 
 CONTEXT, BUDGETS = 4096, (0.5, 0.25, 0.125)

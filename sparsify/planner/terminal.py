@@ -1,4 +1,4 @@
-"""What a plan shows at a terminal: progress with an estimate of the time left (`Bar`), a short table, the front."""
+"""What a plan shows at a terminal: a short table, and the front."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.planner.plan import Plan, Point, SitePlan
-from sparsify.progress import Bar
-
-__all__ = ["Bar", "summary"]
 
 WIDTH = 30
 
