@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,8 @@ def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]
     visited = [sum((group.visited for group in some), start=np.zeros(1)) for some in groups]
     costs = np.tile(np.concatenate(visited), shape.batch)
     threads = cpp_threads(costs, nest, machine.cores)
+    if not any(group.listed.any() for some in groups for group in some):  # as driver.h has it
+        nest = replace(nest, held=min(nest.held, 2 * int(costs.max(initial=0)) + 1))
     step, order = step_of(costs.size, threads, nest.step), about(costs, costs.size / threads)
     found = []
     for some, cost in zip(groups, visited, strict=True):
