@@ -45,8 +45,8 @@ lint: $(STAMP) ## style only
 
 # The machine's own python, torch and Triton.
 bench-gpu: ## on a GPU machine: numerics first, then the grid and decoding; results go to examples/results/
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu tests/test_triton_gpu.py
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable . "pytest>=8" "pytest-xdist>=3.6"
+	$(PYTHON) -m pytest -m gpu -n 8 tests/test_triton_gpu.py
 	$(PYTHON) -m sparsify bench --grid --device cuda --dtype bfloat16 $(GPU_GRID) --json examples/results --plot examples/results
 	$(PYTHON) -m sparsify bench --decode --device cuda --json examples/results
 

@@ -302,3 +302,13 @@ def test_a_selection_is_checked_against_what_its_lists_keep(eager: None, monkeyp
     for case, share in ((blocks, 0.8), (pages, 0.4)):
         found = selection.measure(case, "float32", 5, 0.1, lambda text: None)
         assert found.right and 0 < found.share < share and found.ratio == 4.0
+
+
+@pytest.mark.parametrize("pattern", ["window256", "mixture", "topk"])
+def test_a_large_mask_of_flex_attention_is_built_row_after_row(pattern: str) -> None:
+    inputs = Inputs.draw(Case(pattern, 1500, 64, "float32"), "cpu")
+    usual, unit = peers.block_mask(inputs), (64, 64) if pattern == "topk" else (128, 128)
+    found = peers.mask_by_rows(inputs, torch.arange(8 if inputs.per_head else 1), unit)
+    assert found.shape == usual.shape and torch.equal(found.to_dense(), usual.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(usual, name))

@@ -169,7 +169,7 @@ def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
 
     from sparsify.codegen import Launch
     from sparsify.codegen.triton.kernels import processors
-    from sparsify.codegen.triton.tuning import tiled
+    from sparsify.codegen.triton.tuning import section, tiled
     from sparsify.cost.site import site_of
 
     shape = Shape(sizes.get("heads", 4), sizes.get("kv_heads", 4), sizes.get("q_len", 4096), 4096, 64, dtype,
@@ -178,11 +178,11 @@ def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
     q, k = (torch.empty(shape.batch, heads, length, 64, dtype=getattr(torch, dtype), device="meta")
             for heads, length in ((shape.heads, shape.q_len), (shape.kv_heads, 4096)))  # fmt: skip
     launch = Launch(site.program()[0], q, k, k, (), 4096 - shape.q_len, 0.125)
-    found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
+    launch, found = tiled(launch, int(arch) if arch.isdigit() else arch)
     machine = TRUTH.model_copy(update={"target": "triton", "arch": arch, "cores": processors(launch)})
     nest = site.nest(machine)
     assert (nest.rows, nest.heads, nest.keys) == (found.rows, found.heads, found.block_n)
-    assert (nest.block, nest.splits, nest.near) == (found.block_m, found.splits, found.l2_mib << 20)
+    assert (nest.block, nest.splits, nest.section) == (found.block_m, found.splits, section(launch, found))
 
 
 NATTEN = (

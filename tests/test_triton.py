@@ -162,7 +162,7 @@ def test_only_indices_that_can_be_negative_count_from_the_end():
     assert not ranges.wrapped(_meta(program, table))
     wrapped = ranges.wrapped(_meta(program, table, q_offset=1))
     assert [str(index) for index in wrapped] == ["Nq + k - q - 1"]
-    assert "element(Nq + k - q - 1" in printer.kernel_source(program, "float32", 16, 16, wrapped)
+    assert "element((Nq - q - 1) + (k)" in printer.kernel_source(program, "float32", 16, 16, wrapped)
     assert printer.kernel_name(program, "float32", 16, 16, wrapped) != printer.kernel_name(program, "float32", 16, 16)
 
 

@@ -67,3 +67,32 @@ LISTED = [
 def test_many_listed_tiles(device: str, case: Made):
     ours, theirs, lse = errors(case, device)
     assert ours <= 2 * theirs + FLOOR[case.dtype] and lse <= LSE_ERROR
+
+
+TUNED = {
+    "streaming": ((p.sinks(4) | p.window(256)) & C, 1333),
+    "mixture": (MIXTURE, 1000),
+    "neighborhood": (p.neighborhood([32, 40], 9), 1280),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_candidates_are_checked_and_timed(device: str, name: str, tmp_path, monkeypatch):
+    from sparsify.codegen import target
+    from sparsify.functional import attention
+    from sparsify.tuner.runner import Runner
+
+    rules, length = TUNED[name]
+    triton, here = target("triton"), Runner()
+    here.truths, here.launches = [], []
+    run = type(triton).run
+    monkeypatch.setattr(
+        type(triton), "run", lambda self, launch, *given: here.launches.append(launch) or run(self, launch, *given)
+    )
+    q, k, v = (torch.randn(1, heads, length, 64, device=device, dtype=torch.bfloat16) for heads in (4, 4, 4))
+    attention(q, k, v, rules)
+    monkeypatch.undo()
+    error, bound = here.check({"num_stages": 2})
+    assert here.launches and 0 < error <= bound
+    race = here.race({"num_stages": 2}, {}, 5, 1.0)
+    assert len(race.first) == len(race.second) == 5 and all(0 < one < 0.1 for one in race.first + race.second)

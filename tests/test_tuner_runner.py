@@ -31,14 +31,16 @@ def ran(monkeypatch):
 def test_on_a_gpu_each_side_is_captured_once_and_its_replays_are_timed(ran, monkeypatch):
     captured = []
 
-    def replayed(run):
-        run()
-        values = dict(tuned.lookup(KEY))
-        captured.append(values)
-        return lambda: 0.25 if values else 1.0
+    class Replayed:
+        def __init__(self, run):
+            run()
+            self.values = dict(tuned.lookup(KEY))
+            captured.append(self.values)
 
-    monkeypatch.setattr(gpu, "replayed", replayed)
-    monkeypatch.setattr(gpu, "seconds", lambda call: call())
+        def seconds(self):
+            return 0.25 if self.values else 1.0
+
+    monkeypatch.setattr(gpu, "Replayed", Replayed)
     here = runner.Runner()
     here.launches = launches(True)
     race = here.race({"num_warps": 8}, {}, 7, 60.0)
@@ -68,6 +70,38 @@ def test_what_can_not_be_captured_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", refused)
     calls = []
     with pytest.warns(UserWarning, match="a call can't be captured, so its times have Python's in them: operation not"):
-        made = gpu.replayed(lambda: calls.append(1))
+        made = gpu.Replayed(lambda: calls.append(1))
     made()
     assert len(calls) == 3  # twice before it is captured
+
+
+def test_a_short_call_is_timed_several_times_in_a_row(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = clock.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3 + 0.004  # what events take themselves
+
+    class Graph:
+        def replay(self):
+            clock.now += 50e-6
+
+    @contextmanager
+    def capturing(graph):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    found = gpu.Replayed(lambda: None).seconds()
+    assert 50e-6 <= found < 50.5e-6  # 54e-6 where each is timed alone

@@ -9,7 +9,7 @@ from sparsify.codegen.triton.listing import packing, rounds
 from sparsify.codegen.triton.printer import LOG2_E, longest_last, skip_arguments, units, used_loads
 from sparsify.codegen.triton.ranges import exact, far, large, slots
 from sparsify.codegen.triton.summaries import summary_arguments
-from sparsify.codegen.triton.tuning import Shape, padded
+from sparsify.codegen.triton.tuning import Shape, padded, section
 from sparsify.patterns.lists import lists
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -
         "q_offset": launch.q_offset,
         "q_tiles": -(-q_slots // shape.rows),
         "all_heads": batch * heads // shape.heads,
-        "section": max(1, _section(launch, shape) // shape.heads),
+        "section": max(1, section(launch, shape) // shape.heads),
     }
     values |= {"q_slots": q_slots} if program.queries else {}
     values |= {"k_slots": k_slots} if program.keys else {"DESCRIBED": _described(launch, shape)}
@@ -151,11 +151,3 @@ def _load_numbers(launch: Launch) -> dict[str, int]:
             found[f"{source}_length_{axis}"] = tensor.shape[axis]
             found[f"{source}_stride_{axis}"] = tensor.stride(axis)
     return found
-
-
-def _section(launch: Launch, shape: Shape) -> int:
-    """How many query heads run side by side: as many as have keys and values that fit the L2 cache together."""
-    batch, heads, _, head_dim = launch.q.shape
-    kv_heads, k_len = launch.k.shape[1:3]
-    bytes_per_head = k_len * (head_dim + launch.v.shape[3]) * launch.k.element_size()
-    return min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))

@@ -7,7 +7,7 @@ on queries only or on keys only is computed on that shape, and only what depends
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,17 @@ from sparsify.bias import Bias, Term
 from sparsify.codegen.triton.summaries import Summary, of_keys
 from sparsify.expr import (
     TRUE,
+    And,
     Bound,
     Expr,
     FloorDiv,
+    Ge,
     Load,
     Max,
     Min,
     Mod,
     Mul,
+    Pred,
     Select,
     Sum,
     Test,
@@ -102,6 +105,20 @@ def _natural(program: Program) -> frozenset[str]:
     return frozenset({"b", "h", "k", "k0", "k1", "N", "Nq"} | queries)
 
 
+def _shift(divisor: Expr) -> int | None:
+    """Of a power of two, by how many bits it shifts: as in a floored division, of negative numbers, too."""
+    value = constant(divisor)
+    return None if value is None or value < 1 or value & (value - 1) else value.bit_length() - 1
+
+
+def _range(one: Pred, other: Pred) -> tuple[Expr, int] | None:
+    """(x, limit) where two conditions on pairs say together that x is in 0..limit."""
+    if not isinstance(one, Ge) or not isinstance(other, Ge) or rank(one.expr) != 3:
+        return None
+    limit = constant(one.expr + other.expr)
+    return None if limit is None or not 0 <= limit < 2**31 else (one.expr, limit)
+
+
 def never_negative(expr: Expr, natural: frozenset[str]) -> bool:
     """Whether an expression is 0 at least, as its parts show."""
     match expr:
@@ -135,11 +152,41 @@ class TritonPrinter(Printer):
         match node:
             case Test(load):
                 return f"({self.element(load)} != 0)"
+            case And(parts):
+                return f"({' & '.join(self._conditions(parts))})" if parts else self.op("true")
+            case FloorDiv(left, right) if (shift := _shift(right)) is not None:
+                return f"(({self.text(left)}) >> {shift})"
+            case Mod(left, right) if _shift(right) is not None:
+                return f"(({self.text(left)}) & {self.text(right - 1)})"
             case FloorDiv(left, right) if never_negative(left, self.natural) and constant(right):
                 return f"(({self.text(left)}) // {self.text(right)})"
             case Mod(left, right) if never_negative(left, self.natural) and constant(right):
                 return f"(({self.text(left)}) % {self.text(right)})"
         return super().text(node)
+
+    def _conditions(self, parts: tuple[Pred, ...]) -> Iterator[str]:
+        """The parts of a conjunction; `0 <= x` and `x <= limit` on whole tiles are one test of an unsigned number."""
+        left = list(parts)
+        while left:
+            part = left.pop(0)
+            other = next((one for one in left if _range(part, one) is not None), None)
+            if other is None:
+                yield self.text(part)
+            else:
+                left.remove(other)
+                expr, limit = _range(part, other)
+                yield f"(unsigned({self.text(expr)}) <= {limit})"
+
+    def _sum(self, terms: tuple[tuple[int, Expr], ...], const: int) -> str:
+        """What depends on rows and what on keys first, each by itself, so that few operations take whole tiles."""
+        of_keys = tuple(term for term in terms if rank(term[1]) == 2)
+        others = tuple(term for term in terms if rank(term[1]) != 2)
+        if len(terms) <= 2 or not of_keys or not others:
+            return super()._sum(terms, const)
+        sign = 1 if any(c > 0 for c, _ in of_keys) else -1
+        keys = super()._sum(tuple(sorted(((sign * c, atom) for c, atom in of_keys), key=lambda term: term[0] < 0)), 0)
+        others = tuple(sorted(others, key=lambda term: term[0] < 0))
+        return self.op("add" if sign > 0 else "sub", f"({super()._sum(others, const)})", f"({keys})")
 
     def leaf_text(self, atom: Expr) -> str | None:
         if isinstance(atom, Load):

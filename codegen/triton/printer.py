@@ -121,6 +121,7 @@ def holes(
         "value_dim": value_dim,
         "rules": rules,
         "rounds": turns,
+        "by_bits": program.queries is not None and any(rule["scanned"] for rule in rules),
         "scans": bool(turns) or any(rule["scanned"] for rule in rules),
         "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),

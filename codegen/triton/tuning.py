@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -162,6 +163,19 @@ def rows_of_heads(prefill: Shape) -> int:
     return max(prefill.block_m, MANY_HEADS if prefill.described else 0)
 
 
+def section(launch: Launch, shape: Shape) -> int:
+    """How many query heads run side by side: as many as read keys and values that fit the L2 cache together.
+
+    Query tiles that run at a time are neighbours: of a window's keys they read few.
+    """
+    batch, heads, _, head_dim = launch.q.shape
+    kv_heads, k_len = launch.k.shape[1:3]
+    keys = [k_len] if rounds(launch.program) else [min(k_len, 2 * mean) for mean in mean_keys(launch.program, k_len)]
+    size = 4 if dtype_name(launch.q.dtype) == "float32" else 2
+    bytes_per_head = max(1, int(sum(keys) / len(keys))) * (head_dim + launch.v.shape[3]) * size
+    return min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))
+
+
 def _splits(launch: Launch, shape: Shape) -> int:
     program, k_len = launch.program, launch.k.shape[2]
     lists_of = {one for rule in program.keep for one in lists(rule)}
@@ -178,8 +192,8 @@ def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: i
     keys: those of a query, for each head. tiles: query tiles for a head, a part of one where heads share it.
     """
     wanted = TILES_AT_ONCE * multiprocessors * max(keys) / max(1.0, tiles * sum(keys))
-    most = int(min(wanted, max(keys) / (LEAST_TILES * block_n), MOST_SPLITS))
-    return 1 << max(0, most.bit_length() - 1)
+    most = min(max(keys) / (LEAST_TILES * block_n), MOST_SPLITS)
+    return 1 << min(round(math.log2(max(1.0, wanted))), int(math.log2(max(1.0, most))))
 
 
 def mean_keys(program: Program, length: int) -> list[float]:

@@ -15,10 +15,10 @@ from sparsify import env
 
 
 @contextmanager
-def cold_caches() -> Iterator[None]:
+def cold_caches(device: str = "cpu") -> Iterator[None]:
     """Inductor's and Triton's caches empty, but for what Inductor prepares once for all that it compiles."""
     with fresh_cache():
-        torch.compile(lambda x: x + 1)(torch.ones(8))
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         yield
 
 

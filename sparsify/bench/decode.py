@@ -28,14 +28,18 @@ STREAMING = (p.sinks(4) | p.window(1024)) & p.causal()
 @dataclass(frozen=True)
 class Size:
     """How much is measured on a kind of device: sequences, query heads, and the bytes of the tensor whose sum tells how
-    fast memory is read (more than caches hold)."""
+    fast memory is read (more than caches hold).
+
+    layers: how many caches are gone through in a row, as in a model; times are of one. Short calls are timed so.
+    """
 
     batch: int
     heads: int
     read_bytes: int
+    layers: int = 1
 
 
-SIZES = {"cpu": Size(1, 8, 2**28), "cuda": Size(8, 32, 2**31)}
+SIZES = {"cpu": Size(1, 8, 2**28), "cuda": Size(8, 32, 2**31, layers=4)}
 
 
 @dataclass(frozen=True)
@@ -112,22 +116,26 @@ def measure(
     size, kind = SIZES[device], getattr(torch, dtype)
     rules, shape = case.rules(size.heads), (size.batch, size.heads // case.group)
     g = torch.Generator(device).manual_seed(0)
-    q = torch.randn(size.batch, size.heads, 1, HEAD_DIM, generator=g, device=device).to(kind)
-    k, v = (torch.randn(*shape, KEYS, HEAD_DIM, generator=g, device=device).to(kind) for _ in "kv")
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, HEAD_DIM, generator=g, device=device, dtype=kind)
+
+    q, caches = drawn(size.batch, size.heads, 1), [[drawn(*shape, KEYS) for _ in "kv"] for _ in range(size.layers)]
     large = torch.ones(size.read_bytes // 4, device=device)
     runs = {
-        "sparsify": lambda: attention(q, k, v, rules),
-        "dense": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1),
+        "sparsify": lambda: [attention(q, k, v, rules) for k, v in caches],
+        "dense": lambda: [F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1) for k, v in caches],
         "memory": large.sum,
     }
     with torch.inference_mode():
         tell(f"{case.name}: checking")
         keep = torch.stack([rule.mask(size.heads, 1, KEYS)[h] for h, rule in enumerate(rules)])
-        whole = (t.repeat_interleave(case.group, dim=1) for t in (k, v))
-        errors, bound = compared(q, *whole, keep.to(device), HEAD_DIM**-0.5, {"out": runs["sparsify"]()})
+        whole = (t.repeat_interleave(case.group, dim=1) for t in caches[0])
+        errors, bound = compared(q, *whole, keep.to(device), HEAD_DIM**-0.5, {"out": runs["sparsify"]()[0]})
         pairs = size.batch * int(keep.view(shape[1], case.group, KEYS).any(1).sum())
         tell(f"{case.name}: timing")
         samples = interleaved(runs, device, repeats, seconds, True)
+    samples |= {name: [one / size.layers for one in samples[name]] for name in ("sparsify", "dense")}
     timings = {name: timing(found, statistics.median(found)) for name, found in samples.items()}
     return Decoded(case, size, dtype, timings, pairs * 2 * HEAD_DIM * kind.itemsize, errors["out"], bound)
 

@@ -147,7 +147,7 @@ def _measured(
             sites[name] = (len(report.rewritten), len(report.sites))
         tell(f"compiling, {NAMES[name]}")
         runs[name] = _compiled(made, args, given, how)
-        with cold_caches():  # each its own: most kernels of a model are the same for all, and the first would pay
+        with cold_caches(device):  # each its own: most kernels of a model are the same for all, and the first would pay
             start = time.perf_counter()
             out = runs[name]()
             first[name] = time.perf_counter() - start

@@ -11,29 +11,47 @@ from typing import Any
 
 import torch
 
+LEAST = 1e-3  # seconds between two events, about: what an event itself takes is some microseconds
+MOST = 64  # replays between them
 
-def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A call as a CUDA graph's replay; the call itself, and a warning, where it can't be captured."""
-    for _ in range(2):  # what is compiled or allocated once
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
+
+class Replayed:
+    """A call as a CUDA graph's replay; the call itself, and a warning, where it can't be captured.
+
+    Short calls are timed several in a row, and leave their data in the caches to one another.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        for _ in range(2):  # what is compiled or allocated once
             run()
-    except RuntimeError as error:
         torch.cuda.synchronize()
-        warnings.warn(f"a call can't be captured, so its times have Python's in them: {error}", stacklevel=2)
-        return run
-    return graph.replay
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+            self.run = graph.replay
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.run = run
+            warnings.warn(f"a call can't be captured, so its times have Python's in them: {error}", stacklevel=2)
+        self.times = 0  # between two events, once that is known
 
+    def __call__(self) -> None:
+        """Once."""
+        self.run()
 
-def seconds(run: Callable[[], Any]) -> float:
-    """What one call takes on the device."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    def seconds(self) -> float:
+        """What one call takes on the device."""
+        if not self.times:
+            self.times = max(1, min(MOST, int(LEAST / min(self._seconds(1) for _ in range(3)))))
+        return self._seconds(self.times)
+
+    def _seconds(self, times: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(times):
+            self.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / times

@@ -222,13 +222,13 @@ def interleaved(
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     captured = kernels and device != "cpu"
-    ready = {name: gpu.replayed(run) for name, run in runs.items()} if captured else runs
+    ready = {name: gpu.Replayed(run) if captured else run for name, run in runs.items()}
     for run in ready.values():
         run()
     begin = time.perf_counter()
     for round_number in range(repeats):
         for name, run in ready.items():
-            samples[name].append(gpu.seconds(run) if captured else _seconds(run, device))
+            samples[name].append(run.seconds() if isinstance(run, gpu.Replayed) else _seconds(run, device))
         if round_number >= 4 and time.perf_counter() - begin > seconds:
             break
     return samples

@@ -27,6 +27,7 @@ Run = Callable[[], torch.Tensor]
 Mask = Callable[..., torch.Tensor]  # of (b, h, q, k), as tensors that broadcast
 
 MASKED = 8192  # the longest for which an N x N mask is made
+BLOCK = 128  # FlexAttention's own block size
 EAGER = 2**27  # pairs of a block mask that is built the usual way, which takes some 20 bytes for each
 
 
@@ -143,12 +144,38 @@ def flex(inputs: Inputs) -> Run:
 
 
 def block_mask(inputs: Inputs) -> BlockMask:
-    """FlexAttention's mask of a case. One that would take too much memory is built by compiled code."""
+    """FlexAttention's mask of a case, by its own builder where that doesn't take too much memory.
+
+    A larger one is built by compiled code on a CPU. On a GPU, where Inductor can take minutes to compile that, it is
+    built from some queries at a time: what that saves is to FlexAttention's advantage.
+    """
     case, n = inputs.case, inputs.case.length
     heads = case.heads if inputs.per_head else None
-    unit = {"BLOCK_SIZE": (inputs.choice.unit.q, inputs.choice.unit.k)} if case.dynamic else {}
+    size = (inputs.choice.unit.q, inputs.choice.unit.k) if case.dynamic else (BLOCK, BLOCK)
     large = (heads or 1) * n * n > EAGER
-    return create_block_mask(inputs.keeps, None, heads, n, n, device=inputs.q.device, _compile=large, **unit)
+    if large and inputs.q.is_cuda:
+        return mask_by_rows(inputs, torch.arange(heads or 1), size)
+    return create_block_mask(inputs.keeps, None, heads, n, n, inputs.q.device, size, _compile=large)
+
+
+def mask_by_rows(inputs: Inputs, heads: torch.Tensor, size: tuple[int, int]) -> BlockMask:
+    """A block mask from what the queries of one row of blocks keep, row after row."""
+    n, (rows, columns) = inputs.case.length, size
+    some, whole = [], []
+    for queries in torch.arange(n).split(rows):
+        keep = F.pad(inputs.kept(heads, queries), (0, -n % columns, 0, rows - len(queries)))
+        blocks = keep.unflatten(2, (-1, columns))
+        some.append(blocks.any(dim=(1, 3)))
+        whole.append(blocks.all(dim=(1, 3)))
+    full = torch.stack(whole, 1)
+    found = [_listed(blocks) for blocks in (torch.stack(some, 1) & ~full, full)]
+    return BlockMask.from_kv_blocks(*found[0], *found[1], size, inputs.keeps, (n, n))
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks are set in each row, and their numbers first, of bool (heads, rows, columns)."""
+    numbers = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None], numbers.to(torch.int32)[None]
 
 
 def natten(inputs: Inputs) -> Run:

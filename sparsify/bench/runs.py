@@ -80,7 +80,7 @@ def attention(cases: Sequence[Case], how: How, plot: Path | None) -> bool:
     place = how.place
     pictures = [] if plot is None else paths(plot, stem(machine(place)["machine"]) + "-speed-up")
     results: list[Result] = []
-    with Bar([_weight(case) for case in cases]) as steps, cold_caches():
+    with Bar([_weight(case) for case in cases]) as steps, cold_caches(place):
         for case in cases:
             results.append(measure(case, place, how.repeats, how.seconds, steps.tell))
             steps.advance()
@@ -149,7 +149,7 @@ def model(
         for n in length or (2048,)
     ]
     place, phases = how.place, []
-    with Bar([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches():
+    with Bar([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches(place):
         for wanted in made:
             phases += end_to_end.measure(name, spec, wanted, place, how.repeats, how.seconds, steps.tell)
             steps.advance()

@@ -54,8 +54,7 @@ class Nest:
     whole_group: a query tile is all queries of its heads, and these are all of a key head's, as in decoding. direct:
     keys are read where they lie, row by row. held: how many packed key tiles a core keeps; 0 where none are packed.
     step: query tiles that a core takes at a time, at most. splits: between how many query tiles the keys of one are
-    split. near: bytes of keys and values that query tiles read which run side by side, about; 0 where cores have no
-    cache together.
+    split. section: how many heads' query tiles run side by side, on a GPU.
     """
 
     rows: int
@@ -68,7 +67,7 @@ class Nest:
     held: int = 0
     step: int = 1
     splits: int = 1
-    near: int = 0
+    section: int = 1
 
 
 def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0, tuned: Tuned = ()) -> Nest:
@@ -97,7 +96,7 @@ def triton_nest(
     program: that runs. capacities: of its lists, the longest of which each index and count in turn is a load.
     """
     from sparsify.codegen.target import Launch
-    from sparsify.codegen.triton.tuning import tiled
+    from sparsify.codegen.triton.tuning import section, tiled
     from sparsify.runtime import tuned as store
 
     q, k = (_Described((shape.batch, heads, length, shape.head_dim), shape.dtype, cores)
@@ -105,10 +104,10 @@ def triton_nest(
     loads = tuple(_Described((1, 1, 1, room), "int32", cores) for room in capacities for _ in range(2))
     launch = Launch(program, q, k, k, loads, shape.k_len - shape.q_len, 1.0)  # type: ignore[arg-type]
     with store.forced(dict(tuned)):
-        found = tiled(launch, int(arch) if arch.isdigit() else arch)[1]
+        launch, found = tiled(launch, int(arch) if arch.isdigit() else arch)
     whole = found.heads == shape.group and found.rows >= shape.q_len
     sizes = found.rows, found.heads, found.block_n, found.block_m, found.block_n, whole
-    return Nest(*sizes, splits=found.splits, near=found.l2_mib << 20)
+    return Nest(*sizes, splits=found.splits, section=section(launch, found))
 
 
 @dataclass(frozen=True)

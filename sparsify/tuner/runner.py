@@ -75,17 +75,17 @@ class Side:
     def __init__(self, launches: Sequence[Launch], values: Values) -> None:
         self.values = values
         with tuned.forced(values), torch.inference_mode():
-            self.calls = [(launch.q.is_cuda, _call(launch)) for launch in launches]
+            self.calls = [_call(launch) for launch in launches]
 
     def seconds(self) -> float:
         """Of all launches together, once; on a GPU by events on the device."""
         with tuned.forced(self.values), torch.inference_mode():
-            return sum(gpu.seconds(call) if on_gpu else _seconds(call) for on_gpu, call in self.calls)
+            return sum(call.seconds() if isinstance(call, gpu.Replayed) else _seconds(call) for call in self.calls)
 
 
 def _call(launch: Launch) -> Callable[[], object]:
     call = partial(target(launch.program.target).run, launch)
-    return gpu.replayed(call) if launch.q.is_cuda else call
+    return gpu.Replayed(call) if launch.q.is_cuda else call
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -76,7 +76,7 @@ def _theirs(launch: Launch, rows: torch.Tensor) -> torch.Tensor:
         k, v = (gathered(t, *tokens(program.keys, "k", k.shape[2], env)) for t in (k, v))
     q, env = q[:, :, rows], env | {"q": env["q"][..., rows, :]}
     terms, low = bias.evaluate(program.bias, env), torch.finfo(q.dtype).min
-    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(q.dtype)
+    add = torch.where(terms.isinf(), terms, terms.clamp(low, -low)).to(q)  # without a bias, terms are a CPU's 0
     add = add.masked_fill(~kept(launch, env), -torch.inf)
     if program.softcap is None and program.sink is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=add, scale=launch.scale).nan_to_num(nan=0.0)
