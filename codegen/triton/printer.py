@@ -13,7 +13,7 @@ from sparsify.codegen.target import DTYPES
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
 from sparsify.codegen.triton.listing import packing, predicates, rounds, static
 from sparsify.codegen.triton.round_holes import round_holes
-from sparsify.codegen.triton.summaries import gaps, scanned, split, summaries
+from sparsify.codegen.triton.summaries import by_bits, gaps, scanned, split, summaries
 from sparsify.expr import FALSE, TRUE, Expr
 from sparsify.patterns.interior import interiors
 from sparsify.patterns.tiles import BLOCK, analyse
@@ -121,7 +121,7 @@ def holes(
         "value_dim": value_dim,
         "rules": rules,
         "rounds": turns,
-        "by_bits": program.queries is not None and any(rule["scanned"] for rule in rules),
+        "by_bits": by_bits(program),
         "scans": bool(turns) or any(rule["scanned"] for rule in rules),
         "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),

@@ -56,6 +56,14 @@ def gaps(pred: Pred) -> bool:
     return has_gaps(pred) or scanned(pred)
 
 
+@functools.lru_cache(maxsize=1024)
+def by_bits(program: Program) -> bool:
+    """Whether a kernel asks many key tiles at once what they are and then goes through all that are not EMPTY in one
+    loop: where queries lie in boxes, runs of key tiles are short."""
+    found = [static(keep) for keep in program.keep]
+    return program.queries is not None and any(scanned(rule) or (program.keys and gaps(rule)) for rule in found)
+
+
 def of_keys(bound: Bound) -> bool:
     """Whether a bound differs from key tile to key tile."""
     return bool(variables(bound) & {"k0", "k1"})

@@ -12,6 +12,7 @@ from sparsify.codegen.target import dtype_name
 from sparsify.codegen.triton.kernels import processors
 from sparsify.codegen.triton.listing import packed, packing, packs, rounds, static
 from sparsify.codegen.triton.ranges import slots
+from sparsify.codegen.triton.summaries import by_bits
 from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
 from sparsify.codegen.tuned import FEW
 from sparsify.errors import InputError
@@ -31,6 +32,7 @@ MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they l
 MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
 TILES_AT_ONCE = 2  # that a multiprocessor runs at decode
 LEAST_TILES, MOST_SPLITS = 2, 64  # key tiles of a split; splits
+SLACK = 0.25  # by how much fewer splits than are wanted are enough, as a power of two
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ _HALF = {
 }
 # Hopper's for many keys a query. By time on an H200, as is the row of "hopper".
 _LONG = {64: Shape(64, 128, 4, 3, described=True), 128: Shape(128, 128, 8, 3, described=True)}
+FEW_STAGES = 2  # Hopper's where loops are short, and at small head sizes where their bodies are: by time on an H200
 # float32 multiplies in float32 ("ieee"), on NVIDIA without tensor cores.
 _FLOAT = {
     "ampere": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 2), 256: Shape(16, 32, 8, 1)},
@@ -126,7 +129,10 @@ def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
     plain = program.queries is None and program.keys is None and not program.skips
     if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
         keys = mean_keys(program, launch.k.shape[2])
-        return _LONG[size] if sum(keys) >= MANY_KEYS * len(keys) else shape
+        shape = _LONG[size] if sum(keys) >= MANY_KEYS * len(keys) else shape
+    if arch == 90 and shape.described and q_len > FEW and shape.block_n == 64 and size <= 128:
+        few = by_bits(program) or (size <= 64 and len(program.keep) == 1)
+        return replace(shape, num_stages=FEW_STAGES) if few else shape
     return shape
 
 
@@ -193,7 +199,7 @@ def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: i
     """
     wanted = TILES_AT_ONCE * multiprocessors * max(keys) / max(1.0, tiles * sum(keys))
     most = min(max(keys) / (LEAST_TILES * block_n), MOST_SPLITS)
-    return 1 << min(round(math.log2(max(1.0, wanted))), int(math.log2(max(1.0, most))))
+    return 1 << max(0, min(math.ceil(math.log2(max(1.0, wanted)) - SLACK), int(math.log2(max(1.0, most)))))
 
 
 def mean_keys(program: Program, length: int) -> list[float]:
