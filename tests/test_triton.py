@@ -189,7 +189,9 @@ def test_conditions_that_no_tile_decides_are_tested_on_every_tile():
     sources = {name: TritonTarget().source(programs()[name], torch.bfloat16, 64, 64) for name in programs()}
     assert {name for name, source in sources.items() if "def beside(" in source} >= {"bool_tensor"}
     assert "def beside(" not in sources["padding"] + sources["documents"] + sources["causal"] + sources["alibi"]
-    assert "SCAN" in sources["padding"] and "SCAN" not in sources["column_stride"]
+    assert "SCAN" in sources["padding"] and "SCAN" not in sources["window"]
+    by_bits = {name for name, source in sources.items() if "def share_bits(" in source}
+    assert by_bits == {"dilated", "column_stride", "expr", "neighborhood"}
 
 
 def test_a_missing_hole_and_an_unused_one_both_raise():

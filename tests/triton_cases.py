@@ -249,6 +249,8 @@ def _split() -> list[Case]:
         Case("split_mixture", mixture, lengths=(5, 700), heads=(6, 2), batch=2),
         Case("split_holes", holes, lengths=(2, 701), heads=(6, 3), batch=2, loads=(("bool", (2, 701)),)),
         Case("split_stride", p.column_stride(3, block=32, offset="head") & C, lengths=(2, 203), heads=(2, 1)),
+        Case("split_far_stride", p.column_stride(3, block=32, offset="head") & C, lengths=(2, 4700), heads=(2, 1)),
+        Case("far_stride", (p.window(9) | p.column_stride(5, block=16)) & C, lengths=(40, 2500), heads=(2, 1)),
         Case("split_bias", C, lengths=(3, 700), heads=(4, 2), bias="sum", sink="by head", q_offset=0),
         Case(
             "split_minima",

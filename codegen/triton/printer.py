@@ -122,7 +122,7 @@ def holes(
         "rules": rules,
         "rounds": turns,
         "by_bits": by_bits(program),
-        "scans": bool(turns) or any(rule["scanned"] for rule in rules),
+        "scans": bool(turns) or (any(rule["scanned"] for rule in rules) and not by_bits(program)),
         "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
         "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],

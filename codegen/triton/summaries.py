@@ -15,7 +15,7 @@ from sparsify.patterns.interior import has_gaps, interiors
 from sparsify.patterns.lists import ListPass
 from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Program
-from sparsify.walk import data_bounds, variables
+from sparsify.walk import data_bounds, loads, variables
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +59,13 @@ def gaps(pred: Pred) -> bool:
 @functools.lru_cache(maxsize=1024)
 def by_bits(program: Program) -> bool:
     """Whether a kernel asks many key tiles at once what they are and then goes through all that are not EMPTY in one
-    loop: where queries lie in boxes, runs of key tiles are short."""
+    loop: where runs of key tiles are short, as in boxes of queries and in strides. Masks that are read pair by pair
+    are left in loops of their own."""
     found = [static(keep) for keep in program.keep]
-    return program.queries is not None and any(scanned(rule) or (program.keys and gaps(rule)) for rule in found)
+    if program.queries is not None:
+        return any(scanned(rule) or (program.keys and gaps(rule)) for rule in found)
+    pairs = any({"q", "k"} <= variables(load) for rule in found for load in loads(rule))
+    return program.keys is None and not pairs and all(has_gaps(rule) and not scanned(rule) for rule in found)
 
 
 def of_keys(bound: Bound) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MANY = 4096  # queries of a prefill
 L2_MIB = 24  # for the keys and values of neighbouring programs; chips have 32 MB and more
 MANY_KEYS = 3072  # of a query: from there on larger tiles gain more than they lose at the borders of a pattern
+MORE_KEYS = 1.2  # times as many keys at most in those larger tiles
 MANY_HEADS = 128  # of a group that shares its keys without limits (multi-query attention), at most, with descriptors
 TILES_AT_ONCE = 2  # that a multiprocessor runs at decode
 LEAST_TILES, MOST_SPLITS = 2, 64  # key tiles of a split; splits
@@ -128,12 +129,21 @@ def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
     shape, size = launch_shape(*sizes, q_len, arch), max(map(padded, sizes[1:]))
     plain = program.queries is None and program.keys is None and not program.skips
     if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
-        keys = mean_keys(program, launch.k.shape[2])
-        shape = _LONG[size] if sum(keys) >= MANY_KEYS * len(keys) else shape
+        shape = _longer(program, launch.k.shape[2], shape, _LONG[size])
     if arch == 90 and shape.described and q_len > FEW and shape.block_n == 64 and size <= 128:
-        few = by_bits(program) or (size <= 64 and len(program.keep) == 1)
-        return replace(shape, num_stages=FEW_STAGES) if few else shape
+        boxes = program.queries is not None and by_bits(program)
+        return replace(shape, num_stages=FEW_STAGES) if boxes or (size <= 64 and len(program.keep) == 1) else shape
     return shape
+
+
+def _longer(program: Program, length: int, usual: Shape, long: Shape) -> Shape:
+    """The shape for many keys a query where there are so many, and its larger tiles hold few that are not kept: those
+    of a stride between blocks of 64 would be half empty."""
+    keys = sum(mean_keys(program, length))
+    if keys < MANY_KEYS * len(program.heads):
+        return usual
+    larger = sum(mean_keys(program, length, (long.block_m, long.block_n)))
+    return long if larger <= MORE_KEYS * keys else usual
 
 
 def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
@@ -202,17 +212,17 @@ def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: i
     return 1 << max(0, min(math.ceil(math.log2(max(1.0, wanted)) - SLACK), int(math.log2(max(1.0, most)))))
 
 
-def mean_keys(program: Program, length: int) -> list[float]:
+def mean_keys(program: Program, length: int, tile: tuple[int, int] = (TILE, TILE)) -> list[float]:
     """About how many keys are in the tiles of a query, for each head, of as many queries as keys; without those of
     lists."""
     rules = [program.rule_of(head) for head in range(len(program.heads))]
-    found = {rule: _mean_keys(static(rule), 1 << max(0, length - 1).bit_length()) for rule in set(rules)}
+    found = {rule: _mean_keys(static(rule), 1 << max(0, length - 1).bit_length(), tile) for rule in set(rules)}
     return [found[rule] for rule in rules]
 
 
 @functools.lru_cache(maxsize=1024)
-def _mean_keys(rule: Pred, length: int) -> float:
-    return executed(rule, length, samples=16)[0] * TILE * TILE / length
+def _mean_keys(rule: Pred, length: int, tile: tuple[int, int]) -> float:
+    return executed(rule, length, tile=tile, samples=16)[0] * math.prod(tile) / length
 
 
 def _check_starts(launch: Launch, queries: int) -> None:
