@@ -43,7 +43,7 @@ wheel-check: $(STAMP) ## build the wheel and use it from outside the checkout
 lint: $(STAMP) ## style only
 	$(BIN)/ruff check .
 
-# The machine's own python, torch and Triton.
+# The machine's own python, torch and Triton, if they are in range.
 bench-gpu: ## on a GPU machine: numerics first, then the grid and decoding; results go to examples/results/
 	$(PYTHON) -m pip install --quiet --no-build-isolation --editable . "pytest>=8" "pytest-xdist>=3.6"
 	$(PYTHON) -m pytest -m gpu -n 8 tests/test_triton_gpu.py

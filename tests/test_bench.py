@@ -310,5 +310,7 @@ def test_a_large_mask_of_flex_attention_is_built_row_after_row(pattern: str) -> 
     usual, unit = peers.block_mask(inputs), (64, 64) if pattern == "topk" else (128, 128)
     found = peers.mask_by_rows(inputs, torch.arange(8 if inputs.per_head else 1), unit)
     assert found.shape == usual.shape and torch.equal(found.to_dense(), usual.to_dense())
+    whole = [peers.BlockMask.from_kv_blocks(one.full_kv_num_blocks, one.full_kv_indices) for one in (found, usual)]
+    assert torch.equal(*(one.to_dense() for one in whole))
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(found, name), getattr(usual, name))

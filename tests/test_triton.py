@@ -29,6 +29,7 @@ from sparsify import patterns as p
 from sparsify.codegen.target import Launch
 from sparsify.codegen.triton import TritonTarget, printer, ranges, tuning
 from sparsify.codegen.triton.catalogue import ARCHS, LISTED, entries, programs
+from sparsify.codegen.triton.expressions import TritonPrinter
 from sparsify.codegen.triton.module import write_once
 from sparsify.codegen.triton.resources import kernel_resources
 from sparsify.codegen.triton.summaries import summary_arguments
@@ -190,7 +191,7 @@ def test_conditions_that_no_tile_decides_are_tested_on_every_tile():
     assert {name for name, source in sources.items() if "def beside(" in source} >= {"bool_tensor"}
     assert "def beside(" not in sources["padding"] + sources["documents"] + sources["causal"] + sources["alibi"]
     assert "SCAN" in sources["padding"] and "SCAN" not in sources["window"]
-    by_bits = {name for name, source in sources.items() if "def share_bits(" in source}
+    by_bits = {name for name, source in sources.items() if "def bits(" in source}
     assert by_bits == {"dilated", "column_stride", "expr", "neighborhood"}
 
 
@@ -337,3 +338,39 @@ def test_a_cut_kernel_file_is_replaced_and_a_locked_cache_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="set SPARSIFY_CACHE_DIR"):
         write_once(tmp_path / "file" / "kernel.py", "x = 1\n")
+
+
+def test_whole_tiles_take_few_operations():
+    """Bounds on both sides are one test, and what depends on rows or on keys only is put together before."""
+
+    def text(rule):
+        return TritonPrinter(Program.of([p.causal().keep()], target="triton")).text(parse_pred(rule))
+
+    assert text("0 <= q - k and q - k <= 511") == "((unsigned(q - k) <= 511))"
+    assert text("q - k < 512 and k <= q and k < 7") == "((unsigned(q - k) <= 511) & (k <= 6))"
+    assert text("0 <= q and q <= 5") == "((q <= 5) & (q >= 0))"  # of rows only: nothing is won
+    assert text("q - k >= 3 and q - k <= 1099511627776") == "((q - k >= 3) & (q - k <= 1099511627776))"
+    assert text("(q//8 - k//16 + q%4 - k%32) % 5 == 0").count("((q) >> 3)") == 1
+    assert "(((q) >> 3) + ((q) & 3)) - (((k) >> 4) + ((k) & 31))" in text("(q//8 - k//16 + q%4 - k%32) % 5 == 0")
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 64, 2**20])
+def test_powers_of_two_divide_as_in_python(divisor):
+    for number in (-(2**31), -divisor - 1, -divisor, -1, 0, 1, divisor, 2**31 - 1):
+        assert number >> (divisor.bit_length() - 1) == number // divisor and number & (divisor - 1) == number % divisor
+
+
+def test_the_sizes_of_launches_on_hopper():
+    def launch(rule, length):
+        q = torch.empty(1, 8, length, 128, dtype=torch.bfloat16, device="meta")
+        return Launch(Program.of([rule.keep()] * 8, target="triton"), q, q, q, (), 0, 1.0)
+
+    stride = (p.block_window(64, 16) | p.column_stride(8, block=64)) & p.causal()
+    shapes = {rule: tuning.tiled(launch(rule, 131072), 90)[1] for rule in (p.causal(), p.window(1024), stride)}
+    assert [shapes[rule].block_n for rule in shapes] == [128, 64, 64]  # of 128, half would be no key of the stride
+    assert tuning.section(launch(p.causal(), 131072), shapes[p.causal()]) == 1
+    assert tuning.section(launch(p.window(1024), 131072), shapes[p.window(1024)]) == 8  # a head reads half a megabyte
+    assert tuning.section(launch(p.dense(), 16384), shapes[p.causal()]) == 3  # 24 MiB of 8
+    assert tuning.splits([32768] * 8, 8, 64, 132) == 4  # 4.1 are wanted
+    assert tuning.splits([32768] * 4 + [2200] * 28, 8, 64, 132) == 8  # 5.6: the longest heads wait for nobody
+    assert tuning.splits([64] * 8, 1, 64, 132) == tuning.splits([0] * 8, 1, 64, 132) == 1

@@ -69,6 +69,18 @@ def test_many_listed_tiles(device: str, case: Made):
     assert ours <= 2 * theirs + FLOOR[case.dtype] and lse <= LSE_ERROR
 
 
+def test_boxes_with_more_key_tiles_than_are_asked_at_once(device: str):
+    from sparsify.functional import attention
+
+    near = p.neighborhood([70, 70], [67, 9])
+    q, k, v = (torch.randn(1, 2, 4900, 64, device=device) for _ in "qkv")
+    keep, scores = near.mask(2, 4900, 4900).to(device), q.double() @ k.double().mT * 64**-0.5
+    expected = torch.softmax(scores.masked_fill(~keep, -torch.inf), -1) @ v.double()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = attention(*(t.to(dtype) for t in (q, k, v)), near)
+        assert (found.double() - expected).abs().max() < bound
+
+
 TUNED = {
     "streaming": ((p.sinks(4) | p.window(256)) & C, 1333),
     "mixture": (MIXTURE, 1000),

@@ -116,7 +116,8 @@ def _range(one: Pred, other: Pred) -> tuple[Expr, int] | None:
     if not isinstance(one, Ge) or not isinstance(other, Ge) or rank(one.expr) != 3:
         return None
     limit = constant(one.expr + other.expr)
-    return None if limit is None or not 0 <= limit < 2**31 else (one.expr, limit)
+    plain = min(one.expr, other.expr, key=lambda expr: abs(expr.const) if isinstance(expr, Sum) else 0)
+    return None if limit is None or not 0 <= limit < 2**31 else (plain, limit)
 
 
 def never_negative(expr: Expr, natural: frozenset[str]) -> bool:
@@ -181,7 +182,7 @@ class TritonPrinter(Printer):
         """What depends on rows and what on keys first, each by itself, so that few operations take whole tiles."""
         of_keys = tuple(term for term in terms if rank(term[1]) == 2)
         others = tuple(term for term in terms if rank(term[1]) != 2)
-        if len(terms) <= 2 or not of_keys or not others:
+        if len(terms) + bool(const) <= 2 or not of_keys or not others:
             return super()._sum(terms, const)
         sign = 1 if any(c > 0 for c, _ in of_keys) else -1
         keys = super()._sum(tuple(sorted(((sign * c, atom) for c, atom in of_keys), key=lambda term: term[0] < 0)), 0)

@@ -62,10 +62,11 @@ def by_bits(program: Program) -> bool:
     loop: where runs of key tiles are short, as in boxes of queries and in strides. Masks that are read pair by pair
     are left in loops of their own."""
     found = [static(keep) for keep in program.keep]
+    if any({"q", "k"} <= variables(load) for rule in found for load in loads(rule)):
+        return False
     if program.queries is not None:
         return any(scanned(rule) or (program.keys and gaps(rule)) for rule in found)
-    pairs = any({"q", "k"} <= variables(load) for rule in found for load in loads(rule))
-    return program.keys is None and not pairs and all(has_gaps(rule) and not scanned(rule) for rule in found)
+    return program.keys is None and all(has_gaps(rule) and not scanned(rule) for rule in found)
 
 
 def of_keys(bound: Bound) -> bool:

@@ -15,7 +15,7 @@ from sparsify.codegen.triton.ranges import slots
 from sparsify.codegen.triton.summaries import by_bits
 from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
 from sparsify.codegen.tuned import FEW
-from sparsify.errors import InputError
+from sparsify.errors import InputError, PatternError
 from sparsify.expr import FloorDiv, Pred
 from sparsify.patterns.count import TILE, executed
 from sparsify.patterns.lists import lists, tile_rows
@@ -80,7 +80,8 @@ _HALF = {
 }
 # Hopper's for many keys a query. By time on an H200, as is the row of "hopper".
 _LONG = {64: Shape(64, 128, 4, 3, described=True), 128: Shape(128, 128, 8, 3, described=True)}
-FEW_STAGES = 2  # Hopper's where loops are short, and at small head sizes where their bodies are: by time on an H200
+# Hopper's where loops are short (in boxes), and at small head sizes where their bodies are (one rule), by time, too.
+FEW_STAGES = 2
 # float32 multiplies in float32 ("ieee"), on NVIDIA without tensor cores.
 _FLOAT = {
     "ampere": {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 8, 2), 256: Shape(16, 32, 8, 1)},
@@ -130,7 +131,7 @@ def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
     plain = program.queries is None and program.keys is None and not program.skips
     if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
         shape = _longer(program, launch.k.shape[2], shape, _LONG[size])
-    if arch == 90 and shape.described and q_len > FEW and shape.block_n == 64 and size <= 128:
+    if arch == 90 and shape.described and q_len > FEW and shape.block_n == 64:
         boxes = program.queries is not None and by_bits(program)
         return replace(shape, num_stages=FEW_STAGES) if boxes or (size <= 64 and len(program.keep) == 1) else shape
     return shape
@@ -202,8 +203,8 @@ def _splits(launch: Launch, shape: Shape) -> int:
 
 
 def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: int) -> int:
-    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes more
-    than its share of the multiprocessors' time, and each split still has some key tiles.
+    """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes much
+    more than its share of the multiprocessors' time, and each split still has some key tiles.
 
     keys: those of a query, for each head. tiles: query tiles for a head, a part of one where heads share it.
     """
@@ -222,7 +223,10 @@ def mean_keys(program: Program, length: int, tile: tuple[int, int] = (TILE, TILE
 
 @functools.lru_cache(maxsize=1024)
 def _mean_keys(rule: Pred, length: int, tile: tuple[int, int]) -> float:
-    return executed(rule, length, tile=tile, samples=16)[0] * math.prod(tile) / length
+    try:
+        return executed(rule, length, tile=tile, samples=16)[0] * math.prod(tile) / length
+    except PatternError:  # a size that isn't there at the rounded length: a guess must not stop a launch
+        return float(length)
 
 
 def _check_starts(launch: Launch, queries: int) -> None:

@@ -90,6 +90,7 @@ class Decoded:
             "name": self.case.name,
             "rules": [str(rule) for rule in self.case.rules(self.size.heads)],
             "batch": self.size.batch,
+            "layers": self.size.layers,
             "kv_heads": self.size.heads // self.case.group,
             "keys": KEYS,
             "head_dim": HEAD_DIM,
@@ -112,7 +113,8 @@ def named(names: Sequence[str] | None) -> tuple[DecodeCase, ...]:
 def measure(
     case: DecodeCase, dtype: str, device: str, repeats: int, seconds: float, tell: Callable[[str], None]
 ) -> Decoded:
-    """Checks the numbers, then times; what is read in between leaves no key in a cache, as the layers of a model do."""
+    """Checks the numbers, then times; what is read in between, another cache or a large tensor, takes the keys' place
+    in the processor's caches, as the layers of a model do."""
     size, kind = SIZES[device], getattr(torch, dtype)
     rules, shape = case.rules(size.heads), (size.batch, size.heads // case.group)
     g = torch.Generator(device).manual_seed(0)

@@ -64,7 +64,7 @@ class Runner:
         return Race(*map(tuple, times))
 
     def seconds(self, values: Values) -> float:
-        """Seconds of all launches together, once."""
+        """Seconds of all launches together."""
         return Side(self.launches, values).seconds()
 
 
@@ -78,7 +78,7 @@ class Side:
             self.calls = [_call(launch) for launch in launches]
 
     def seconds(self) -> float:
-        """Of all launches together, once; on a GPU by events on the device."""
+        """Of all launches together, each once; on a GPU by events on the device, the mean of short ones in a row."""
         with tuned.forced(self.values), torch.inference_mode():
             return sum(call.seconds() if isinstance(call, gpu.Replayed) else _seconds(call) for call in self.calls)
 
