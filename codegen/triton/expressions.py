@@ -154,7 +154,7 @@ class TritonPrinter(Printer):
             case Test(load):
                 return f"({self.element(load)} != 0)"
             case And(parts):
-                return f"({' & '.join(self._conditions(parts))})" if parts else self.op("true")
+                return self.op("group", self.ops["and"].join(self._conditions(parts))) if parts else self.op("true")
             case FloorDiv(left, right) if (shift := _shift(right)) is not None:
                 return f"(({self.text(left)}) >> {shift})"
             case Mod(left, right) if _shift(right) is not None:
