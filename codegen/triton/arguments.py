@@ -82,7 +82,7 @@ def _numbers(launch: Launch, out: torch.Tensor, shape: Shape, interpret: bool) -
         "q_offset": launch.q_offset,
         "q_tiles": -(-q_slots // shape.rows),
         "all_heads": batch * heads // shape.heads,
-        "section": max(1, section(launch, shape) // shape.heads),
+        "section": section(launch, shape),
     }
     values |= {"q_slots": q_slots} if program.queries else {}
     values |= {"k_slots": k_slots} if program.keys else {"DESCRIBED": _described(launch, shape)}

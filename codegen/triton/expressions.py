@@ -170,13 +170,12 @@ class TritonPrinter(Printer):
         left = list(parts)
         while left:
             part = left.pop(0)
-            other = next((one for one in left if _range(part, one) is not None), None)
-            if other is None:
+            other, found = next(((one, both) for one in left if (both := _range(part, one))), (None, None))
+            if found is None:
                 yield self.text(part)
             else:
                 left.remove(other)
-                expr, limit = _range(part, other)
-                yield f"(unsigned({self.text(expr)}) <= {limit})"
+                yield f"(unsigned({self.text(found[0])}) <= {found[1]})"
 
     def _sum(self, terms: tuple[tuple[int, Expr], ...], const: int) -> str:
         """What depends on rows and what on keys first, each by itself, so that few operations take whole tiles."""

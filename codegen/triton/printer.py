@@ -13,14 +13,13 @@ from sparsify.codegen.target import DTYPES
 from sparsify.codegen.triton.expressions import OPS, TritonPrinter, rank
 from sparsify.codegen.triton.listing import packing, predicates, rounds, static
 from sparsify.codegen.triton.round_holes import round_holes
-from sparsify.codegen.triton.summaries import by_bits, gaps, scanned, split, summaries
+from sparsify.codegen.triton.summaries import by_bits, gaps, reads_pairs, scanned, split, summaries
 from sparsify.expr import FALSE, TRUE, Expr
 from sparsify.patterns.interior import interiors
 from sparsify.patterns.tiles import BLOCK, analyse
 from sparsify.program import Layout, Program, Skip
 from sparsify.ranges import Ranges, of_numbers, text_of
 from sparsify.text import to_text
-from sparsify.walk import loads as loads_in
 from sparsify.walk import variables
 
 LOG2_E = 1.4426950408889634
@@ -114,22 +113,16 @@ def holes(
     scope = ", ".join(["b", "h", "N", "Nq", *sizes, *loads, *lengths, *strides])
     found = [summary.name for summary in summaries(program)]
     skips = [name for name, _ in skip_arguments(program)]
-    return {
+    return _loops(program, rules) | {
         "title": f"Attention in {dtype}, head size {head_dim}, value size {value_dim}: {len(program.keep)} rules.",
         "name": name,
         "head_dim": head_dim,
         "value_dim": value_dim,
         "rules": rules,
         "rounds": turns,
-        "by_bits": by_bits(program),
-        "scans": bool(turns) or (any(rule["scanned"] for rule in rules) and not by_bits(program)),
-        "static": any(static(keep) != FALSE for keep in program.keep) or not turns,
-        "tested": any(rule["beside"] for rule in rules),
         "assignments": [(_heads_test(program.heads_of(n)), n) for n in range(1, len(program.keep))],
         "scope": scope,
         "packing": packing(program),
-        "one_loop": program.keys is None
-        and not any(rank(load) == 3 for part in predicates(program) for load in loads_in(part)),
         "own": "head, " if packing(program) else "",
         "tile_scope": ", ".join([scope, *found, *(name for name, _ in printer.rows.values())]),
         "bounds": list(printer.rows.values()),
@@ -149,6 +142,18 @@ def holes(
         "bias": printer.bias(program.bias, unit) if program.bias else None,
         "sink": None if program.sink is None else printer.bias(program.sink, unit),
         "units": units(program),
+    }
+
+
+def _loops(program: Program, rules: list[dict[str, Any]]) -> dict[str, bool]:
+    """Which loops over key tiles there are, and what they ask."""
+    bits, listed = by_bits(program), bool(rounds(program))
+    return {
+        "by_bits": bits,
+        "scans": listed or (any(rule["scanned"] for rule in rules) and not bits),
+        "static": any(static(keep) != FALSE for keep in program.keep) or not listed,
+        "tested": any(rule["beside"] for rule in rules),
+        "one_loop": program.keys is None and not reads_pairs(program),
     }
 
 

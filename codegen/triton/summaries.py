@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from sparsify.codegen.triton.listing import rounds, static
+from sparsify.codegen.triton.listing import predicates, rounds, static
 from sparsify.expr import FALSE, And, Bound, Expr, Pred, conjunction
 from sparsify.patterns.interior import has_gaps, interiors
 from sparsify.patterns.lists import ListPass
@@ -57,12 +57,19 @@ def gaps(pred: Pred) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+def reads_pairs(program: Program) -> bool:
+    """Whether a tensor is read pair by pair, which takes a tile's time."""
+    read = [variables(load) for pred in predicates(program) for load in loads(pred)]
+    return any("k" in names and names & {"q", "head"} for names in read)
+
+
+@functools.lru_cache(maxsize=1024)
 def by_bits(program: Program) -> bool:
     """Whether a kernel asks many key tiles at once what they are and then goes through all that are not EMPTY in one
     loop: where runs of key tiles are short, as in boxes of queries and in strides. Masks that are read pair by pair
     are left in loops of their own."""
     found = [static(keep) for keep in program.keep]
-    if any({"q", "k"} <= variables(load) for rule in found for load in loads(rule)):
+    if reads_pairs(program):
         return False
     if program.queries is not None:
         return any(scanned(rule) or (program.keys and gaps(rule)) for rule in found)

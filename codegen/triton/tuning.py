@@ -181,7 +181,7 @@ def rows_of_heads(prefill: Shape) -> int:
 
 
 def section(launch: Launch, shape: Shape) -> int:
-    """How many query heads run side by side: as many as read keys and values that fit the L2 cache together.
+    """How many heads' query tiles run side by side: as many as read keys and values that fit the L2 cache together.
 
     Query tiles that run at a time are neighbours: of a window's keys they read few.
     """
@@ -190,7 +190,8 @@ def section(launch: Launch, shape: Shape) -> int:
     keys = [k_len] if rounds(launch.program) else [min(k_len, 2 * mean) for mean in mean_keys(launch.program, k_len)]
     size = 4 if dtype_name(launch.q.dtype) == "float32" else 2
     bytes_per_head = max(1, int(sum(keys) / len(keys))) * (head_dim + launch.v.shape[3]) * size
-    return min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))
+    found = min(batch * heads, max(1, (shape.l2_mib << 20) // bytes_per_head) * (heads // kv_heads))
+    return max(1, found // shape.heads)
 
 
 def _splits(launch: Launch, shape: Shape) -> int:

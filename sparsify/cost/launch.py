@@ -99,8 +99,7 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]
     if nest.splits > 1:
         line = np.repeat(line, nest.splits, axis=2) / nest.splits
         line[:, ITEM] = 1
-    section = max(1, nest.section // nest.heads)
-    heads = [line[start : start + section, :, ::-1] for start in range(0, len(line), section)]
+    heads = [line[start : start + nest.section, :, ::-1] for start in range(0, len(line), nest.section)]
     done = np.concatenate([some.transpose(1, 2, 0).reshape(len(STEPS), -1) for some in heads], axis=1)
     vector = rates_vector(rates)
     reading = done[READ] * rates.read
