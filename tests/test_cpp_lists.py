@@ -187,6 +187,12 @@ def test_scattered_tokens(isa, q_len, k_len, batch, seed):
     assert torch.equal(CPP.run(call), clean)
 
 
+def test_no_slot_at_all():
+    """Every query keeps nothing where a layout has no slots."""
+    none = Layout(parse_expr("Nq - Nq"), parse_expr("q"))
+    check(launch(Program.of([parse_pred("k <= q")] * 4, queries=none), (2, 1, 9, 70), torch.float32))
+
+
 SKIPS = (Skip(1e-2), None, Skip(0.3), Skip(1.0, by_length=True), None, None, Skip(1.0), Skip(1.0))
 
 

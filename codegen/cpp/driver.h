@@ -4,6 +4,8 @@ constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond e
 constexpr I DIRECT_WORK = 12; // of a tile that few rows meet, which waits for memory
 constexpr I MANY_ITEMS = 32; // for one thread
 constexpr I TOTAL_CACHE_BYTES = 64 << 20;
+constexpr I FRESH_BYTES = 32 << 20; // from so many on an allocator takes new memory each time
+constexpr uintptr_t HUGE = 2 << 20; // bytes of a large page
 
 struct Plan {
     const Call* call;
@@ -14,7 +16,7 @@ struct Plan {
     I worker_bytes;
     Split split;
     bool direct; // whether keys are read where they lie
-    I next, worker; // atomic
+    I next, worker, stored; // atomic
 };
 
 static Queries queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
@@ -34,7 +36,7 @@ static void work_items(Plan& plan, Worker& w) {
             for (I h = first; h < first + group; h += plan.item_heads) {
                 Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
                 meet_part(c, w, t, {0, FAR});
-                store_rows(c, w.rows, t, w.direct);
+                store_rows(c, w, w.rows, t);
             }
         }
     }
@@ -61,6 +63,7 @@ static void work(void* argument) {
     if (number >= plan.call->threads) return;
     Worker w = worker_at(plan.memory + number * plan.worker_bytes, plan.slots);
     w.direct = plan.direct;
+    w.stored = &plan.stored;
     for (I i = 0; i < w.slots; i++) w.tags[i].tile = -1;
     plan.split.parts ? work_parts(plan, w) : work_items(plan, w);
 }
@@ -141,10 +144,24 @@ static bool share_out(Call& c, Plan& plan, Item* items, bool once) {
     return true;
 }
 
+// Asks for large pages under an output that no one wrote to yet: of small ones each is a fault, and these take as long as
+// a tenth of the work where little is kept. What is smaller is memory that the allocator has used before.
+static void use_large_pages(const Call& c) {
+#ifdef MADV_HUGEPAGE
+    I last = (c.b - 1) * c.os[0] + (c.heads - 1) * c.os[1] + (c.q_len - 1) * c.os[2] + (DV - 1) * c.os[3] + 1;
+    char *from = (char*)((uintptr_t)c.out & -HUGE), *to = (char*)((uintptr_t)((Element*)c.out + last) & -HUGE);
+    if (last * (I)sizeof(Element) >= FRESH_BYTES && to > from + HUGE) madvise(from + HUGE, to - from - HUGE, MADV_HUGEPAGE);
+#endif
+}
+
 // Runs a launch. Returns 0, or 1 if memory ran out (then nothing useful is in the output).
 extern "C" int sparsify_run(const Call* call) {
     Call c = *call;
-    if (c.b == 0 || c.heads == 0 || c.q_slots == 0) return 0;
+    if (c.b == 0 || c.heads == 0 || c.q_len == 0) return 0;
+#if QUERY_LAYOUT
+    if (c.q_slots == 0) return !store_nothing(c);
+#endif
+    use_large_pages(c);
     I group = c.heads / c.kv_heads, tiles = most(1, (c.k_slots + KB - 1) / KB);
     Summary summaries[SUMMARIES + 1];
     I* summary = summarise(c.loads, summaries);
@@ -176,6 +193,9 @@ extern "C" int sparsify_run(const Call* call) {
         else c.parallel(work, &plan, (unsigned)c.threads, 0);
     }
     bool failed = !plan.memory;
+#if QUERY_LAYOUT
+    if (!failed && plan.stored < c.b * c.heads * c.q_len) failed = !store_nothing(c);
+#endif
     free(items);
     free(summary);
     free(plan.memory);

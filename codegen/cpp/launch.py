@@ -69,8 +69,6 @@ class Kernel:
     def run(self, launch: Launch) -> torch.Tensor:
         """The output of one call."""
         q, k, v, out = launch.q, launch.k, launch.v, launch.empty_output()
-        if self.program.queries is not None:
-            launch.clear(out)  # there may be tokens that no slot holds
         loads = [_source(load) for load in launch.loads]  # keeps what was widened alive, too
         sources = (Source * len(loads))(*(source for source, _ in loads)) if loads else None
         (batch, heads, q_len, _), (_, kv_heads, k_len, _) = q.shape, k.shape

@@ -74,5 +74,5 @@ static void work_item(const Call& c, Split& s, Worker w, const Queries& queries,
     I from = most(0, start_of(s, part) - start), to = part < last ? start_of(s, part + 1) - start : FAR;
     meet_part(c, w, queries, {from, to});
     if (__atomic_add_fetch(&s.done[item], 1, __ATOMIC_ACQ_REL) <= last - first) return;
-    store_rows(c, first < last ? join(s, start, first, last) : w.rows, queries, w.direct);
+    store_rows(c, w, first < last ? join(s, start, first, last) : w.rows, queries);
 }

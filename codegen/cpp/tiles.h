@@ -328,16 +328,43 @@ static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
     if (LISTS) meet_lists(c, w, t, part.behind(number), scoring);
 }
 
-static void store_rows(const Call& c, Rows* rows, const Queries& t, bool direct) {
+static void store_rows(const Call& c, const Worker& w, Rows* rows, const Queries& t) {
+    I stored = 0;
 #if READS
-    for (I block = 0; direct && block * MR < t.rows(); block++) order_columns(rows[block]);
+    for (I block = 0; w.direct && block * MR < t.rows(); block++) order_columns(rows[block]);
 #endif
     for (I r = 0; r < t.rows(); r++) {
         I token = token_of(c, t, r);
         if (token < 0) continue;
+        stored++;
         I h = t.head + r / t.count;
         Element* to = (Element*)c.out + t.batch * c.os[0] + h * c.os[1] + token * c.os[2];
         store_row(to, c.os[3], rows[r / MR], r % MR);
         if (c.lse) c.lse[(t.batch * c.heads + h) * c.q_len + token] = lse_of(rows[r / MR], r % MR);
     }
+    if (QUERY_LAYOUT) __atomic_fetch_add(w.stored, stored, __ATOMIC_RELAXED);
 }
+
+#if QUERY_LAYOUT
+// Writes what queries get that no slot holds: they keep nothing. Returns false if memory ran out.
+static bool store_nothing(const Call& c) {
+    bool* held = (bool*)malloc(most(1, c.q_len));
+    if (!held) return false;
+    for (I row = 0; row < c.b * c.heads; row++) {
+        I b = row / c.heads, h = row % c.heads;
+        memset(held, 0, c.q_len);
+        for (I slot = 0; slot < c.q_slots; slot++) {
+            I token = query_token(c, b, h, slot);
+            if (token >= 0) held[token] = true;
+        }
+        for (I token = 0; token < c.q_len; token++) {
+            if (held[token]) continue;
+            Element* to = (Element*)c.out + b * c.os[0] + h * c.os[1] + token * c.os[2];
+            for (I i = 0; i < DV; i++) to[i * c.os[3]] = Element{};
+            if (c.lse) c.lse[row * c.q_len + token] = -__builtin_inff();
+        }
+    }
+    free(held);
+    return true;
+}
+#endif

@@ -26,6 +26,7 @@ struct Worker {
     Tag* tags;         // of the packed tiles
     int32_t *keys, *values; // tiles in `slots` slots, and with GATHERS one more for keys that were gathered
     I slots;
+    I* stored;         // how many rows of the output all threads have written, where slots may not hold all: atomic
     bool direct;       // whether keys and values are read where they lie
 };
 
