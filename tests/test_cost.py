@@ -16,14 +16,18 @@ from strategies import composed, shapes
 from sparsify import cost
 from sparsify import patterns as p
 from sparsify.codegen.null import key_tiles
+from sparsify.codegen.slots import slot_count
 from sparsify.cost import nest as nests
 from sparsify.cost import schedule
 from sparsify.cost.kept import kept_by_any, kept_pairs
 from sparsify.cost.nest import Nest, Shape, cpp_nest
+from sparsify.cost.site import site_of
 from sparsify.cost.spans import listed
 from sparsify.cost.tiles import Positions, tiles_of
 from sparsify.errors import InputError
+from sparsify.functional import planned
 from sparsify.patterns.tiles import analyse
+from sparsify.program import Program
 from sparsify.sizes import size_values
 from sparsify.walk import evaluate, variables
 
@@ -165,12 +169,9 @@ TILED = (
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("pattern", "sizes"), TILED, ids=str)
 def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
-    import torch
-
     from sparsify.codegen import Launch
     from sparsify.codegen.triton.kernels import processors
     from sparsify.codegen.triton.tuning import section, tiled
-    from sparsify.cost.site import site_of
 
     shape = Shape(sizes.get("heads", 4), sizes.get("kv_heads", 4), sizes.get("q_len", 4096), 4096, 64, dtype,
                   sizes.get("batch", 1))  # fmt: skip
@@ -183,6 +184,33 @@ def test_the_nest_of_a_gpu_is_that_of_its_launches(pattern, sizes, dtype, arch):
     nest = site.nest(machine)
     assert (nest.rows, nest.heads, nest.keys) == (found.rows, found.heads, found.block_n)
     assert (nest.block, nest.splits, nest.section) == (found.block_m, found.splits, section(launch, found))
+
+
+STRIDED = (p.window(128) | p.column_stride(8)) & p.causal()
+NEAR = p.neighborhood([40, 48], 13)
+LAID_OUT = (  # patterns of two key heads, queries, keys
+    ((p.window(40), p.window(64)), 2048, 2048),
+    ((p.dilated(8) & p.causal(), p.window(64)), 2048, 2048),
+    ((p.dilated(8) & p.causal(), STRIDED), 300, 300),  # too few for residues
+    ((STRIDED, STRIDED), 4096, 4096),
+    ((STRIDED, STRIDED), 1000, 4096),
+    ((NEAR, NEAR), 1920, 1920),
+    ((NEAR, p.dilated(8)), 1920, 1920),
+    ((NEAR, NEAR), 640, 1920),
+)
+
+
+@pytest.mark.parametrize(("kinds", "q_len", "k_len"), LAID_OUT, ids=str)
+def test_the_simulator_counts_the_program_that_runs(kinds, q_len, k_len):
+    """Rules, slots and which of queries and keys lie in a layout are those of what `sparsify.attention` launches."""
+    patterns, shape = (kinds[0], kinds[0], kinds[1], kinds[1]), Shape(4, 2, q_len, k_len, 64)
+    q, k = torch.empty(1, 4, q_len, 64, device="meta"), torch.empty(1, 2, k_len, 64, device="meta")
+    ran, site = Program.parse(planned(q, k, patterns, None, None, None, laid_out=True)[0]), site_of(patterns, shape)
+    env, layouts = {"N": k_len, "Nq": q_len}, (ran.queries, ran.keys)
+    slots = slot_count(ran.queries, q_len, env), slot_count(ran.keys, k_len, env)
+    assert (site.at.q_slots, site.at.k_slots) == slots
+    assert site.orders == sum(layout is not None for layout in layouts)
+    assert [one.static for one in site.heads] == [ran.rule_of(h) for h in range(4)]
 
 
 NATTEN = (

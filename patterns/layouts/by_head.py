@@ -136,7 +136,12 @@ def best_by_head(heads: tuple[Pred, ...], kv_heads: int) -> BestByHead | None:
         return None
     group = len(heads) // max(1, kv_heads)
     sites = [list(enumerate(heads))[at : at + group] for at in range(0, len(heads), max(1, group))]
-    kinds = tuple(min(_kinds(mine), key=lambda kind: _cost(mine, kind, LONG)[0]) for mine in sites)
+    tried = [_kinds(mine) for mine in sites]
+    if all(len(kinds) == 1 for kinds in tried):
+        return None
+    kinds = tuple(
+        min(mine, key=lambda kind: _cost(site, kind, LONG)[0]) for site, mine in zip(sites, tried, strict=True)
+    )
     if not any(kinds):
         return None
     laid, least = ByHead(kinds, group), NEVER

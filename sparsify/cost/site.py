@@ -18,7 +18,8 @@ from sparsify.expr import TRUE, Listed, Load, Pred, Var, as_expr, conjunction, d
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.head_choices import complaint
-from sparsify.patterns.layouts.lay_out import lay_out
+from sparsify.patterns.layouts.by_head import best_by_head
+from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 from sparsify.patterns.pattern import Q
 from sparsify.patterns.selector import Selector
 from sparsify.program import Layout, Program
@@ -128,16 +129,23 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
     whole = shape.q_len == shape.k_len
     tokens = Positions(shape.q_len, shape.k_len, shape.k_len - shape.q_len, shape.q_len, shape.k_len)
     keeps = tuple(one.static if one.selector is None else None for one in heads)
-    found = [grid for one in patterns for grid in grids(one)] if whole else []
     listed = any(one.selector is not None for one in heads)
-    placed = lay_out([one.static for one in heads], [] if listed else found, shape.k_len if found else 0)
-    if placed.chosen is None:
+    placed = _laid_out(patterns, [one.static for one in heads], shape) if whole and not listed else None
+    if placed is None or placed.chosen is None:
         sorts = any(one.selector is not None and one.selector.permute is not None for one in heads)
         return Site(shape, heads, tokens, tokens, keeps, orders=int(sorts))
     env = {"N": shape.k_len, "Nq": shape.q_len}
-    assert placed.queries is not None
     laid_out = over_slots(shape, placed.keeps, tokens, (placed.queries, placed.keys), env)
-    return replace(laid_out, keeps=keeps, filled=placed.queries.filled)
+    return replace(laid_out, keeps=keeps, filled=TRUE if placed.queries is None else placed.queries.filled)
+
+
+def _laid_out(patterns: tuple[Pattern, ...], keeps: list[Pred], shape: Shape) -> LaidOut:
+    """What `sparsify.attention` makes of patterns whose queries are all tokens."""
+    found = [grid for one in patterns for grid in grids(one)]
+    by_head = best_by_head(tuple(keeps), shape.kv_heads)
+    if by_head is not None and shape.k_len < by_head.least:
+        by_head = None
+    return lay_out(keeps, found, shape.k_len if found else 0, by_head=by_head)
 
 
 def over_slots(
