@@ -287,9 +287,11 @@ def test_decoding_counts_the_bytes_that_a_group_keeps(eager: None, monkeypatch: 
     for case, keys in zip(decode.CASES, (2 * 1028, 2 * 3000, 3000 + 7 * 1028), strict=True):
         found = decode.measure(case, "bfloat16", "cpu", 5, 0.1, lambda text: None)
         assert found.right and found.kept == keys * 128 * 2 * 2 and found.of_memory == found.kept / 2**20
-        assert json.loads(json.dumps(found.as_dict()))["of_memory"] == found.of_memory
+        assert found.of_read == found.timings["read"].median / found.timings["sparsify"].median
+        as_data = json.loads(json.dumps(found.as_dict()))
+        assert (as_data["of_memory"], as_data["of_read"]) == (found.of_memory, found.of_read)
     wrong = replace(found, error=1.0)
-    assert wrong.of_memory is None and "WRONG 1e+00" in printed(decode.table([wrong]))
+    assert wrong.of_memory is None and wrong.of_read is None and "WRONG 1e+00" in printed(decode.table([wrong]))
 
 
 def test_a_selection_is_checked_against_what_its_lists_keep(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:

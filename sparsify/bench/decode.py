@@ -1,4 +1,5 @@
-"""`sparsify bench --decode`: one query over a long cache, beside dense SDPA and the rate at which memory is read."""
+"""`sparsify bench --decode`: one query over a long cache, beside dense SDPA, the rate at which memory is read, and
+a sum of as many bytes as are kept, which starts as cold."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Decoded:
-    """One case measured: seconds of `sparsify`, of `dense` SDPA and of reading as many bytes as `size` says.
+    """One case measured: seconds of `sparsify`, of `dense` SDPA, of reading as many bytes as `size` says (`memory`) and
+    as many as are kept (`read`).
 
     kept: bytes of the keys and values that some head of a group keeps. error, bound: as in `sparsify bench`.
     """
@@ -81,8 +83,17 @@ class Decoded:
     @property
     def of_memory(self) -> float | None:
         """The rate at which kept bytes are read, as a share of that of one large tensor; None for a wrong case."""
-        seconds = {name: found.median for name, found in self.timings.items()}
+        seconds = self._seconds
         return self.kept * seconds["memory"] / (self.size.read_bytes * seconds["sparsify"]) if self.right else None
+
+    @property
+    def of_read(self) -> float | None:
+        """How long a sum of as many bytes takes, as a share of the time; None for a wrong case."""
+        return self._seconds["read"] / self._seconds["sparsify"] if self.right else None
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        return {name: found.median for name, found in self.timings.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -100,6 +111,7 @@ class Decoded:
             "bound": self.bound,
             "right": self.right,
             "of_memory": self.of_memory,
+            "of_read": self.of_read,
             "seconds": {name: asdict(found) for name, found in self.timings.items()},
         }
 
@@ -124,27 +136,31 @@ def measure(
 
     q, caches = drawn(size.batch, size.heads, 1), [[drawn(*shape, KEYS) for _ in "kv"] for _ in range(size.layers)]
     large = torch.ones(size.read_bytes // 4, device=device)
+    keep = torch.stack([rule.mask(size.heads, 1, KEYS)[h] for h, rule in enumerate(rules)])
+    pairs = size.batch * int(keep.view(shape[1], case.group, KEYS).any(1).sum())
+    kept = pairs * 2 * HEAD_DIM * kind.itemsize
+    as_many = [torch.ones(kept // 4, device=device) for _ in range(size.layers)]
     runs = {
         "sparsify": lambda: [attention(q, k, v, rules) for k, v in caches],
         "dense": lambda: [F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1) for k, v in caches],
         "memory": large.sum,
+        "read": lambda: [one.sum() for one in as_many],
     }
     with torch.inference_mode():
         tell(f"{case.name}: checking")
-        keep = torch.stack([rule.mask(size.heads, 1, KEYS)[h] for h, rule in enumerate(rules)])
         whole = (t.repeat_interleave(case.group, dim=1) for t in caches[0])
         errors, bound = compared(q, *whole, keep.to(device), HEAD_DIM**-0.5, {"out": runs["sparsify"]()[0]})
-        pairs = size.batch * int(keep.view(shape[1], case.group, KEYS).any(1).sum())
         tell(f"{case.name}: timing")
         samples = interleaved(runs, device, repeats, seconds, True)
-    samples |= {name: [one / size.layers for one in samples[name]] for name in ("sparsify", "dense")}
+    samples |= {name: [one / size.layers for one in samples[name]] for name in ("sparsify", "dense", "read")}
     timings = {name: timing(found, statistics.median(found)) for name, found in samples.items()}
-    return Decoded(case, size, dtype, timings, pairs * 2 * HEAD_DIM * kind.itemsize, errors["out"], bound)
+    return Decoded(case, size, dtype, timings, kept, errors["out"], bound)
 
 
 def table(results: Sequence[Decoded]) -> Table:
-    """One line a case: milliseconds, those of dense SDPA, the ratio, and the share of the rate of memory."""
-    found = new_table(f"one query over {KEYS} keys", "ms", "dense", "ratio", "kept MB", "of memory")
+    """One line a case: milliseconds, those of dense SDPA, the ratio, the share of the rate of memory, and how long a
+    sum of as many bytes takes, as a share of the time."""
+    found = new_table(f"one query over {KEYS} keys", "ms", "dense", "ratio", "kept MB", "of memory", "of a read")
     for result in results:
         mine, dense = (result.timings[name].median * 1e3 for name in ("sparsify", "dense"))
         found.add_row(
@@ -154,6 +170,7 @@ def table(results: Sequence[Decoded]) -> Table:
             f"{dense / mine:.2f}x" if result.right else "",
             f"{result.kept / 1e6:.1f}",
             "" if result.of_memory is None else f"{result.of_memory:.0%}",
+            "" if result.of_read is None else f"{result.of_read:.0%}",
         )
     return found
 
