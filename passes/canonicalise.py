@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 
 from sparsify.passes.canonical.interpreter import Interpreter
 from sparsify.passes.canonical.vmap import is_transform, without_vmap
@@ -97,7 +97,7 @@ def _fake(value: Any, mode: Any, context: Any) -> Any:
         source = symbolic.tensor_source if symbolic is not None else None
         fake = mode.from_tensor(value, static_shapes=False, symbolic_context=symbolic, source=source, trace=False)
     item = getattr(fake, "item_memo", None)
-    detached = fake.detach().requires_grad_(fake.requires_grad)
+    detached = snapshot_fake(fake).requires_grad_(fake.requires_grad)
     if item is not None:
         detached.item_memo = item
     return detached

@@ -84,8 +84,9 @@ def run(passes: Iterable[Pass], capture: Capture) -> None:
 
 
 def _run(passes: Iterable[Pass], capture: Capture) -> None:
+    before = _ops(capture.graph)
     for step in passes:
-        before, start = _ops(capture.graph), time.perf_counter()
+        start = time.perf_counter()
         try:
             step(capture)
             capture.graph.lint()
@@ -97,6 +98,7 @@ def _run(passes: Iterable[Pass], capture: Capture) -> None:
         seconds, after = time.perf_counter() - start, _ops(capture.graph)
         changes = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
         capture.records.append(PassRecord(type(step).__name__, seconds, changes))
+        before = after
 
 
 @contextlib.contextmanager

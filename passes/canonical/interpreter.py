@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsify.passes.canonical import repeats
 from sparsify.passes.canonical.bodies import called
 from sparsify.passes.canonical.flex import open_flex
 from sparsify.passes.canonical.fused import open_encoder_layer, open_multi_head
@@ -33,7 +35,8 @@ class Interpreter(fx.Interpreter):
     """Runs a graph, and enters the autocast regions that tracing only records: they decide the dtypes of values.
 
     Graphs that a higher-order operator only calls (checkpoints, compiled regions) are run in its place. followed: the
-    operators whose graph autograd follows; what they make of that is lost in a graph without them.
+    operators whose graph autograd follows; what they make of that is lost in a graph without them. A call like one
+    before it isn't traced again, but for operators that are opened: how depends on who reads them.
     """
 
     def __init__(self, module: fx.GraphModule, followed: list[str]) -> None:
@@ -41,15 +44,21 @@ class Interpreter(fx.Interpreter):
         self.followed = followed
         self.entered: list[Any] = []
         self.node: fx.Node | None = None
+        self.repeats = repeats.Repeats()
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        if n.op in ("call_function", "call_method"):
-            given = self.fetch_args_kwargs_from_env(n)
-            if any(map(is_traceable_wrapper_subclass, tree_leaves(given))):
-                with self._set_current_node(n):
-                    return self._as_it_is(n, *given)
-        return super().run_node(n)
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        trace = partial(self._traced, n, args, kwargs)
+        with self._set_current_node(n):
+            return trace() if n.target in OPENED else self.repeats(n, args, kwargs, trace)
+
+    def _traced(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(map(is_traceable_wrapper_subclass, tree_leaves((args, kwargs)))):
+            return self._as_it_is(n, args, kwargs)
+        return getattr(self, n.op)(n.target, args, kwargs)
 
     def _as_it_is(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records a call whole that has a tensor of its own kind in it, such as quantised weights.
