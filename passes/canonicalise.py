@@ -130,6 +130,8 @@ def rename(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     for node in module.graph.nodes:
         nodes[node] = graph.node_copy(node, lambda old: nodes[old])
+        if "example_value" in node.meta:  # as Dynamo calls what a trace has under "val"
+            nodes[node].meta.setdefault("val", node.meta["example_value"])
         if node.target is torch._C._nn.scaled_dot_product_attention:
             _as_aten(nodes[node])
         if hasattr(node, "_dynamo_source"):

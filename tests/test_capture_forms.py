@@ -280,6 +280,25 @@ def test_without_a_re_trace_sdpa_is_still_found(monkeypatch):
     assert note == "the graph could not be re-traced (NotImplementedError: no); only its SDPA calls are matched"
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_without_a_re_trace_masks_are_read_as_they_are(monkeypatch, dtype):
+    from sparsify.passes import canonicalise
+
+    def refuse(*_):
+        raise NotImplementedError("no")
+
+    def function(q, k, v):
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        mask = mask if dtype == torch.bool else torch.zeros(N, N).masked_fill(~mask, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * 2
+
+    monkeypatch.setattr(canonicalise, "retrace", refuse)
+    run, recorded = compiled(function)
+    with torch.no_grad():
+        torch.testing.assert_close(run(Q, K, V), function(Q, K, V), atol=1e-5, rtol=1e-5)
+    assert [site.refusal for site in recorded.sites] == [None]
+
+
 def test_every_pass_says_what_it_does_and_runs():
     from sparsify.passes import pipeline
 
