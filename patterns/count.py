@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from sparsify.expr import Pred
-from sparsify.patterns.tiles import analyse
+from sparsify.patterns.interior import by_intervals
+from sparsify.patterns.spans import band_pieces
+from sparsify.patterns.tiles import analyse, bands
 from sparsify.sizes import size_values
-from sparsify.walk import evaluate, variables
+from sparsify.walk import evaluate, loads, variables
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 TILE = 64
@@ -53,13 +55,27 @@ def executed(
 
     Beyond `samples` query tiles it is an estimate from as many, spread evenly.
     """
-    tiles = -(-length // tile[0])
+    rows, share = _spread(-(-length // tile[0]), samples)
+    classes = tile_classes(keep, length, length, 0, head, tile, rows)
+    return float(np.count_nonzero(classes != EMPTY)) * share, float(np.count_nonzero(classes == FULL)) * share
+
+
+def visited(keep: Pred, length: int, tile: tuple[int, int] = (TILE, TILE), samples: int = 64) -> float:
+    """What `executed` says first of head 0. Where each query keeps all of its bands' keys no tile is looked at."""
+    if not by_intervals(keep) or loads(keep) or "b" in variables(keep):
+        return executed(keep, length, 0, tile, samples)[0]
+    rows, share = _spread(-(-length // tile[0]), samples)
+    env = {"h": 0, "N": length, "Nq": length} | size_values(variables(keep), length)
+    env |= {"q0": rows * tile[0], "q1": np.minimum(rows * tile[0] + tile[0], length) - 1}
+    return float(band_pieces([(bands(keep), env)], rows.size, length, tile[1]).lengths.sum()) * share
+
+
+def _spread(tiles: int, samples: int) -> tuple[np.ndarray, float]:
+    """Query tiles, all of them or about `samples` spread evenly, and how many each of them stands for."""
     rows = np.arange(tiles, dtype=np.int64)
     if tiles > samples:
         rows = np.unique((np.arange(samples) * GOLDEN % 1 * tiles).astype(np.int64))
-    classes = tile_classes(keep, length, length, 0, head, tile, rows)
-    share = tiles / max(1, rows.size)
-    return float(np.count_nonzero(classes != EMPTY)) * share, float(np.count_nonzero(classes == FULL)) * share
+    return rows, tiles / max(1, rows.size)
 
 
 def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:

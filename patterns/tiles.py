@@ -207,6 +207,7 @@ class Band:
     unless: Pred = FALSE
 
 
+@functools.lru_cache(maxsize=4096)
 def bands(pred: Pred) -> tuple[Band, ...]:
     """Intervals whose union covers every key kept for q0..q1; they may overlap. No band: nothing is kept."""
     found = _alternatives(pred)

@@ -6,10 +6,10 @@ import functools
 
 import numpy as np
 
-from sparsify.cost.spans import band_pieces, interior_pieces, listed, without
-from sparsify.cost.tiles import Positions, corners, spread, tile_rule
+from sparsify.cost.positions import Positions, bands_of, corners, spread
 from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
+from sparsify.patterns.spans import band_pieces, interior_pieces, picked, without
 from sparsify.ranges import Ranges, joined
 from sparsify.walk import evaluate
 
@@ -29,22 +29,21 @@ def kept_pairs(keep: Pred, head: int, at: Positions) -> float:
 def _by_rows(keep: Pred, head: int, at: Positions) -> float:
     rows = spread(at.q_slots, ROWS // 4) if at.q_slots > ROWS else None
     env, share = corners(keep, head, at, 1, rows), 1.0 if rows is None else at.q_slots / rows.size
-    found = band_pieces([(tile_rule(keep), env)], env["q0"].size, at.k_slots)
+    found = band_pieces([(bands_of(keep), env)], env["q0"].size, at.k_slots)
     return float(found.lengths.sum()) * share
 
 
 def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     """Whole tiles by their class, and the others pair by pair."""
-    rule, env = tile_rule(keep), corners(keep, head, at, TILE)
+    env = corners(keep, head, at, TILE)
     count = env["q0"].size
-    spans = band_pieces([(rule, env)], count, at.k_slots, TILE)
-    sure = interior_pieces(rule, env, count, at.k_slots, TILE)
-    tile, key = listed(without(spans, sure))
-    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - without(spans, sure).lengths)).sum())
-    most, share = max(1, PAIRS // TILE**2), 1.0
-    if tile.size > most:
-        some = spread(tile.size, most)
-        tile, key, share = tile[some], key[some], tile.size / some.size
+    spans = band_pieces([(bands_of(keep), env)], count, at.k_slots, TILE)
+    sure = interior_pieces(keep, env, count, at.k_slots, TILE)
+    rest = without(spans, sure)
+    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - rest.lengths)).sum())
+    asked, most = int(rest.lengths.sum()), max(1, PAIRS // TILE**2)
+    tile, key = picked(rest, spread(asked, most) if asked > most else np.arange(asked))
+    share = asked / max(1, tile.size)
     inside = np.arange(TILE)
     kept = 0
     for start in range(0, tile.size, 512):
@@ -63,7 +62,7 @@ def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
 @functools.lru_cache(maxsize=4096)
 def _last(keep: Pred, head: int, at: Positions) -> Ranges:
     """What the only query keeps by intervals."""
-    found = band_pieces([(tile_rule(keep), corners(keep, head, at, 1))], 1, at.k_slots)
+    found = band_pieces([(bands_of(keep), corners(keep, head, at, 1))], 1, at.k_slots)
     ends = zip(found.low[:, 0].tolist(), found.high[:, 0].tolist(), strict=True)
     return tuple((low, high - 1) for low, high in ends if low < high)
 
