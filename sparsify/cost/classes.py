@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsify.cost.nest import Nest
+from sparsify.cost.parts import Cells, of_tiles
 from sparsify.cost.positions import Positions, bands_of, spread
 from sparsify.expr import Pred
 from sparsify.patterns.interior import interiors
@@ -36,13 +37,10 @@ class Inside:
 def classes(rules: Rules, at: Positions, nest: Nest, tile: Array, key: Array) -> tuple[Array, Array]:
     """Which key tiles, given as (query tile, key tile) pairs, are full, and which are partial; rules: of the heads that
     share them."""
-    k0 = key * nest.keys
-    k1 = np.minimum(k0 + nest.keys, at.k_slots) - 1
-    none, every = np.ones(tile.size, bool), k0 + nest.keys <= at.k_slots
+    none, every = np.ones(tile.size, bool), (key + 1) * nest.keys <= at.k_slots
     for rule, env in rules:
-        here = env | {"q0": env["q0"][tile], "q1": env["q1"][tile], "k0": k0, "k1": k1}
-        none = none & evaluate(rule.empty, here)
-        every = every & evaluate(rule.full, here)
+        none = none & of_tiles(rule.empty, env, at.k_slots, nest, tile, key)
+        every = every & of_tiles(rule.full, env, at.k_slots, nest, tile, key)
     return every & ~none, ~every & ~none
 
 
@@ -95,14 +93,9 @@ class Boxes:
         if not len(cells):
             return 1.0
         cells = cells[spread(len(cells), min(len(cells), CELLS))]
-        q0, q1, k0, k1 = (
-            np.broadcast_to(self.here[name], live.shape)[tuple(cells.T)][:, None, None]
-            for name in ("q0", "q1", "k0", "k1")
-        )
-        q = np.minimum(q0 + np.arange(self.block)[:, None], q1)
-        k = np.minimum(k0 + np.arange(self.panel), k1)
-        found = np.broadcast_to(evaluate(keep, self.here | {"q": q, "k": k}), np.broadcast(q, k).shape)
-        return float(found.any(1).mean())
+        sides = (np.broadcast_to(self.here[name], live.shape)[tuple(cells.T)] for name in ("q0", "q1", "k0", "k1"))
+        _, count, kept = Cells(*sides, self.block, self.panel).pairs(keep, self.here)
+        return float(kept.any(1).sum(1) @ count) / (len(cells) * self.panel)
 
 
 def asked_of(rule: TileRule) -> Callable[[Env], tuple[Any, Any]]:
