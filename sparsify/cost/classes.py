@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsify.cost.nest import Nest
-from sparsify.cost.parts import Cells, of_tiles
+from sparsify.cost.parts import Cells, KeyTiles
 from sparsify.cost.positions import Positions, bands_of, spread
 from sparsify.expr import Pred
 from sparsify.patterns.interior import interiors
@@ -39,8 +39,8 @@ def classes(rules: Rules, at: Positions, nest: Nest, tile: Array, key: Array) ->
     share them."""
     none, every = np.ones(tile.size, bool), (key + 1) * nest.keys <= at.k_slots
     for rule, env in rules:
-        none = none & of_tiles(rule.empty, env, at.k_slots, nest, tile, key)
-        every = every & of_tiles(rule.full, env, at.k_slots, nest, tile, key)
+        tiles = KeyTiles(env, at.k_slots, nest, tile, key)
+        none, every = none & tiles.holds(rule.empty), every & tiles.holds(rule.full)
     return every & ~none, ~every & ~none
 
 

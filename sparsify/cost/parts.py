@@ -70,19 +70,17 @@ class Cells(NamedTuple):
 
     def _value(self, part: Pred, env: Mapping[str, Any]) -> Array:
         """A part in all cells, (cells, what tells it): queries, keys, distances from the least on, or pairs."""
+        kind = told_by(part)
+        if kind == APART:
+            apart = (self.q0 - self.k0)[:, None] + np.arange(1 - self.columns, self.rows)
+            return _bools(evaluate(part, {**env, "q": apart, "k": 0}), apart.shape)
         q = np.minimum(self.q0[:, None] + np.arange(self.rows), self.q1[:, None])
+        if kind == QUERY:
+            return _bools(evaluate(part, {**env, "q": q}), q.shape)
         k = np.minimum(self.k0[:, None] + np.arange(self.columns), self.k1[:, None])
-        match told_by(part):
-            case "query":
-                here, shape = {"q": q}, q.shape
-            case "key":
-                here, shape = {"k": k}, k.shape
-            case "apart":
-                apart = (self.q0 - self.k0)[:, None] + np.arange(1 - self.columns, self.rows)
-                here, shape = {"q": apart, "k": 0}, apart.shape
-            case _:
-                here, shape = {"q": q[:, :, None], "k": k[:, None]}, (*q.shape, self.columns)
-        return np.broadcast_to(np.asarray(evaluate(part, {**env, **here}), bool), shape)
+        if kind == KEY:
+            return _bools(evaluate(part, {**env, "k": k}), k.shape)
+        return _bools(evaluate(part, {**env, "q": q[:, :, None], "k": k[:, None]}), (*q.shape, self.columns))
 
     def _spread(self, part: Pred, value: Array) -> Array:
         """The values of a part in some cells as (cells, rows, columns), or what broadcasts to it."""
@@ -106,45 +104,76 @@ class Cells(NamedTuple):
         return first, count
 
 
+def _bools(values: Any, shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(np.asarray(values, bool), shape)
+
+
 def _leaves(pred: Pred) -> dict[Pred, None]:
     if not isinstance(pred, And | Or):
         return {pred: None}
     return {leaf: None for part in pred.parts for leaf in _leaves(part)}
 
 
-def of_tiles(pred: Pred, env: Mapping[str, Any], keys: int, nest: Nest, tile: Array, key: Array) -> Array:
-    """A predicate over corners at (query tile, key tile) pairs. env: its variables, q0 and q1 of all query tiles in
-    their order. keys: how many slots of keys there are."""
-    k0 = np.arange(0, keys, nest.keys)
-    k1 = np.minimum(k0 + nest.keys, keys) - 1
-    cut = (env["q1"] - env["q0"] != nest.rows - 1)[tile] | (k1 - k0 != nest.keys - 1)[key]
+class KeyTiles:
+    """(query tile, key tile) pairs of one head, at which predicates over corners are asked.
 
-    def asked(part: Pred, some: Any = slice(None)) -> Array:
-        corners = {"q0": env["q0"][tile[some]], "q1": env["q1"][tile[some]], "k0": k0[key[some]], "k1": k1[key[some]]}
-        return evaluate(part, {**env, **corners})
+    env: their variables, q0 and q1 of all query tiles in their order. keys: how many slots of keys there are.
+    """
 
-    def value(part: Pred) -> Array:
+    def __init__(self, env: Mapping[str, Any], keys: int, nest: Nest, tile: Array, key: Array) -> None:
+        self.env, self.nest, self.tile, self.key = env, nest, tile, key
+        self.k0 = np.arange(0, keys, nest.keys)
+        self.k1 = np.minimum(self.k0 + nest.keys, keys) - 1
+        self.step = math.gcd(nest.rows, nest.keys)
+
+    @functools.cached_property
+    def cut(self) -> Array:
+        """The places of pairs whose tile of queries or of keys ends early."""
+        rows, keys = self.env["q1"] - self.env["q0"] != self.nest.rows - 1, self.k1 - self.k0 != self.nest.keys - 1
+        if not rows.any() and not keys.any():
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(rows[self.tile] | keys[self.key])
+
+    @functools.cached_property
+    def apart(self) -> tuple[Array, int, int]:
+        """How far each pair's first query and key are apart, in steps beyond the least; that; how many there are."""
+        found = self.tile * (self.nest.rows // self.step) - self.key * (self.nest.keys // self.step)
+        least = int(found.min(initial=0))
+        found -= least
+        return found, least, int(found.max(initial=0)) + 1
+
+    def holds(self, pred: Pred) -> Array:
+        """A predicate at each pair, or what broadcasts to it."""
+        return by_parts(pred, self._part)
+
+    def _part(self, part: Pred) -> Array:
         match told_by(part):
             case "query":
-                found = np.asarray(evaluate(part, env))
-                return found[tile] if found.ndim else found
+                return _taken(evaluate(part, self.env), self.tile)
             case "key":
-                found = np.asarray(evaluate(part, {**env, "k0": k0, "k1": k1}))
-                return found[key] if found.ndim else found
+                return _taken(evaluate(part, {**self.env, "k0": self.k0, "k1": self.k1}), self.key)
             case "apart":
-                found = _apart(part, env, nest, tile, key)
-                found[cut] = asked(part, cut)
-                return found
-        return asked(part)
+                return self._apart(part)
+        return np.asarray(self._asked(part, slice(None)))
 
-    return by_parts(pred, value)
+    def _apart(self, part: Pred) -> Array:
+        """A part that is told by how far uncut tiles are apart."""
+        places, least, count = self.apart
+        q0 = (np.arange(count) + least) * self.step + int(self.env["q0"][0])
+        corners = {"q0": q0, "q1": q0 + self.nest.rows - 1, "k0": 0, "k1": self.nest.keys - 1}
+        found = _taken(np.broadcast_to(evaluate(part, {**self.env, **corners}), q0.shape), places)
+        if self.cut.size:
+            found[self.cut] = self._asked(part, self.cut)
+        return found
+
+    def _asked(self, part: Pred, some: Any) -> Any:
+        """A part at some pairs, each by itself."""
+        tile, key = self.tile[some], self.key[some]
+        corners = {"q0": self.env["q0"][tile], "q1": self.env["q1"][tile], "k0": self.k0[key], "k1": self.k1[key]}
+        return evaluate(part, {**self.env, **corners})
 
 
-def _apart(part: Pred, env: Mapping[str, Any], nest: Nest, tile: Array, key: Array) -> Array:
-    """A part that is told by how far apart uncut tiles are."""
-    step = math.gcd(nest.rows, nest.keys)
-    place = tile * (nest.rows // step) - key * (nest.keys // step)
-    least = int(place.min(initial=0))
-    q0 = (np.arange(least, int(place.max(initial=0)) + 1)) * step + int(env["q0"][0])
-    found = evaluate(part, {**env, "q0": q0, "q1": q0 + nest.rows - 1, "k0": 0, "k1": nest.keys - 1})
-    return np.broadcast_to(np.asarray(found, bool), q0.shape)[place - least]
+def _taken(values: Any, places: Array) -> Array:
+    """Those at places of an array; one value for all as it is."""
+    found = np.asarray(values)
+    return found[places] if found.ndim else found

@@ -75,7 +75,7 @@ def _asked(rules: Rules, rest: Pieces, at: Positions, nest: Nest) -> tuple[Array
     tile, key = listed(looked)
     every, some = classes(rules, at, nest, tile, key)
     count = rest.low.shape[1]
-    more, partial = (np.bincount(tile, found, count) * share for found in (every, some))
+    more, partial = (np.bincount(tile[found], minlength=count) * share for found in (every, some))
     if share != 1:
         more, partial = _spread(more, rest, looked, share), _spread(partial, rest, looked, share)
     which = np.flatnonzero(some)
