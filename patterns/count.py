@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from sparsify.expr import Pred
-from sparsify.patterns.tiles import analyse
+from sparsify.patterns.interior import by_intervals
+from sparsify.patterns.spans import band_pieces
+from sparsify.patterns.tiles import analyse, bands
 from sparsify.sizes import size_values
-from sparsify.walk import evaluate, variables
+from sparsify.walk import evaluate, loads, variables
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 TILE = 64
@@ -27,20 +29,10 @@ def tile_classes(
     default.
     """
     offset = k_len - q_len if q_offset is None else q_offset
-    q0 = np.arange(0, q_len, tile[0], dtype=np.int64)[:, None] if rows is None else rows[:, None] * tile[0]
-    k0 = np.arange(0, k_len, tile[1], dtype=np.int64)[None, :]
-    env: dict[str, Any] = {
-        "h": head,
-        "q0": q0 + offset,
-        "q1": np.minimum(q0 + tile[0], q_len) - 1 + offset,
-        "k0": k0,
-        "k1": np.minimum(k0 + tile[1], k_len) - 1,
-        "N": k_len,
-        "Nq": q_len,
-    }
-    env |= size_values(variables(keep), k_len)
+    rows = np.arange(-(-q_len // tile[0]), dtype=np.int64) if rows is None else rows
+    env = _grid(_corners(keep, q_len, k_len, offset, head, tile, rows), k_len, tile[1])
     rule = analyse(keep).of_any_batch()
-    classes = np.full((q0.size, k0.size), PARTIAL, dtype=np.int8)
+    classes = np.full((rows.size, env["k0"].size), PARTIAL, dtype=np.int8)
     classes[np.broadcast_to(evaluate(rule.full, env), classes.shape)] = FULL
     classes[np.broadcast_to(evaluate(rule.empty, env), classes.shape)] = EMPTY
     return classes
@@ -53,13 +45,45 @@ def executed(
 
     Beyond `samples` query tiles it is an estimate from as many, spread evenly.
     """
-    tiles = -(-length // tile[0])
+    rows, share = _spread(-(-length // tile[0]), samples)
+    classes = tile_classes(keep, length, length, 0, head, tile, rows)
+    return float(np.count_nonzero(classes != EMPTY)) * share, float(np.count_nonzero(classes == FULL)) * share
+
+
+def visited(keep: Pred, length: int, tile: tuple[int, int] = (TILE, TILE), samples: int = 64) -> float:
+    """What `executed` says first of head 0. Where each query keeps all of its bands' keys no tile is looked at."""
+    rows, share = _spread(-(-length // tile[0]), samples)
+    env = _corners(keep, length, length, 0, 0, tile, rows)
+    if by_intervals(keep) and not loads(keep) and "b" not in variables(keep):
+        found = band_pieces([(bands(keep), env)], rows.size, length, tile[1])
+        return float(found.lengths.sum()) * share
+    empty = evaluate(analyse(keep).of_any_batch().empty, _grid(env, length, tile[1]))
+    count = np.count_nonzero(~np.broadcast_to(np.asarray(empty), (rows.size, -(-length // tile[1]))))
+    return float(count) * share
+
+
+def _corners(
+    keep: Pred, q_len: int, k_len: int, offset: int, head: int, tile: tuple[int, int], rows: np.ndarray
+) -> dict[str, Any]:
+    """The variables of tile rules for query tiles `rows`."""
+    first = rows * tile[0]
+    env = {"h": head, "N": k_len, "Nq": q_len, "q0": first + offset}
+    return env | {"q1": np.minimum(first + tile[0], q_len) - 1 + offset} | size_values(variables(keep), k_len)
+
+
+def _grid(env: dict[str, Any], k_len: int, width: int) -> dict[str, Any]:
+    """The same for all key tiles: query tiles down, key tiles across."""
+    k0 = np.arange(0, k_len, width, dtype=np.int64)[None, :]
+    sides = {"q0": env["q0"][:, None], "q1": env["q1"][:, None], "k0": k0, "k1": np.minimum(k0 + width, k_len) - 1}
+    return env | sides
+
+
+def _spread(tiles: int, samples: int) -> tuple[np.ndarray, float]:
+    """Query tiles, all of them or about `samples` spread evenly, and how many each of them stands for."""
     rows = np.arange(tiles, dtype=np.int64)
     if tiles > samples:
         rows = np.unique((np.arange(samples) * GOLDEN % 1 * tiles).astype(np.int64))
-    classes = tile_classes(keep, length, length, 0, head, tile, rows)
-    share = tiles / max(1, rows.size)
-    return float(np.count_nonzero(classes != EMPTY)) * share, float(np.count_nonzero(classes == FULL)) * share
+    return rows, tiles / max(1, rows.size)
 
 
 def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:

@@ -30,6 +30,7 @@ class Interior:
         return [bound for part in (self.low, self.high, self.when) if part is not None for bound in data_bounds(part)]
 
 
+@functools.lru_cache(maxsize=4096)
 def interiors(pred: Pred) -> tuple[Interior, ...]:
     """Sound intervals: each pair inside one is kept. Alternatives without a closed form have none."""
     found = [_interior(parts) for parts in _alternatives(pred)[0]]

@@ -51,7 +51,7 @@ from sparsify.expr import (
     negate,
     select,
 )
-from sparsify.walk import data_bounds, variables
+from sparsify.walk import data_bounds, loads, variables
 
 KEY = Var("k")
 Q0, Q1, K0, K1 = Var("q0"), Var("q1"), Var("k0"), Var("k1")
@@ -207,6 +207,7 @@ class Band:
     unless: Pred = FALSE
 
 
+@functools.lru_cache(maxsize=4096)
 def bands(pred: Pred) -> tuple[Band, ...]:
     """Intervals whose union covers every key kept for q0..q1; they may overlap. No band: nothing is kept."""
     found = _alternatives(pred)
@@ -319,6 +320,8 @@ class TileRule:
         return self._without(lambda node: bool(data_bounds(node)) or "b" in variables(node))
 
     def _without(self, unknown: Unknown) -> TileRule:
+        if not loads(self.keep) and "b" not in variables(self.keep):  # so there is nothing to look for
+            return replace(self, bands=tuple(dict.fromkeys(self.bands)))
         limits = [one for band in self.bands for one in (band.low, band.high, band.unless) if one is not None]
         if not any(unknown(one) for one in (self.full, self.empty, *limits)):
             return replace(self, bands=tuple(dict.fromkeys(self.bands)))

@@ -21,11 +21,12 @@ from sparsify.cost import nest as nests
 from sparsify.cost import schedule
 from sparsify.cost.kept import kept_by_any, kept_pairs
 from sparsify.cost.nest import Nest, Shape, cpp_nest
+from sparsify.cost.positions import Positions
 from sparsify.cost.site import site_of
-from sparsify.cost.spans import listed
-from sparsify.cost.tiles import Positions, tiles_of
+from sparsify.cost.tiles import tiles_of
 from sparsify.errors import InputError
 from sparsify.functional import planned
+from sparsify.patterns.spans import listed
 from sparsify.patterns.tiles import analyse
 from sparsify.program import Program
 from sparsify.sizes import size_values

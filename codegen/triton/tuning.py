@@ -17,7 +17,7 @@ from sparsify.codegen.triton.tuned import tuned_shape, tuned_splits
 from sparsify.codegen.tuned import FEW
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import FloorDiv, Pred
-from sparsify.patterns.count import TILE, executed
+from sparsify.patterns.count import TILE, visited
 from sparsify.patterns.lists import lists, tile_rows
 from sparsify.patterns.tiles import BLOCK
 from sparsify.program import Program
@@ -225,7 +225,7 @@ def mean_keys(program: Program, length: int, tile: tuple[int, int] = (TILE, TILE
 @functools.lru_cache(maxsize=1024)
 def _mean_keys(rule: Pred, length: int, tile: tuple[int, int]) -> float:
     try:
-        return executed(rule, length, tile=tile, samples=16)[0] * math.prod(tile) / length
+        return visited(rule, length, tile, samples=16) * math.prod(tile) / length
     except PatternError:  # a size that isn't there at the rounded length: a guess must not stop a launch
         return float(length)
 

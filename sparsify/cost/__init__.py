@@ -7,7 +7,7 @@ cost.save(cost.calibrate())                                         # measures t
 
 Site        patterns as a kernel's program: static rules, lists, layouts   (site, choosing)
 Nest        the tiles of a target                                          (nest)
-Tiles       key tiles of all query tiles, by class                         (spans, tiles, kept)
+Tiles       key tiles of all query tiles, by class             (positions, tiles, classes, parts, kept)
 steps       how often query tiles do what a kernel is made of              (steps)
 Launch      query tiles timed by rates, and handed out to cores            (schedule, launch)
 Machine     what each step takes                                           (machine, find)

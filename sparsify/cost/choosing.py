@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsify.cost.nest import Shape
-from sparsify.cost.spans import Array
-from sparsify.cost.tiles import Positions
+from sparsify.cost.positions import Positions
 from sparsify.expr import FALSE, TRUE, Chosen, Pred, conjunction, eq, negate
 from sparsify.patterns.head_choices import head_choices, sees_no_future
 from sparsify.patterns.lists import with_choices
 from sparsify.patterns.pattern import K, Q
 from sparsify.patterns.select import Choice
 from sparsify.patterns.selector import Selector
+from sparsify.patterns.spans import Array
 
 SHARE = 0.25  # of what a row can see, where scores decide how much is kept (topp, relmax, threshold, cover)
 

@@ -11,8 +11,8 @@ from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import FEW, GROWS, Machine, Rates
 from sparsify.cost.sample import Sample
 from sparsify.cost.site import Site, site_of
-from sparsify.cost.spans import Array
 from sparsify.cost.steps import STEPS
+from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
 GUESSED = 0.03  # what a relative error of a guess weighs beside that of a time

@@ -6,10 +6,11 @@ import functools
 
 import numpy as np
 
-from sparsify.cost.spans import band_pieces, interior_pieces, listed, without
-from sparsify.cost.tiles import Positions, corners, spread, tile_rule
+from sparsify.cost.parts import Cells
+from sparsify.cost.positions import Positions, bands_of, corners, spread
 from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
+from sparsify.patterns.spans import band_pieces, interior_pieces, picked, without
 from sparsify.ranges import Ranges, joined
 from sparsify.walk import evaluate
 
@@ -29,41 +30,36 @@ def kept_pairs(keep: Pred, head: int, at: Positions) -> float:
 def _by_rows(keep: Pred, head: int, at: Positions) -> float:
     rows = spread(at.q_slots, ROWS // 4) if at.q_slots > ROWS else None
     env, share = corners(keep, head, at, 1, rows), 1.0 if rows is None else at.q_slots / rows.size
-    found = band_pieces([(tile_rule(keep), env)], env["q0"].size, at.k_slots)
+    found = band_pieces([(bands_of(keep), env)], env["q0"].size, at.k_slots)
     return float(found.lengths.sum()) * share
 
 
 def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     """Whole tiles by their class, and the others pair by pair."""
-    rule, env = tile_rule(keep), corners(keep, head, at, TILE)
+    env = corners(keep, head, at, TILE)
     count = env["q0"].size
-    spans = band_pieces([(rule, env)], count, at.k_slots, TILE)
-    sure = interior_pieces(rule, env, count, at.k_slots, TILE)
-    tile, key = listed(without(spans, sure))
-    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - without(spans, sure).lengths)).sum())
-    most, share = max(1, PAIRS // TILE**2), 1.0
-    if tile.size > most:
-        some = spread(tile.size, most)
-        tile, key, share = tile[some], key[some], tile.size / some.size
-    inside = np.arange(TILE)
-    kept = 0
+    spans = band_pieces([(bands_of(keep), env)], count, at.k_slots, TILE)
+    sure = interior_pieces(keep, env, count, at.k_slots, TILE)
+    rest = without(spans, sure)
+    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - rest.lengths)).sum())
+    asked, most = int(rest.lengths.sum()), max(1, PAIRS // TILE**2)
+    tile, key = picked(rest, spread(asked, most) if asked > most else np.arange(asked))
+    share = asked / max(1, tile.size)
+    kept, ends = 0, np.minimum((key + 1) * TILE, at.k_slots) - 1
     for start in range(0, tile.size, 512):
         part = slice(start, start + 512)
-        q = env["q0"][tile[part], None, None] + inside[:, None]
-        k = key[part, None, None] * TILE + inside
-        there = (q <= env["q1"][tile[part], None, None]) & (k < at.k_slots)
-        held = {name: value for name, value in env.items() if name not in ("q0", "q1")}
-        found = evaluate(
-            keep, held | {"q": np.minimum(q, at.offset + at.q_slots - 1), "k": np.minimum(k, at.k_slots - 1)}
-        )
-        kept += int(np.count_nonzero(there & found))
+        corner = env["q0"][tile[part]], env["q1"][tile[part]], key[part] * TILE, ends[part]
+        cells = Cells(*corner, TILE, TILE)
+        first, count, found = cells.pairs(keep, env)
+        there = np.arange(TILE) <= (cells.k1 - cells.k0)[first, None]
+        kept += int((found & there[:, None]).sum((1, 2)) @ count)
     return total + kept * share
 
 
 @functools.lru_cache(maxsize=4096)
 def _last(keep: Pred, head: int, at: Positions) -> Ranges:
     """What the only query keeps by intervals."""
-    found = band_pieces([(tile_rule(keep), corners(keep, head, at, 1))], 1, at.k_slots)
+    found = band_pieces([(bands_of(keep), corners(keep, head, at, 1))], 1, at.k_slots)
     ends = zip(found.low[:, 0].tolist(), found.high[:, 0].tolist(), strict=True)
     return tuple((low, high - 1) for low, high in ends if low < high)
 
@@ -75,11 +71,14 @@ def kept_by_any(rules: tuple[tuple[Pred, int], ...], at: Positions) -> float:
         return float(
             sum(last - first + 1 for first, last in joined(sorted(one for rule in rules for one in _last(*rule, at))))
         )
-    total = np.zeros(at.k_slots, bool)
-    k = np.arange(at.k_slots)
-    for keep, head in rules:
-        env = corners(keep, head, at, 1)
-        q = env["q0"][:, None]
-        found = evaluate(keep, {name: v for name, v in env.items() if name not in ("q0", "q1")} | {"q": q, "k": k})
-        total |= np.broadcast_to(found, (at.q_slots, at.k_slots)).any(0)
-    return float(np.count_nonzero(total))
+    found = functools.reduce(np.bitwise_or, (_any(keep, head, at) for keep, head in rules))
+    return float(np.count_nonzero(np.unpackbits(found, count=at.k_slots)))
+
+
+@functools.lru_cache(maxsize=64)
+def _any(keep: Pred, head: int, at: Positions) -> np.ndarray:
+    """The keys that some query keeps, a bit each."""
+    env = corners(keep, head, at, 1)
+    held = {name: value for name, value in env.items() if name not in ("q0", "q1")}
+    found = evaluate(keep, held | {"q": env["q0"][:, None], "k": np.arange(at.k_slots)})
+    return np.packbits(np.broadcast_to(found, (at.q_slots, at.k_slots)).any(0))

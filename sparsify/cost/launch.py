@@ -11,8 +11,8 @@ from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
 from sparsify.cost.schedule import about, cpp_threads, makespan, packed, splits, step_of
 from sparsify.cost.site import Site
-from sparsify.cost.spans import Array, merged
 from sparsify.cost.steps import STEPS, Group, group_of, rates_vector
+from sparsify.patterns.spans import Array, merged
 
 PACK, ITEM, READ = (STEPS.index(name) for name in ("pack", "item", "read"))
 

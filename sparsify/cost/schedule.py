@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 
 from sparsify.cost.nest import MANY_ITEMS, WORTH_A_SPLIT, Nest
-from sparsify.cost.spans import Array, Pieces
+from sparsify.patterns.spans import Array, Pieces
 
 SIMULATED = 2048  # items that are handed out one by one, the last ones; before them all cores are busy
 

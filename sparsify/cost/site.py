@@ -12,7 +12,7 @@ from sparsify.codegen.slots import slot_count
 from sparsify.cost.choosing import Head, head_of, kept_units, rows_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest, Shape, cpp_nest, triton_nest
-from sparsify.cost.tiles import Positions
+from sparsify.cost.positions import Positions
 from sparsify.errors import InputError, PatternError
 from sparsify.expr import TRUE, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
 from sparsify.patterns import Pattern

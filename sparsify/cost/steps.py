@@ -12,11 +12,12 @@ from sparsify.cost.choosing import Head, kept_units, rows_of
 from sparsify.cost.kept import kept_by_any, kept_pairs
 from sparsify.cost.machine import Rates
 from sparsify.cost.nest import Nest
+from sparsify.cost.positions import Positions
 from sparsify.cost.site import Site, rule_of
-from sparsify.cost.spans import Array, Pieces
-from sparsify.cost.tiles import Positions, Tiles, tiles_of
+from sparsify.cost.tiles import Tiles, tiles_of
 from sparsify.expr import TRUE, Pred
 from sparsify.patterns.pattern import K, Q
+from sparsify.patterns.spans import Array, Pieces
 
 # The fields of `Rates`, and what query tiles are counted in.
 STEPS = ("full", "masked", "live", "partial", "visit", "pack", "row", "item", "read", "direct")

@@ -10,10 +10,11 @@ from sparsify.cost.kept import kept_by_any, kept_pairs
 from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
+from sparsify.cost.positions import Positions
 from sparsify.cost.result import Estimate, HeadCost
 from sparsify.cost.site import Site, rule_of
 from sparsify.cost.steps import group_of, listing, rates_vector
-from sparsify.cost.tiles import Positions, tiles_of
+from sparsify.cost.tiles import tiles_of
 from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.patterns.select import Choice

@@ -10,8 +10,8 @@ from sparsify import cost
 from sparsify.codegen.target import Launch, dtype_name
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Shape
+from sparsify.cost.positions import Positions
 from sparsify.cost.site import Site, over_slots
-from sparsify.cost.tiles import Positions
 from sparsify.cost.time import site_cost
 from sparsify.errors import SparsifyError
 from sparsify.patterns.lists import lists

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsify.expr import Pred
 from sparsify.patterns.interior import interiors
-from sparsify.patterns.tiles import TileRule
+from sparsify.patterns.tiles import Band
 from sparsify.walk import evaluate
 
 Array = np.ndarray
@@ -25,11 +26,14 @@ class Pieces(NamedTuple):
         return (self.high - self.low).sum(0)
 
 
-def band_pieces(rules: list[tuple[TileRule, dict[str, Any]]], count: int, end: int, width: int = 1) -> Pieces:
-    """What the bands of rules touch in units of `width` keys; each rule with the corners of its `count` query tiles."""
+Bands = tuple[Band, ...]
+
+
+def band_pieces(rules: list[tuple[Bands, dict[str, Any]]], count: int, end: int, width: int = 1) -> Pieces:
+    """What the bands of rules touch in units of `width` keys; each with the corners of its `count` query tiles."""
     found = []
-    for rule, env in rules:
-        for band in rule.bands:
+    for bands, env in rules:
+        for band in bands:
             low = _limit(band.low, env, count, 0)
             high = np.minimum(_limit(band.high, env, count, end), end)
             low = np.maximum(low, 0)
@@ -38,10 +42,10 @@ def band_pieces(rules: list[tuple[TileRule, dict[str, Any]]], count: int, end: i
     return merged(found, count)
 
 
-def interior_pieces(rule: TileRule, env: dict[str, Any], count: int, end: int, width: int = 1) -> Pieces:
+def interior_pieces(keep: Pred, env: dict[str, Any], count: int, end: int, width: int = 1) -> Pieces:
     """The whole units of `width` keys that every query of a tile keeps, as far as closed forms say."""
     found = []
-    for one in interiors(rule.keep):
+    for one in interiors(keep):
         if one.data_bounds():
             continue
         low = -(-np.maximum(_limit(one.low, env, count, 0), 0) // width)
@@ -89,9 +93,20 @@ def without(pieces: Pieces, others: Pieces) -> Pieces:
 
 
 def listed(pieces: Pieces) -> tuple[Array, Array]:
-    """Each unit in the pieces by itself: (query tile, unit), ordered by neither."""
+    """Each unit in the pieces by itself, piece after piece: (query tile, unit)."""
+    tile, lengths, ahead = _flat(pieces)
+    return np.repeat(tile, lengths), np.repeat(ahead, lengths) + np.arange(int(lengths.sum()))
+
+
+def picked(pieces: Pieces, places: Array) -> tuple[Array, Array]:
+    """Those units of `listed` that have these places in it: no others are made."""
+    tile, lengths, ahead = _flat(pieces)
+    which = np.searchsorted(np.cumsum(lengths), places, side="right")
+    return tile[which], ahead[which] + places
+
+
+def _flat(pieces: Pieces) -> tuple[Array, Array, Array]:
+    """Of each interval in turn: its query tile, its length, and its first unit less the place which that has."""
     lengths = (pieces.high - pieces.low).ravel()
     tile = np.tile(np.arange(pieces.low.shape[1]), pieces.low.shape[0])
-    which = np.repeat(np.arange(lengths.size), lengths)
-    inside = np.arange(which.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return tile[which], pieces.low.ravel()[which] + inside
+    return tile, lengths, pieces.low.ravel() - (np.cumsum(lengths) - lengths)
