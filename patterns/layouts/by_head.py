@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsify import bias as biases
@@ -164,12 +164,11 @@ def _kinds(mine: Sequence[tuple[int, Pred]]) -> list[Residues | None]:
     return [None, *(one for one in tried if any(_divided(one, rule) for _, rule in mine))]
 
 
-def _strides(pred: Pred) -> Iterator[int]:
+@functools.lru_cache(maxsize=4096)
+def _strides(pred: Pred) -> tuple[int, ...]:
     """The strides by which a rule takes keys."""
-    for atom in _mods(pred):
-        size = constant(atom.right)
-        if size is not None and 1 < size <= LONG // 2 and "k" in variables(atom):
-            yield size
+    sizes = (constant(atom.right) for atom in _mods(pred) if "k" in variables(atom))
+    return tuple(size for size in sizes if size is not None and 1 < size <= LONG // 2)
 
 
 def _mods(node: Pred) -> list[Mod]:
