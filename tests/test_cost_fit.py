@@ -29,12 +29,13 @@ def _nanoseconds(sample: Sample, machine: cost.Machine) -> float:
 
 def test_a_fit_finds_the_machine_that_made_the_times():
     given = calibration.samples()
-    first = TRUTH.model_copy(update={"launch": 5e4, "cold": 5e4, "rates": tuple(
+    truth = TRUTH.model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 2e4})
+    first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 1e4, "rates": tuple(
         calibration._guess(one.dtype, one.head_dim) for one in TRUTH.rates)})  # fmt: skip
-    found = fitted(first, given, [_nanoseconds(one, TRUTH) for one in given])
-    assert found.launch == pytest.approx(TRUTH.launch, rel=0.1)
+    found = fitted(first, given, [_nanoseconds(one, truth) for one in given])
+    assert [found.launch, found.cold, found.fork] == pytest.approx([4e4, 5e4, 2e4], rel=0.2)
     for one in draws.draw(5, 30, ("float32", "bfloat16")):
-        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.06)
+        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, truth), rel=0.06)
 
 
 def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):

@@ -148,7 +148,7 @@ def _cross(crossing: Crossing, given: Machine, tell: Callable[[str], None]) -> C
         tell(f"{crossing.pattern} at {length}")
         sample = crossing.at(length)
         with torch.inference_mode():
-            pair = [seconds(run, sample.cold, BUDGET) for run in (sample.run(), sample.dense())]
+            pair = [seconds(run, sample.cold, BUDGET, at=given.pace) for run in (sample.run(), sample.dense())]
         ratios.append((length, pair[0] / pair[1]))
         if len(ratios) >= FASTER and all(ratio < 1 for _, ratio in ratios[-FASTER:]):
             break

@@ -98,8 +98,9 @@ class Machine(_Strict):
     name: a short one, in lower case. about: what it is, for people. target: which kernels it runs. arch: their
     instruction set (avx512, avx2, portable), a CUDA capability ("90") or gfx942. cores: of a processor, or
     multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does;
-    cold: that a call of fewer than FEW queries takes beside them, as caches then hold what other layers left there.
-    measured: whether the rates are; if not, `sources` says where they are from. pace: how fast it ran then.
+    cold: that a call of fewer than FEW queries takes beside them, as caches then hold what other layers left there;
+    fork: that one takes in which more than one core has a part. measured: whether the rates are; if not, `sources` says
+    where they are from. pace: how fast it ran then.
     """
 
     version: Literal[1] = VERSION
@@ -111,6 +112,7 @@ class Machine(_Strict):
     memory: float = _Positive
     launch: Cost = _Cost
     cold: Cost = _Cost
+    fork: Cost = Field(0.0, ge=0)
     measured: bool
     sources: tuple[str, ...] = ()
     rates: tuple[Rates, ...] = Field(min_length=1)
@@ -133,9 +135,9 @@ class Machine(_Strict):
         how = "measured" if self.measured else "not measured"
         return f"{self.name}: {self.about} ({how})"
 
-    def launch_of(self, q_len: int) -> Cost:
-        """Nanoseconds of a call of so many queries, whatever it does."""
-        return self.launch + (self.cold if q_len < FEW else 0.0)
+    def launch_of(self, q_len: int, cores: int) -> Cost:
+        """Nanoseconds of a call of so many queries in which so many cores have a part, whatever it does."""
+        return self.launch + (self.cold if q_len < FEW else 0.0) + (self.fork if cores > 1 else 0.0)
 
     def text(self) -> str:
         """As JSON."""

@@ -32,7 +32,7 @@ def site_cost(site: Site, machine: Machine) -> Estimate:
     moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
     choosing = _choosing(site, machine)
     time = (
-        machine.launch_of(shape.q_len) * (2 if nest.splits > 1 else 1)
+        machine.launch_of(shape.q_len, launch.cores) * (2 if nest.splits > 1 else 1)
         + sum(choosing.values())
         + max(launch.span, moved / machine.memory * 1e9)
     )
