@@ -15,6 +15,7 @@ CAUSAL = p.causal()
 SCOPES = ("head", "kv_group")
 SHORTEST, LONGEST = 384, 8192  # keys of a prefill
 CACHE = 65536  # most keys of a decode step
+LEAST_KEYS = 64  # at which a pattern is compared with dense attention: with less than a tile both are all call
 PAIRS = 2**27  # most pairs of all heads, so that no sample takes much longer than others
 
 
@@ -56,8 +57,8 @@ def _crossing(source: random.Random, number: int, dtype: str) -> Crossing:
         )
     )
     if number % 3 == 2:
-        return Crossing(pattern, heads, kv_heads, head_dim, dtype, 1, 128, 16384)
-    return Crossing(pattern, heads, kv_heads, head_dim, dtype, None, 32, 1500)
+        return Crossing(pattern, heads, kv_heads, head_dim, dtype, 1, 4 * LEAST_KEYS, 16384)
+    return Crossing(pattern, heads, kv_heads, head_dim, dtype, None, LEAST_KEYS, 1500)
 
 
 def draw(seed: int, count: int, dtypes: tuple[str, ...]) -> list[Sample]:

@@ -152,7 +152,8 @@ def _cross(crossing: Crossing, given: Machine, tell: Callable[[str], None]) -> C
         ratios.append((length, pair[0] / pair[1]))
         if len(ratios) >= FASTER and all(ratio < 1 for _, ratio in ratios[-FASTER:]):
             break
-    return Crossed(crossing, _crossed(ratios), predicted)
+    known = None if predicted is None else max(predicted, crossing.shortest)  # where measuring begins
+    return Crossed(crossing, _crossed(ratios), known)
 
 
 def _lengths(crossing: Crossing) -> list[int]:
