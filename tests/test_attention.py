@@ -116,8 +116,8 @@ BAD = [
         "q: expected a strided tensor, found the layout torch.sparse_coo; give q.to_dense()",
     ),
     (
-        lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=torch.ones(8, 8).to_sparse_csr()),
-        "mask: expected a strided tensor, found the layout torch.sparse_csr; give mask.to_dense()",
+        lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=torch.ones(8, 8).to_sparse()),
+        "mask: expected a strided tensor, found the layout torch.sparse_coo; give mask.to_dense()",
     ),
     (lambda: sparsify.attention(q4, kv2, kv2, causal), "(write causal(), with brackets)"),
     (lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=[[True]]), "mask: expected a tensor, found list"),
