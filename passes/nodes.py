@@ -209,6 +209,13 @@ def _attribute(node: fx.Node) -> Any:
     return owner.item()
 
 
+def module_kind(node: fx.Node) -> str:
+    """The class of the innermost module that a node was traced in, such as `torch.nn.Linear`'s full name, or ""."""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else ""
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+
+
 def module_path(node: fx.Node, names: Mapping[str, str]) -> str:
     """The path of the innermost module that a node was traced in, such as `model.layers.3.self_attn`; "" if unknown.
 

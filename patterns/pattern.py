@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from sparsify.errors import PatternError
-from sparsify.expr import Pred, Var, conjunction, disjunction, negate
+from sparsify.expr import Pred, Var, as_pred, conjunction, disjunction, negate
 from sparsify.foldable import foldable
 from sparsify.ranges import Ranges, joined, text_of
 from sparsify.sizes import Size
@@ -35,7 +35,8 @@ class Pattern:
 
     def keep(self) -> Pred:
         """The predicate that is true where a pair is kept."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise PatternError(f"{name} has no keep(): give it one that returns a predicate of H, Q, K, N, such as K <= Q")
 
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns that this one is made of: those of `&`, `|`, `~` and of a preset; none for a primitive."""
@@ -131,7 +132,15 @@ def _rule_of(kind: type[Pattern], names: tuple[str, ...], given: tuple[object, .
     for name, value in zip(names, given, strict=True):
         is_size = isinstance(value, tuple) and value[:1] == ("size",)
         object.__setattr__(twin, name, Size(value[1]) if is_size else value)
-    return to_text(twin.keep())
+    return to_text(_stated(twin))
+
+
+def _stated(pattern: Pattern) -> Pred:
+    """What a pattern keeps. Raises PatternError where `keep()` uses or gives something else than a predicate."""
+    try:
+        return as_pred(pattern.keep())
+    except TypeError as error:
+        raise PatternError(f"{type(pattern).__name__}.keep(): {error}") from error
 
 
 @foldable

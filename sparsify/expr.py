@@ -19,8 +19,8 @@ from typing import Any, dataclass_transform
 
 __all__ = [
     "FALSE", "TRUE", "And", "Bound", "Chosen", "Eq", "Expr", "FloorDiv", "Ge", "Listed", "Load", "Max", "Min", "Mod",
-    "Mul", "Not", "Or", "Pred", "Select", "Sum", "Test", "Var", "as_expr", "conjunction", "disjunction", "eq",
-    "floordiv", "maximum", "minimum", "mod", "negate", "select",
+    "Mul", "Not", "Or", "Pred", "Select", "Sum", "Test", "Var", "as_expr", "as_pred", "conjunction", "disjunction",
+    "eq", "floordiv", "maximum", "minimum", "mod", "negate", "select",
 ]  # fmt: skip
 
 
@@ -191,6 +191,9 @@ class Pred:
     def __invert__(self) -> Pred:
         return negate(self)
 
+    __rand__ = __and__
+    __ror__ = __or__
+
     def __bool__(self) -> bool:
         raise TypeError("a predicate has no truth value of its own; use &, |, ~ or evaluate(predicate, env)")
 
@@ -274,6 +277,14 @@ def as_expr(value: Expr | int) -> Expr:
     if isinstance(value, int) and not isinstance(value, bool):
         return Sum(value)
     raise TypeError(f"expected an integer or an expression, found {value!r}")
+
+
+def as_pred(value: Pred) -> Pred:
+    """The value itself; anything but a predicate is a TypeError, which for a truth value says where it comes from."""
+    if isinstance(value, Pred):
+        return value
+    hint = "; write eq(a, b) for a == b and ~eq(a, b) for a != b: == compares expressions as Python objects"
+    raise TypeError(f"expected a predicate such as K <= Q, found {value!r}{hint if isinstance(value, int) else ''}")
 
 
 def constant(expr: Expr) -> int | None:
@@ -375,7 +386,7 @@ def _extreme(left: Expr, right: Expr, kind: type[Min] | type[Max]) -> Expr:
 def select(condition: Pred, then: Expr | int, other: Expr | int) -> Expr:
     """`then` where the condition holds, else `other`; folds a known condition."""
     then, other = as_expr(then), as_expr(other)
-    if condition == TRUE or then == other:
+    if as_pred(condition) == TRUE or then == other:
         return then
     return other if condition == FALSE else Select(condition, then, other)
 
@@ -408,12 +419,12 @@ def eq(left: Expr | int, right: Expr | int) -> Pred:
 
 def conjunction(parts: Iterable[Pred]) -> Pred:
     """All parts: flattened, without repeats, in a canonical order; FALSE if two parts contradict each other."""
-    return _joined(parts, And, TRUE, FALSE)
+    return _joined(map(as_pred, parts), And, TRUE, FALSE)
 
 
 def disjunction(parts: Iterable[Pred]) -> Pred:
     """One part: flattened, without repeats, in a canonical order; TRUE if two parts cover everything."""
-    return _joined(parts, Or, FALSE, TRUE)
+    return _joined(map(as_pred, parts), Or, FALSE, TRUE)
 
 
 def _joined(parts: Iterable[Pred], kind: type[And] | type[Or], unit: Pred, zero: Pred) -> Pred:

@@ -89,7 +89,9 @@ def kept(
     """The pairs that `attention` keeps with these arguments: bool (B, Hq, Nq, Nk).
 
     To look at a pattern, one that chooses keys from the data above all, or to test one; it takes memory for every pair.
-    What the kernels skip by themselves (`online`) is in it, the one key of a `compensation` isn't. Raises InputError.
+    What the kernels skip by themselves (`online`) is in it, the one key of a `compensation` isn't. Keys that a floating
+    mask holds at -1e30 or less aren't kept; a query all of whose keys are at the dtype's lowest value has none here,
+    though `attention` averages over them, as dense attention does. Raises InputError.
     """
     _check(q, k, k, mask, scale, q_offset)
     if q.shape[2] == 0 or k.shape[2] == 0:
@@ -193,6 +195,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"attention: {name}: expected a tensor, found {type(tensor).__name__}")
+        _check_layout(name, tensor)
         if tensor.dim() != 4:
             shape = tuple(tensor.shape)
             raise InputError(f"attention: {name}: expected (batch, heads, length, head size), found the shape {shape}")
@@ -211,6 +214,12 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise InputError("attention: the head size must be at least 1, found 0")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(f"attention: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
+
+
+def _check_layout(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided:
+        hint = "" if tensor.layout == torch.jagged else f"; give {name}.to_dense()"
+        raise InputError(f"attention: {name}: expected a strided tensor, found the layout {tensor.layout}{hint}")
 
 
 def _check_size(what: str, one: tuple[str, int], other: tuple[str, int]) -> None:
@@ -237,6 +246,7 @@ def _check_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> 
         return
     if not isinstance(mask, torch.Tensor):
         raise InputError(f"attention: mask: expected a tensor, found {type(mask).__name__}")
+    _check_layout("mask", mask)
     if mask.device != q.device:
         raise InputError(f"attention: mask: expected a tensor on {q.device}, found one on {mask.device}")
     if mask.dtype != torch.bool and mask.dtype not in (*DTYPES, torch.float64):

@@ -194,7 +194,7 @@ def _config(transformers: Any, name: str, wanted: Wanted) -> Any:
             return transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, **wanted.overrides)
         if name in types:
             return transformers.AutoConfig.for_model(name, **wanted.overrides)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a config's own checks raise a class of their own
         raise InputError(f"{wanted.command}: {name}: transformers can't make this model: {_line(error)}") from None
     what = "is no config.json, no folder with one, no package.module:callable and no model type of transformers"
     raise InputError(f"{wanted.command}: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
@@ -289,4 +289,8 @@ def _dtype(dtype: Any) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says in one line: its first, and those that it announces with a colon."""
+    said, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    while rest and said.endswith(":"):
+        said = f"{said} {rest.pop(0).strip()}".strip()
+    return said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ class Options:
     learned: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, given: Mapping[str, Any] | None) -> Options:
-        """Checks a user's options. Raises InputError or SpecError naming option, value and what is allowed."""
+    def read(cls, given: Mapping[str, Any] | None, without: Sequence[str] = ()) -> Options:
+        """Checks a user's options, `without` those that have no meaning to who asks.
+
+        Raises InputError or SpecError naming option, value and what is allowed.
+        """
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise InputError(f"options: expected a dict, found {given!r}")
-        names = [one.name for one in fields(cls)]
+        names = [one.name for one in fields(cls) if one.name not in without]
         for name in given:
             if name not in names:
                 raise InputError(f"unknown option {name!r}; {nearest(str(name), names)}")

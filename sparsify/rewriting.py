@@ -15,6 +15,8 @@ from sparsify.errors import InputError
 from sparsify.options import Options
 from sparsify.passes import Capture
 
+BACKENDS = ("inner", "verify")  # options of the backend that say nothing of a graph
+
 
 def rewrite(
     module: fx.GraphModule, *, spec: Any = None, args: Sequence[Any] | None = None, **options: Any
@@ -28,12 +30,12 @@ def rewrite(
 
     Raises InputError for what is no such module, and SpecError for a rule that fits no site.
     """
-    unknown = [name for name in ("inner", "verify") if name in options]
+    unknown = [name for name in BACKENDS if name in options]
     if unknown:
         raise InputError(f"rewrite: option '{unknown[0]}' is the backend's; it has no meaning for a graph")
     if not isinstance(module, fx.GraphModule):
         raise InputError(f"rewrite: expected an fx.GraphModule, such as ep.module(), found {type(module).__name__}")
-    chosen = Options.read({**options, "spec": spec})
+    chosen = Options.read({**options, "spec": spec}, without=BACKENDS)
     mode, inputs = _fakes(module, args)
     lifted, held = _lifted(module)
     values = [mode.from_tensor(_attribute(module, name), static_shapes=True) for name in held]

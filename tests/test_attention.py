@@ -111,6 +111,14 @@ BAD = [
     (lambda: sparsify.attention(q4, kv2, kv2[:, :, :5], causal()), "length: k and v must agree, found 8 and 5"),
     (lambda: sparsify.attention(q4, kv2[..., :7], kv2, causal()), "head size: q and k must agree, found 16 and 7"),
     (lambda: sparsify.attention(q4.numpy(), kv2, kv2, causal()), "q: expected a tensor, found ndarray"),
+    (
+        lambda: sparsify.attention(q4.to_sparse(), kv2, kv2, causal()),
+        "q: expected a strided tensor, found the layout torch.sparse_coo; give q.to_dense()",
+    ),
+    (
+        lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=torch.ones(8, 8).to_sparse()),
+        "mask: expected a strided tensor, found the layout torch.sparse_coo; give mask.to_dense()",
+    ),
     (lambda: sparsify.attention(q4, kv2, kv2, causal), "(write causal(), with brackets)"),
     (lambda: sparsify.attention(q4, kv2, kv2, causal(), mask=[[True]]), "mask: expected a tensor, found list"),
     (

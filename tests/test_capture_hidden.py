@@ -165,6 +165,7 @@ def test_multi_head_attention_that_returns_its_weights(average):
         run, recorded = compiled(function)
         torch.testing.assert_close(run(X), function(X))
         assert "the attention weights are also used" in str(recorded.sites[0].refusal)
+        assert "give it need_weights=False: a kernel" in str(recorded.sites[0].refusal)
 
 
 class Attend(torch.nn.Module):

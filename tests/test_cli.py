@@ -53,6 +53,13 @@ def test_commands_say_what_they_said(line, expected, accept, run, tmp_path):
     golden.check("cli", line, expected, "\n".join(text.rstrip() for text in lines), accept)
 
 
+def test_a_config_that_transformers_refuses_says_why(run):
+    code, out, err = run("explain llama --set num_attention_heads=7 --set hidden_size=64")
+    told = " ".join(err.split())
+    assert code != 0 and out == "" and "llama: transformers can't make this model" in told
+    assert "The hidden size (64) is not a multiple of the number of attention heads (7)" in told
+
+
 @pytest.mark.parametrize("line", ["shw", "show", "show two.yaml --heads six", "doctor --kernel", "bench --lenght 3"])
 def test_a_mistyped_command_line_ends_with_2(line, run):
     code, out, err = run(line)

@@ -169,6 +169,7 @@ REFUSED = {
     ),
     "off by one": (scored(off_by_one_of_the_maximum), (), "a maximum was taken off"),
     "over the heads": (scored(lambda s, v: softmax(s, 1) @ v), (), "not over the keys"),
+    "over the queries": (scored(lambda s, v: softmax(s, -2) @ v), (), "the softmax is not over the keys"),
     "float64": (scored(lambda s, v: softmax(s.double(), -1) @ v.double()), (), "float64"),
     "concatenated": (over_heads_too, (K, V), "several products are concatenated"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from strategies import composed, shapes
 
 from sparsify import patterns as p
 from sparsify.errors import PatternError
+from sparsify.expr import disjunction, select
+from sparsify.patterns.pattern import K, Q
 from sparsify.text import parse_pred, to_text
 
 
@@ -155,6 +158,33 @@ def test_bad_values_are_told_clearly(build, message):
     with pytest.raises(PatternError) as caught:
         build()
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+EQUALITY = "write eq(a, b) for a == b and ~eq(a, b) for a != b"
+FOUND_FALSE = f"Own.keep(): expected a predicate such as K <= Q, found False; {EQUALITY}"
+FOUND_TRUE = FOUND_FALSE.replace("False", "True")
+OWN = [
+    (lambda self: (K <= Q) & (K % 2 == 0), FOUND_FALSE),
+    (lambda self: (K <= Q) | (K % 2 == 0), FOUND_FALSE),
+    (lambda self: (K % 2 == 0) & (K <= Q), FOUND_FALSE),
+    (lambda self: (K % 2 == 0) | (K <= Q), FOUND_FALSE),
+    (lambda self: disjunction([K == Q, K <= Q]), FOUND_FALSE),
+    (lambda self: select(K == Q, K, Q) > 3, FOUND_FALSE),
+    (lambda self: K != Q, FOUND_TRUE),
+    (lambda self: K == Q, FOUND_FALSE),
+    (lambda self: (K <= Q) & Q, "Own.keep(): expected a predicate such as K <= Q, found Var(name='q')"),
+    (lambda self: None, "Own.keep(): expected a predicate such as K <= Q, found None"),
+    (lambda self: 0 <= K <= Q, "Own.keep(): a predicate has no truth value of its own; use &, |, ~"),
+    (p.Pattern.keep, "Own has no keep(): give it one that returns a predicate of H, Q, K, N, such as K <= Q"),
+]
+
+
+@pytest.mark.parametrize(("keep", "message"), OWN)
+def test_what_is_wrong_in_a_pattern_of_ones_own_is_told_clearly(keep, message):
+    kind = dataclass(frozen=True)(type("Own", (p.Pattern,), {"keep": keep}))
+    with pytest.raises(PatternError) as caught:
+        kind()
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_a_size_that_divides_by_zero_names_the_length():

@@ -109,6 +109,9 @@ def test_what_is_refused_is_said():
     program = export(torch.nn.Identity(), (Q,)).module()
     with pytest.raises(InputError, match="option 'inner' is the backend's"):
         sparsify.rewrite(program, inner="eager")
+    with pytest.raises(InputError) as caught:
+        sparsify.rewrite(program, qqqq=1)
+    assert str(caught.value) == "unknown option 'qqqq'; allowed: crossover, learned, spec, strict, target"
     with pytest.raises(InputError, match=r"expected an fx.GraphModule, such as ep.module\(\), found Identity"):
         sparsify.rewrite(torch.nn.Identity())
 

@@ -56,6 +56,8 @@ def assemble(site: Site, parts: Parts) -> None:
         raise Unplaced("the scores are broadcast beyond those of q and k")
     values = tuple(axis for axis in v_axes if axis not in {*batch, *rows, *keys})
     if keys and set(keys) <= set(flat(parts.output)):
+        if rows and not set(rows) & set(flat(parts.output)):
+            raise Unplaced(f"the softmax is not over the keys, which {op(site.output)} sums over")
         raise Unplaced(f"{op(site.output)} mixes the heads between the softmax and the values (talking heads)")
     if set(flat(parts.output)) != {*batch, *rows, *values}:
         raise Unplaced("the product with the values sums over something else than the keys")

@@ -19,6 +19,7 @@ from sparsify.passes.nodes import (
     constant,
     is_tensor,
     keeps_numbers,
+    module_kind,
     op,
     same,
     same_sizes,
@@ -28,6 +29,7 @@ from sparsify.passes.nodes import (
 )
 
 PRODUCTS = (*MATMULS, "einsum", "tensordot", "baddbmm", "addmm")
+TORCH_MODULE = "torch.nn.modules.activation.MultiheadAttention"
 
 
 @dataclass
@@ -171,7 +173,8 @@ def _used_elsewhere(node: fx.Node, users: list[fx.Node], product: fx.Node | None
     if {op(user) for user in others} == {"sum", "div"}:
         return Refusal("the attention weights are normalised again after the softmax", str(node), "mask before it")
     names = ", ".join(user.name for user in others)
-    hint = "turn off output_attentions: a kernel that never stores the weights can't return them"
+    way = "give it need_weights=False" if module_kind(node) == TORCH_MODULE else "turn off output_attentions"
+    hint = f"{way}: a kernel that never stores the weights can't return them"
     return Refusal(f"the attention weights are also used by {names}", str(node), hint)
 
 
