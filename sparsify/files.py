@@ -1,4 +1,4 @@
-"""Files that are written for a user: refused before the work where they can't be made, and there whole or not at all."""
+"""Files that are written for a user: refused before the work where they can't be made, there whole or not at all."""
 
 from __future__ import annotations
 
