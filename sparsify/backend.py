@@ -109,7 +109,7 @@ def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> No
 def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
     """Logs each refusal once for what torch.compile made, however often that recompiles.
 
-    Under `strict` raises RefusedError with all of them. So it does of those that never stay dense, whatever `strict` says.
+    Under `strict` raises RefusedError with all of them; so it does of those that never stay dense, whatever it says.
     """
     refused = [site for site in sites if site.refusal is not None]
     raised = [site for site in refused if strict or never_dense(site, spec)]
