@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -106,9 +107,9 @@ def check_rules(spec: Any, sites: list[Site], modules: Sequence[str] = ()) -> No
 
 
 def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
-    """Logs each refusal once; under `strict` raises RefusedError with all of them.
+    """Logs each refusal once for what torch.compile made, however often that recompiles.
 
-    So it does of those that never stay dense, whatever `strict` says.
+    Under `strict` raises RefusedError with all of them; so it does of those that never stay dense, whatever it says.
     """
     refused = [site for site in sites if site.refusal is not None]
     raised = [site for site in refused if strict or never_dense(site, spec)]
@@ -116,11 +117,25 @@ def report_refusals(sites: list[Site], strict: bool, spec: Any = None) -> None:
         why = "strict is on" if strict else " and ".join(dict.fromkeys(never_dense(site, spec) for site in raised))
         lines = "\n".join(f"  {site.address or site.anchor}: {site.refusal}" for site in raised)
         raise RefusedError(f"{len(raised)} of {len(sites)} attention sites were refused, and {why}:\n{lines}")
+    compiling = _compiling()
+    told = set() if compiling is None else vars(compiling).setdefault("sparsify_told", set())
     for site in refused:
         address, refusal = site.address or str(site.anchor), site.refusal
-        if (address, refusal.reason) not in _logged:
-            _logged.add((address, refusal.reason))
+        if (address, refusal.reason) not in told:
+            told.add((address, refusal.reason))
             log.warning("attention at %s stays as it is: %s", address, refusal)
+
+
+def _compiling() -> Any:
+    """What torch.compile made of this backend, and is calling it now; None where something else calls."""
+    kind = getattr(torch, "_TorchCompileWrapper", ())
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def never_dense(site: Site, spec: Any) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ MAPPINGS = (  # what a model type without `architectures` is made as: the first 
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "MODEL_MAPPING",
 )  # fmt: skip
+# What configs take beside the fields that they show: those that transformers reads into others.
+OLD_FIELDS = {"num_labels", "partial_rotary_factor", "rope_scaling", "rope_theta", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,40 @@ def _config(transformers: Any, name: str, wanted: Wanted) -> Any:
     types = transformers.CONFIG_MAPPING
     try:
         if file.is_file():
-            return transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, **wanted.overrides)
-        if name in types:
-            return transformers.AutoConfig.for_model(name, **wanted.overrides)
+            read = partial(transformers.AutoConfig.from_pretrained, file.parent, local_files_only=True)
+        elif name in types:
+            read = partial(transformers.AutoConfig.for_model, name)
+        else:
+            raise _unknown(name, types, wanted)
+        if wanted.overrides:
+            _check_fields(read(), wanted)
+        return read(**wanted.overrides)
+    except SparsifyError:
+        raise
     except Exception as error:  # a config's own checks raise a class of their own
         raise InputError(f"{wanted.command}: {name}: transformers can't make this model: {_line(error)}") from None
+
+
+def _check_fields(config: Any, wanted: Wanted) -> None:
+    """Raises InputError for an override that is no field of the config, which transformers would ignore."""
+    names = {*config.to_dict(), *vars(config), *config.attribute_map}
+    fields = {name for name in names if not name.startswith("_")}
+    for name in wanted.overrides:
+        if name not in fields | OLD_FIELDS:
+            what = f"unknown field '{name}' of {config.model_type}'s config"
+            raise InputError(f"{wanted.command}: --set: {what}; {nearest(name, fields)}")
+
+
+def _unknown(name: str, types: Any, wanted: Wanted) -> InputError:
+    """What is wrong with a name that is no config and no model type."""
+    path = Path(name)
+    if path.is_dir():
+        return InputError(f"{wanted.command}: the folder '{name}' has no config.json")
+    if os.sep in name or path.suffix == ".json":
+        hint = "give a config.json, a folder with one, or a model type of transformers (nothing is downloaded)"
+        return InputError(f"{wanted.command}: there is no file '{name}'; {hint}")
     what = "is no config.json, no folder with one, no package.module:callable and no model type of transformers"
-    raise InputError(f"{wanted.command}: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
+    return InputError(f"{wanted.command}: '{name}' {what}; {nearest(name, types) if len(name) < 40 else ''}")
 
 
 def _class(transformers: Any, config: Any) -> Any:

@@ -147,6 +147,29 @@ def test_refused_for_gradients(refusals):
     assert "needs gradients" in found and "torch.no_grad()" in found
 
 
+class Refused(torch.nn.Module):
+    """Attention whose weights are used, too, so that it is refused."""
+
+    def __init__(self, scale) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q):
+        weights = (q @ q.mT).softmax(-1)
+        return weights @ q * self.scale, weights
+
+
+def test_a_refusal_is_told_once_for_each_compiled_model(caplog):
+    caplog.set_level(logging.WARNING, logger="sparsify")
+    torch._dynamo.reset()
+    for scale, many in ((1, 1), (2, 2)):
+        run = torch.compile(Refused(scale), backend="sparsify", options=EAGER, dynamic=False)
+        for length in (7, 5, 6):  # each is compiled anew
+            run(Q[:, :, :length])
+        told = [record.getMessage() for record in caplog.records if record.name == "sparsify"]
+        assert len(told) == many and len(set(told)) == 1 and "stays as it is" in told[0]
+
+
 def test_not_refused_where_the_gradient_is_cut():
     linear = torch.nn.Linear(8, 8)
 

@@ -39,7 +39,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as ended:
             cli.main()
             raise SystemExit(0)
-        return ended.value.code or 0, capsys.readouterr().out, list(cases)
+        out, run.err = capsys.readouterr()
+        return ended.value.code or 0, out, list(cases)
 
     return run
 
@@ -71,6 +72,27 @@ def test_the_file_grows_case_by_case(bench, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(IndexError):
         bench("--pattern causal --length 1024 --length 2048 --json a.json")
     assert [row["length"] for row in json.loads(Path("a.json").read_text())["results"]] == [1024]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--json /dev/null/x/b.json", "bench: --json: '/dev/null/x/b.json' can't be written: "),
+        ("--json file", "bench: --json: 'file/results.json' can't be written: "),
+        ("--json folder.json", "bench: --json: expected the name of a file, found 'folder.json', which is a folder"),
+        ("--plot /dev/null/x.html", "bench: --plot: '/dev/null/x.html' can't be written: "),
+        ("--plot /dev/null/x", "bench: --plot: '/dev/null/x/plot.png' can't be written: "),
+        ("--seconds -1", "bench: --seconds: found -1; expected a time above 0"),
+        ("--seconds nan", "bench: --seconds: found nan; expected a time above 0"),
+    ],
+)
+def test_what_can_not_be_written_is_told_before_anything_is_measured(bench, line, says) -> None:
+    Path("folder.json").mkdir()
+    Path("file").write_text("")
+    before = sorted(Path().rglob("*"))
+    code, out, cases = bench(f"--pattern causal --length 1024 {line}")
+    assert (code, out, cases) == (2, "", []) and bench.err.startswith(f"sparsify: {says}")
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_wrong_case_ends_with_1(bench) -> None:

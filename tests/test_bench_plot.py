@@ -67,6 +67,11 @@ def test_what_can_not_be_drawn(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"bench: --plot: the folder '.*/file/x' can't be made: Not a directory"):
         draw(PLOT, tmp_path / "file" / "x" / "a.html")
+    for ending in ("html", "png"):
+        (tmp_path / f"b.{ending}").mkdir()
+        with pytest.raises(InputError, match=rf"bench: --plot: '.*/b.{ending}' can't be written: Is a directory"):
+            draw(PLOT, tmp_path / f"b.{ending}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.html", "b.png", "file"]
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(InputError, match=r"a PNG needs matplotlib: pip install 'sparsify\[show\]'"):
         draw(PLOT, tmp_path / "a.png")

@@ -293,6 +293,12 @@ def test_explain_tells_what_is_wrong(run, llama, monkeypatch):
     for line, message in (
         ("lama", "'lama' is no config.json, no folder with one, no package.module:callable and no model type of"),
         ("model --set hidden_size", "--set: expected NAME=VALUE, such as num_hidden_layers=4, found 'hidden_size'"),
+        ("llama --set hiden_size=64", "unknown field 'hiden_size' of llama's config; did you mean 'hidden_size'"),
+        ("model --set num_layers=1", "--set: unknown field 'num_layers' of llama's config; did you mean 'num_"),
+        ("gpt2 --set hidden_sise=64", "unknown field 'hidden_sise' of gpt2's config; did you mean 'hidden_size'?"),
+        ("none/config.json", "sparsify: explain: there is no file 'none/config.json'; give a config.json, a folder"),
+        ("config.json", "sparsify: explain: there is no file 'config.json'; give a config.json, a folder with one"),
+        ("specs", "sparsify: explain: the folder 'specs' has no config.json\n"),
         ("wav2vec2", "Wav2Vec2Model reads input_values; give it as package.module:callable"),
         ("model --attn fast", "model: transformers can't make this model: "),
         ("bert --decode --set num_hidden_layers=1", "BertForMaskedLM keeps no cache, so it has no decode step"),

@@ -204,8 +204,7 @@ def test_the_list_of_patterns_is_the_folder():
         "count",
         "dense_mask",
         "lists",
-        "head_choices",
-        "head_rules",
+        "spans",
     }
     helpers |= {"reuse", "selector", "selector_checks", "selector_text", "head_choices", "head_rules"}
     presets = {constructor.__name__ for constructor in p.PRESETS}

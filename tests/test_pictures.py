@@ -145,6 +145,14 @@ def test_what_can_not_be_drawn_is_told(tmp_path, monkeypatch):
         with pytest.raises(InputError) as caught:
             draw(sites, length, tmp_path / path)
         assert str(caught.value) == message
+    (tmp_path / "file").write_text("")
+    for ending in ("html", "png"):
+        (tmp_path / f"x.{ending}").mkdir()
+        with pytest.raises(InputError, match=rf"draw: path: '.*/x.{ending}' can't be written: Is a directory"):
+            draw({"a": MIX}, 64, tmp_path / f"x.{ending}")
+        with pytest.raises(InputError, match=r"draw: path: the folder '.*/file/y' can't be made: Not a directory"):
+            draw({"a": MIX}, 64, tmp_path / "file" / "y" / f"x.{ending}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x.html", "x.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(InputError, match=r"a PNG needs matplotlib: pip install 'sparsify\[show\]'"):

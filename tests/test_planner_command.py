@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,27 @@ def test_what_was_profiled_is_kept_in_a_folder_that_is_given(run, folder, monkey
 def test_wrong_input_is_one_sentence(line, message, run):
     code, out, err = run(line)
     assert code == 2 and message in err and len(err.splitlines()) == 1 and "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("-o taken.yaml", "plan: --out: expected the name of a file, found 'taken.yaml', which is a folder"),
+        ("-o held.yaml", "plan: --out: expected the name of a file, found 'held.plan.json', which is a folder"),
+        ("-o /dev/null", "plan: --out: expected the name of a file, found '/dev/null', which is no file"),
+        ("--state text.txt", "plan: --state: 'text.txt/profile' can't be written: Not a directory"),
+        ("-o /proc/self/p.yaml", "plan: --out: '/proc/self/p.yaml' can't be written: "),
+    ],
+)
+def test_what_can_not_be_written_is_told_before_the_model_is_read(option, message, run, folder):
+    if "/proc" in option and not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc")
+    for name in ("taken.yaml", "held.plan.json"):
+        (folder / name).mkdir(exist_ok=True)
+    before = sorted(folder.rglob("*"))
+    code, out, err = run(f"plan nowhere {GIVEN} {option}")
+    assert (code, out) == (2, "") and err.startswith(f"sparsify: {message}") and len(err.splitlines()) == 1
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_help_has_room_at_80_columns(run, monkeypatch):

@@ -152,11 +152,27 @@ def bench(
     given = SimpleNamespace(**locals())  # the options by their names
     from sparsify.bench.modes import mode_of
     from sparsify.bench.runs import How
+    from sparsify.errors import InputError
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     mode = mode_of([name.rstrip("_") for name, source in sources.items() if source and source.name == "COMMANDLINE"])
+    if not seconds > 0:
+        raise InputError(f"bench: --seconds: found {seconds:g}; expected a time above 0, such as 6")
+    _check_outputs(json, plot)
     if not _holds(mode, given, How(repeats, seconds, device, json)):
         raise typer.Exit(1)
+
+
+def _check_outputs(json: Path | None, plot: Path | None) -> None:
+    """Raises InputError for a file that can't be made, before anything is measured."""
+    from sparsify.bench.plot import paths
+    from sparsify.bench.report import json_path
+    from sparsify.files import check_writable
+
+    if json is not None:
+        check_writable(json_path(json, "results"), "bench: --json")
+    for path in [] if plot is None else paths(plot, "plot"):
+        check_writable(path, "bench: --plot")
 
 
 def _holds(mode: str | None, g: Any, how: How) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from sparsify.bench.measure import Result
 from sparsify.errors import InputError
+from sparsify.files import write_whole
 from sparsify.pictures.axes import along, powers, ticks
 
 ENDINGS = (".png", ".html")
@@ -80,18 +82,14 @@ def paths(path: Path, stem: str) -> list[Path]:
 
 
 def draw(plot: Plot, path: Path) -> None:
-    """Draws a .png, which needs matplotlib, or an .html file that needs nothing but itself. Raises InputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"bench: --plot: the folder '{path.parent}' can't be made: {error.strerror}") from None
-    if path.suffix == ".png":
-        _save_png(plot, path)
-    else:
-        path.write_text(html(plot), encoding="utf-8")
+    """Draws a .png, which needs matplotlib, or an .html file that needs nothing but itself, whole or not at all.
+
+    Raises InputError.
+    """
+    write_whole(path, _png(plot) if path.suffix == ".png" else html(plot), "bench: --plot")
 
 
-def _save_png(plot: Plot, path: Path) -> None:
+def _png(plot: Plot) -> bytes:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -124,7 +122,9 @@ def _save_png(plot: Plot, path: Path) -> None:
     figure.suptitle(TITLE, x=0.02, ha="left", weight="bold", color=INK)
     axes.set_title(f"{plot.machine}\n{NOTE}", loc="left", size=8, color=FAINT)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 800, 520, 62, 14, 16, 48  # of the page's picture, and its margins

@@ -20,6 +20,7 @@ from sparsify.bench.measure import Result
 from sparsify.bench.summary import Summary
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import SparsifyError
+from sparsify.files import write_whole
 from sparsify.runtime import machine_isa
 from sparsify.runtime.machine import cpu_name
 
@@ -177,9 +178,6 @@ def stem(name: str) -> str:
 
 
 def write(value: dict[str, Any], path: Path) -> Path:
-    """Writes JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    """Writes JSON, whole or not at all. Raises InputError."""
+    write_whole(path, json.dumps(value, indent=1) + "\n", "--json")
     return path

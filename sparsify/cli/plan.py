@@ -130,7 +130,7 @@ def plan(
         "shape": None if shape is None else _numbers("shape", shape), **_candidates(candidates),
         "state": state or out.with_name(f"{out.name}.state"), "keep": state is not None,
     }  # fmt: skip
-    _check_out(out)
+    _check_out(out, settings["state"], evidence)
     _make(model, dtype, device, data, validate, out, evidence, settings)
 
 
@@ -226,8 +226,14 @@ def _reuse(texts: list[str]) -> dict[str, str]:
     return {source: takers for source, _, takers in pairs}
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, state: Path, evidence: bool) -> None:
+    """Raises InputError for a file that can't be made, before the work."""
     from sparsify.errors import InputError
+    from sparsify.files import check_writable
 
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder '{out.parent}' does not exist")
+    check_writable(out, "plan: --out")
+    for ending in (".plan.json", *((".html", ".png") if evidence else ())):
+        check_writable(out.with_suffix(ending), "plan: --out")
+    check_writable(state / "profile", "plan: --state")

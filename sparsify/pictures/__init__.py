@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
+from sparsify.files import write_whole
 from sparsify.patterns import Pattern
 from sparsify.pictures.scene import Scene
 
@@ -33,22 +34,19 @@ def draw(
     the `length` positions (default: all). With `causal`, the model's own causal mask is drawn and counted, too.
     `names` names patterns in the legend; `masks` gives bool arrays (heads, queries, length) of what is kept by patterns
     that choose by data. The path's ending, .png (needs matplotlib) or .html, chooses what is made.
-    Raises InputError.
+    The file is there whole or not at all. Raises InputError.
     """
     path = Path(path)
     if path.suffix not in (".png", ".html"):
         raise InputError(f"draw: path: expected a name that ends in .png or .html, found '{path.name}'")
     scene = Scene.of(sites, length, queries=queries, causal=causal, names=names or {}, masks=masks or {}, title=title)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"draw: path: the folder '{path.parent}' can't be made: {error.strerror}") from None
     if path.suffix == ".png":
-        from sparsify.pictures.png import save_png
+        from sparsify.pictures.png import png
 
-        save_png(scene, path)
+        content: str | bytes = png(scene)
     else:
         from sparsify.pictures.page import html
 
-        path.write_text(html(scene), encoding="utf-8")
+        content = html(scene)
+    write_whole(path, content, "draw: path")
     return path

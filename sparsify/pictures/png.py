@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ MAX_PANELS, MAX_ROWS, MAX_LEGEND = 1024, 40, 20  # the rest is in the HTML page,
 INK, FAINT, PAPER, ALLOWED, FRAME = "#1b1f24", "#6b7280", "#ffffff", "#eef0f3", "#c9ced6"
 
 
-def save_png(scene: Scene, path: Path) -> None:
-    """Draws small panels, a row of sites after the other, with the legend below. Raises InputError."""
+def png(scene: Scene) -> bytes:
+    """Small panels, a row of sites after the other, with the legend below. Raises InputError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -41,7 +41,9 @@ def save_png(scene: Scene, path: Path) -> None:
         for column, panel in enumerate(row.panels[start : start + columns]):
             layout.panel(figure, line, column, panel)
     layout.legend(figure, left_out)
-    figure.savefig(path)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
 
 
 def _fitting(scene: Scene) -> tuple[list[Row], int]:

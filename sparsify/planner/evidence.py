@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
+from sparsify.files import write_whole
 from sparsify.pictures.axes import Ends, powers
 from sparsify.pictures.scene import COLOURS
 from sparsify.planner.pictures import Pictures
@@ -37,8 +38,8 @@ MEASURES = {  # of a point's loss, the most telling first
 def write_evidence(plan: Plan, path: str | Path, pictures: Pictures | None = None) -> Path:
     """Draws a plan's evidence, and returns the path. Its ending, .html or .png (which needs matplotlib), chooses.
 
-    The file is there whole or not at all. Raises InputError for another ending, for a folder that isn't there, and for
-    pictures of another plan.
+    The file is there whole or not at all. Raises InputError for another ending, for a folder that isn't there, for a
+    file that can't be written, and for pictures of another plan.
     """
     target = Path(path)
     if target.suffix not in ENDINGS:
@@ -50,9 +51,7 @@ def write_evidence(plan: Plan, path: str | Path, pictures: Pictures | None = Non
         from sparsify.planner.evidence_png import png as made
     else:
         from sparsify.planner.evidence_page import page as made
-    scratch = target.with_name(f".{target.name}.part")
-    scratch.write_bytes(made(evidence))
-    scratch.replace(target)
+    write_whole(target, made(evidence), "plan: evidence")
     return target
 
 

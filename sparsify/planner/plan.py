@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
+from sparsify.files import write_whole
 from sparsify.patterns import Pattern
 from sparsify.patterns.select import selections
 from sparsify.ranges import of_numbers, text_of
@@ -215,11 +216,8 @@ class Plan:
             raise InputError(f"{path}: can't be read: {error.strerror or error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON: whole, or not at all."""
-        target = Path(path)
-        scratch = target.with_name(f".{target.name}.part")
-        scratch.write_text(self.to_json() + "\n", encoding="utf-8")
-        scratch.replace(target)
+        """Writes the plan as JSON: whole, or not at all. Raises InputError."""
+        write_whole(Path(path), self.to_json() + "\n", "plan")
 
     def check(self, fingerprint: str, name: str) -> None:
         """Raises InputError unless the plan is for the model of this fingerprint."""

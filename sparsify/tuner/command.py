@@ -16,6 +16,7 @@ from sparsify.bench.report import machine, write
 from sparsify.bench.runs import How
 from sparsify.codegen.target import DTYPES
 from sparsify.errors import InputError, nearest
+from sparsify.files import check_writable
 from sparsify.progress import Bar
 from sparsify.runtime import tuned, tunings
 from sparsify.tuner.report import remarks, table, to_dict
@@ -107,6 +108,8 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
     """Tunes, and prints what was won; whether any kernel could be timed."""
     if env.tuned() is None:
         raise InputError("environment variable SPARSIFY_TUNED: found '0', so what is tuned can't be kept")
+    if file is not None:
+        check_writable(file, "tune: --json")
     run = Run(jobs, budget, resume, Limits())
     outcomes = run.run()
     console = Console(highlight=False)
