@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,9 +108,15 @@ def test_a_graph_by_hand_is_the_one_that_tracing_gives(monkeypatch, dynamic, gra
             assert quick == traced
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert"])
+MODELS = [("llama", "sdpa", True), ("qwen2", "eager", True), ("gpt2", "eager", False), ("bert", "sdpa", False)]
+OTHERS = [
+    pytest.param(*one, marks=pytest.mark.slow)
+    for one in itertools.product(("llama", "qwen2", "gpt2", "bert"), ("eager", "sdpa"), (False, True))
+    if one not in MODELS
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "dynamic"), MODELS + OTHERS)
 def test_a_model_is_the_one_that_tracing_gives(monkeypatch, name, attention, dynamic):
     tokens = torch.ones(2, 12, dtype=torch.long)
     with torch.inference_mode():
