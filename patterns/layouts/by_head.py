@@ -157,6 +157,12 @@ def best_by_head(heads: tuple[Pred, ...], kv_heads: int) -> BestByHead | None:
     return None if least == NEVER else BestByHead(laid, least, *shares)
 
 
+def layouts_at(heads: tuple[Pred, ...], kv_heads: int, length: int) -> BestByHead | None:
+    """Those of `best_by_head` where there are enough tokens for them; of a symbolic length that is a guard."""
+    found = best_by_head(heads, kv_heads)
+    return found if found is not None and length >= found.least else None
+
+
 def _kinds(mine: Sequence[tuple[int, Pred]]) -> list[Residues | None]:
     """How the tokens of a key head may lie: in their order first, then by the strides in its heads' rules."""
     strides = dict.fromkeys(stride for _, rule in mine for stride in _strides(rule))

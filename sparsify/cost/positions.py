@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from sparsify.expr import Pred
+from sparsify.patterns.count import GOLDEN
 from sparsify.patterns.interior import by_intervals
 from sparsify.patterns.spans import Array, Bands
 from sparsify.patterns.tiles import TileRule, analyse, bands
 from sparsify.sizes import size_values
 from sparsify.walk import loads, variables
-
-GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sparsify.expr import TRUE, Listed, Load, Pred, Var, as_expr, conjunction, d
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.head_choices import complaint
-from sparsify.patterns.layouts.by_head import best_by_head
+from sparsify.patterns.layouts.by_head import layouts_at
 from sparsify.patterns.layouts.lay_out import LaidOut, lay_out
 from sparsify.patterns.pattern import Q
 from sparsify.patterns.selector import Selector
@@ -142,9 +142,7 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
 def _laid_out(patterns: tuple[Pattern, ...], keeps: list[Pred], shape: Shape) -> LaidOut:
     """What `sparsify.attention` makes of patterns whose queries are all tokens."""
     found = [grid for one in patterns for grid in grids(one)]
-    by_head = best_by_head(tuple(keeps), shape.kv_heads)
-    if by_head is not None and shape.k_len < by_head.least:
-        by_head = None
+    by_head = layouts_at(tuple(keeps), shape.kv_heads, shape.k_len)
     return lay_out(keeps, found, shape.k_len if found else 0, by_head=by_head)
 
 
