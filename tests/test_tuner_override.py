@@ -174,6 +174,18 @@ def test_a_truth_knows_wrong_rows_wherever_they_are():
     assert truth.error(out) == float("inf")
 
 
+@built
+def test_a_truth_knows_that_large_values_are_rounded_by_more(monkeypatch):
+    monkeypatch.setattr("sparsify.tuner.truth.PAIRS", 0)  # the first and the last row alone are beside the oracle
+    call = launch(Program.of([BANDS[0].keep()]), (1, 1, 900, 900), torch.bfloat16, (32, 32))
+    truth = Truth.of(call, CPP.run)
+    out, largest = CPP.run(call), int(truth.usual[0, 0, 1].abs().argmax())
+    for row, right in ((1, True), (800, False)):  # of two keys, and of many
+        other = out.clone()
+        other[0, 0, row, largest] += out[0, 0, 1, largest].abs() * torch.finfo(torch.bfloat16).eps  # a place in row 1
+        assert not torch.equal(other, out) and (truth.error(other) <= truth.bound) is right
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_interpreter_runs_tuned_shapes():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret) as pool:

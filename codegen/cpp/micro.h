@@ -204,13 +204,23 @@ struct Scoring {
     int chunk;
 };
 
-template <bool ALL, typename Use> static inline __attribute__((always_inline)) void each_row(int count, Use use) {
+// Calls `use` with 0 to `count` - 1 in steps of STEP: with ALL with all up to MOST, unrolled, which takes a compiler long.
+template <bool ALL, int MOST, int STEP = 1, typename Use>
+static inline __attribute__((always_inline)) void each(int count, Use use) {
     if constexpr (ALL) {
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; r++) use(r);
+        for (int i = 0; i < MOST; i += STEP) use(i);
     } else {
-        for (int r = 0; r < count; r++) use(r);
+        for (int i = 0; i < count; i += STEP) use(i);
     }
+}
+
+template <bool ALL, typename Use> static inline __attribute__((always_inline)) void each_row(int count, Use use) {
+    each<ALL, MR>(count, use);
+}
+
+template <bool ALL, int STEP = 1, typename Use> static inline __attribute__((always_inline)) void each_vector(Use use) {
+    each<ALL, KV, STEP>(KV, use);
 }
 
 // From the products of a tile's keys with rows to scores, and to weights by row: with ALL, of all MR rows and packed, else
@@ -242,23 +252,21 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
         for (int i = 0; i < W; i++) lane[i] = 1 << i;
         uint64_t all = ~0ull;
         for (int r = 0; r < count; r++) all &= masks->keep[r];
-#pragma GCC unroll 16
-        for (int v = 0; v < KV; v++) {
-            if (!used(v) || (all >> (v * W) & first_keys(W)) == first_keys(W)) continue;
+        each_vector<ALL>([&](int v) __attribute__((always_inline)) {
+            if (!used(v) || (all >> (v * W) & first_keys(W)) == first_keys(W)) return;
             each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
                 Ints here = (lane & (int32_t)(uint32_t)(masks->keep[r] >> (v * W))) != 0;
                 scores[r][v] = here ? scores[r][v] : Floats{} - __builtin_inff();
             });
-        }
+        });
     }
-#pragma GCC unroll 16
-    for (int v = 0; v < KV; v++) {
-        if (!used(v)) continue;
+    each_vector<ALL>([&](int v) __attribute__((always_inline)) {
+        if (!used(v)) return;
         each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
             top[r] = scores[r][v] > top[r] ? scores[r][v] : top[r];
             if (SKIPS) counts |= scores[r][v] != scores[r][v]; // a NaN counts
         });
-    }
+    });
     each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
         above |= top[r] * factor > Floats{} + (rows.reference[r] + SLACK);
         if (SKIPS) counts |= ~(top[r] * factor < Floats{} + (rows.reference[r] + rows.below[r]));
@@ -268,9 +276,8 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
     constexpr int TOGETHER = ALL ? PAIR : 1; // vectors that are packed together
     Floats sum[MR];
     each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { sum[r] = rows.sum[r]; });
-#pragma GCC unroll 16
-    for (int v = 0; v < KV; v += TOGETHER) {
-        if (ALL && !used(v) && !(TOGETHER == 2 && used(v + 1))) continue;
+    each_vector<ALL, TOGETHER>([&](int v) __attribute__((always_inline)) {
+        if (ALL && !used(v) && !(TOGETHER == 2 && used(v + 1))) return;
         each_row<ALL>(count, [&](int r) __attribute__((always_inline)) {
             Floats weights[TOGETHER];
 #pragma GCC unroll 2
@@ -280,7 +287,7 @@ weigh_some(Rows& rows, int count, Floats (&scores)[MR][KV], const Scoring& scori
             }
             store_weights<ALL>(to + r * (ALL ? KS : KB), v, weights);
         });
-    }
+    });
     each_row<ALL>(count, [&](int r) __attribute__((always_inline)) { rows.sum[r] = sum[r]; });
     return true;
 }
