@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -212,6 +213,26 @@ def test_the_simulator_counts_the_program_that_runs(kinds, q_len, k_len):
     assert (site.at.q_slots, site.at.k_slots) == slots
     assert site.orders == sum(layout is not None for layout in layouts)
     assert [one.static for one in site.heads] == [ran.rule_of(h) for h in range(4)]
+
+
+@pytest.mark.parametrize("length", [1600, 1899])
+def test_pairs_are_those_of_tokens_whatever_the_layout(length):
+    patterns = (p.dilated(8) & p.causal(), STRIDED, p.dilated(16) & p.window(700), p.window(64) & p.causal())
+    found = cost.estimate(patterns, length=length, head_dim=64, machine=TRUTH)
+    assert site_of(patterns, Shape(4, 4, length, length, 64)).orders == 2
+    for head, pattern in zip(found.heads, patterns, strict=True):
+        assert head.pairs == int(pattern.mask(1, length, length).sum())
+
+
+def test_layers_share_what_is_counted_of_a_rule_whichever_heads_are_beside_it():
+    mine = (p.dilated(8) & p.causal(), STRIDED)
+    others = [(p.sinks(length) | p.window(200)) & p.causal() for length in range(1, 6)]
+    for one in others:
+        cost.estimate([*mine, one], length=4096, head_dim=64, machine=TRUTH)
+    before = tiles_of.cache_info().misses
+    for one, other in itertools.pairwise(others):
+        cost.estimate([one, *mine, other], length=4096, head_dim=64, machine=TRUTH)
+    assert tiles_of.cache_info().misses == before
 
 
 NATTEN = (

@@ -47,7 +47,7 @@ class ByHead:
     kinds: tuple[Residues | None, ...]
     group: int
 
-    @property
+    @functools.cached_property
     def slots(self) -> Expr:
         """As many as the head with most of them has; to the others the last ones are empty."""
         return functools.reduce(maximum, (kind.slots for kind in self._distinct if kind is not None))
@@ -79,6 +79,8 @@ class ByHead:
 
     def bias(self, bias: Bias) -> Bias:
         """A bias, or a sink's, over slots. Of what is empty it may say anything, but reads inside its tensors."""
+        if not bias:
+            return bias
         layouts = {name: self.layout(name) for name in "qk"}
         tokens = {name: minimum(one.token, N - 1) for name, one in layouts.items() if one is not None}
 
@@ -87,7 +89,7 @@ class ByHead:
 
         return biases.rewrite(bias, leaf)
 
-    @property
+    @functools.cached_property
     def _distinct(self) -> tuple[Residues | None, ...]:
         return tuple(dict.fromkeys(self.kinds))
 
@@ -189,6 +191,7 @@ def _mods(node: Pred) -> list[Mod]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def _divided(kind: Residues, rule: Pred) -> bool:
     """Whether a layout makes whole tiles of a condition anywhere in a rule."""
     if isinstance(rule, And | Or):

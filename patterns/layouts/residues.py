@@ -8,6 +8,7 @@ read row `token(slot)` while they pack a tile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,13 +50,13 @@ class Residues:
     every: int
     queries: bool = True
 
-    @property
+    @functools.cached_property
     def each(self) -> Expr:
         """How many slots a residue has."""
         span = TILE * self.every
         return (N + (span - 1)) // span * TILE
 
-    @property
+    @functools.cached_property
     def slots(self) -> Expr:
         """All of them."""
         return self.each * self.every
@@ -73,8 +74,7 @@ class Residues:
 
         among: there may be slots beyond these, which are empty as well.
         """
-        placed = self._walk(rule, among)
-        return placed & (self.slots > Q) if among and self.queries else placed
+        return _kept(self, rule, among)
 
     def divides(self, part: Pred) -> bool:
         """Whether tiles of this layout tell what a condition keeps: it is that the key has one remainder a tile."""
@@ -153,6 +153,12 @@ class Residues:
             return None
 
         return leaf
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(kind: Residues, rule: Pred, among: bool) -> Pred:
+    placed = kind._walk(rule, among)
+    return placed & (kind.slots > Q) if among and kind.queries else placed
 
 
 def _parts(pred: Pred) -> tuple[Pred, ...]:

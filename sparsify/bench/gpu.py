@@ -18,8 +18,8 @@ MOST = 512  # replays between them
 class Replayed:
     """A call as a CUDA graph's replay; the call itself, and a warning, where it can't be captured.
 
-    Short calls are timed several in a row: they leave their data in the caches to one another, and run at the clock that
-    they get by themselves, not at that to which a longer peer's power has brought the chip.
+    Short calls are timed several in a row: they leave their data in the caches to one another, and run at the clock
+    that they get by themselves, not at that to which a longer peer's power has brought the chip.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:

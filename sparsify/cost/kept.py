@@ -6,17 +6,21 @@ import functools
 
 import numpy as np
 
+from sparsify.cost.classes import Env, classes
+from sparsify.cost.nest import Nest
 from sparsify.cost.parts import Cells
-from sparsify.cost.positions import Positions, bands_of, corners, spread
+from sparsify.cost.positions import Positions, bands_of, corners, spread, tile_rule
+from sparsify.cost.tiles import some_of
 from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
-from sparsify.patterns.spans import band_pieces, interior_pieces, picked, without
+from sparsify.patterns.spans import Array, band_pieces, interior_pieces, listed, without
 from sparsify.ranges import Ranges, joined
 from sparsify.walk import evaluate
 
 ROWS = 2**14  # queries that are asked one by one; of more, a quarter as many spread evenly
-PAIRS = 2**21  # pairs in tiles of no known class that are asked one by one; of more, so many spread evenly
+PAIRS = 2**21  # pairs in partial tiles that are asked one by one; of more, so many spread evenly
 TILE = 64
+TILES = Nest(TILE, 1, TILE, TILE, TILE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,20 +44,28 @@ def _by_tiles(keep: Pred, head: int, at: Positions) -> float:
     count = env["q0"].size
     spans = band_pieces([(bands_of(keep), env)], count, at.k_slots, TILE)
     sure = interior_pieces(keep, env, count, at.k_slots, TILE)
-    rest = without(spans, sure)
-    total = float(((env["q1"] - env["q0"] + 1) * TILE * (spans.lengths - rest.lengths)).sum())
-    asked, most = int(rest.lengths.sum()), max(1, PAIRS // TILE**2)
-    tile, key = picked(rest, spread(asked, most) if asked > most else np.arange(asked))
-    share = asked / max(1, tile.size)
-    kept, ends = 0, np.minimum((key + 1) * TILE, at.k_slots) - 1
+    rest, rows = without(spans, sure), env["q1"] - env["q0"] + 1
+    looked, share = some_of(rest)
+    tile, key = listed(looked)
+    every, some = classes([(tile_rule(keep), env)], at, TILES, tile, key)
+    total = float((rows * TILE * (spans.lengths - rest.lengths)).sum()) + float(rows[tile[every]].sum()) * TILE * share
+    which, most = np.flatnonzero(some), max(1, PAIRS // TILE**2)
+    if which.size > most:
+        share, which = share * which.size / most, which[spread(which.size, most)]
+    return total + _in_partial(keep, env, at, tile[which], key[which]) * share
+
+
+def _in_partial(keep: Pred, env: Env, at: Positions, tile: Array, key: Array) -> float:
+    """Pairs that are kept in some tiles, given as (query tile, key tile) pairs."""
+    kept, ends = 0.0, np.minimum((key + 1) * TILE, at.k_slots) - 1
     for start in range(0, tile.size, 512):
         part = slice(start, start + 512)
         corner = env["q0"][tile[part]], env["q1"][tile[part]], key[part] * TILE, ends[part]
         cells = Cells(*corner, TILE, TILE)
         first, count, found = cells.pairs(keep, env)
         there = np.arange(TILE) <= (cells.k1 - cells.k0)[first, None]
-        kept += int((found & there[:, None]).sum((1, 2)) @ count)
-    return total + kept * share
+        kept += float((found & there[:, None]).sum((1, 2)) @ count)
+    return kept
 
 
 @functools.lru_cache(maxsize=4096)

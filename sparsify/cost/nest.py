@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify.codegen.cpp.source import SLOTS
 from sparsify.codegen.cpp.tuning import Tuning
@@ -68,6 +68,11 @@ class Nest:
     step: int = 1
     splits: int = 1
     section: int = 1
+
+    @functools.cached_property
+    def tile(self) -> Nest:
+        """What tiles are counted by: without how they are shared out, which the other heads of a site decide, too."""
+        return replace(self, whole_group=False, held=0, step=1, splits=1, section=1)
 
 
 def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0, tuned: Tuned = ()) -> Nest:

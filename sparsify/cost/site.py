@@ -10,11 +10,12 @@ from typing import Any
 
 from sparsify.codegen.slots import slot_count
 from sparsify.cost.choosing import Head, head_of, kept_units, rows_of
+from sparsify.cost.kept import kept_pairs
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest, Shape, cpp_nest, triton_nest
 from sparsify.cost.positions import Positions
 from sparsify.errors import InputError, PatternError
-from sparsify.expr import TRUE, Listed, Load, Pred, Var, as_expr, conjunction, disjunction
+from sparsify.expr import Listed, Load, Pred, Var, as_expr, disjunction
 from sparsify.patterns import Pattern
 from sparsify.patterns.grid import grids
 from sparsify.patterns.head_choices import complaint
@@ -28,23 +29,18 @@ from sparsify.walk import variables
 
 @dataclass(frozen=True)
 class Site:
-    """heads: of each query head. at: where queries and keys stand, over slots; tokens: over tokens, without a layout.
-    keeps: of each head over tokens, None where a selection decides. filled: which slots of queries hold a token.
-    orders: of tokens by which kernels read rows."""
+    """heads: of each query head. at: where queries and keys stand, over slots; tokens: as `keeps` has them, over tokens
+    where these are known. keeps: what each head keeps of them, None where a selection decides. placed: whether there
+    is a layout of the queries. orders: of tokens by which kernels read rows."""
 
     shape: Shape
     heads: tuple[Head, ...]
     at: Positions
     tokens: Positions
     keeps: tuple[Pred | None, ...]
-    filled: Pred = TRUE
+    placed: bool = False
     orders: int = 0
     tuned: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def placed(self) -> bool:
-        """Whether there is a layout of the queries."""
-        return self.at.q_slots != self.tokens.q_slots or self.orders == 2
 
     @property
     def list_rows(self) -> int:
@@ -77,10 +73,10 @@ class Site:
             keeps.append(one.static | (lists_from(one.selector, places[one.text], self.shape) & one.listed))
         return Program.of(keeps, loads=2 * len(rooms), queries=layout, target="triton"), rooms
 
-    def pairs_rule(self, head: int) -> tuple[Pred, int]:
-        """What of a head's static rule are pairs of tokens: a query of an empty slot has none."""
-        static = self.heads[head].static
-        return rule_of(static if self.filled == TRUE else conjunction([static, self.filled]), head)
+    def pairs(self, head: int) -> float:
+        """How many pairs of tokens a head's static rule keeps: counted over tokens, as slots hold some more."""
+        keep = self.keeps[head]
+        return kept_pairs(*rule_of(self.heads[head].static if keep is None else keep, head), self.tokens)
 
     def rules(self, heads: range) -> tuple[tuple[Pred, int], ...]:
         """The distinct static rules of some heads, each with a head that has it."""
@@ -136,7 +132,7 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
         return Site(shape, heads, tokens, tokens, keeps, orders=int(sorts))
     env = {"N": shape.k_len, "Nq": shape.q_len}
     laid_out = over_slots(shape, placed.keeps, tokens, (placed.queries, placed.keys), env)
-    return replace(laid_out, keeps=keeps, filled=TRUE if placed.queries is None else placed.queries.filled)
+    return replace(laid_out, keeps=keeps, tokens=tokens)
 
 
 def _laid_out(patterns: tuple[Pattern, ...], keeps: list[Pred], shape: Shape) -> LaidOut:
@@ -155,5 +151,5 @@ def over_slots(
     env: what numbers of slots are of: N, Nq and size variables.
     """
     slots = {"q_slots": slot_count(layouts[0], shape.q_len, env), "k_slots": slot_count(layouts[1], shape.k_len, env)}
-    orders = sum(layout is not None for layout in layouts)
-    return Site(shape, tuple(map(Head, keeps)), replace(tokens, **slots), tokens, keeps, orders=orders)
+    at, orders = replace(tokens, **slots), sum(layout is not None for layout in layouts)
+    return Site(shape, tuple(map(Head, keeps)), at, at, keeps, layouts[0] is not None, orders)

@@ -96,7 +96,7 @@ def _static(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest
 
 def group_of(site: Site, nest: Nest, heads: range) -> Group:
     """Those of query heads that are in the same query tiles."""
-    static = _static(site.rules(heads), len(heads), site.at, nest)
+    static = _static(site.rules(heads), len(heads), site.at, nest.tile)
     if not any(site.heads[h].selector for h in heads):
         return static
     done, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed

@@ -71,7 +71,7 @@ def _closed_inside(keep: Pred, env: Env, rest: Pieces, at: Positions, nest: Nest
 
 def _asked(rules: Rules, rest: Pieces, at: Positions, nest: Nest) -> tuple[Array, Array, Inside]:
     """(full, partial) tiles of each query tile, and what is in partial ones: each is asked for its class."""
-    looked, share = _some(rest)
+    looked, share = some_of(rest)
     tile, key = listed(looked)
     every, some = classes(rules, at, nest, tile, key)
     count = rest.low.shape[1]
@@ -88,7 +88,7 @@ def _asked(rules: Rules, rest: Pieces, at: Positions, nest: Nest) -> tuple[Array
     return more, partial, boxes.inside(asked_of(rule), kept)
 
 
-def _some(rest: Pieces) -> tuple[Pieces, float]:
+def some_of(rest: Pieces) -> tuple[Pieces, float]:
     """The pieces, or where they hold too many tiles those of some query tiles, evenly spread; and by how many times."""
     total, count = int(rest.lengths.sum()), rest.low.shape[1]
     if total <= MANY:

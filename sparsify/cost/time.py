@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from sparsify.cost.choosing import Work, work_of
-from sparsify.cost.kept import kept_by_any, kept_pairs
+from sparsify.cost.kept import kept_by_any
 from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
@@ -97,8 +97,8 @@ def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float],
 def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
     """The tiles and pairs of one head by itself, without its time."""
     shape, head = site.shape, site.heads[h]
-    visited, full, partial, run = _totals(rule_of(head.static, h), site.at, nest)
-    pairs = kept_pairs(*site.pairs_rule(h), site.at)
+    visited, full, partial, run = _totals(rule_of(head.static, h), site.at, nest.tile)
+    pairs = site.pairs(h)
     lists = listing(site, head, h, nest)
     if lists is not None:
         visited, full = visited + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
