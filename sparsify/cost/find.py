@@ -6,13 +6,13 @@ import functools
 import hashlib
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from sparsify import env
 from sparsify.cost.machine import Machine, read
 from sparsify.errors import InputError, SparsifyError, nearest
+from sparsify.files import write_whole
 from sparsify.runtime.machine import cpu_model
 
 FOLDER = "machines"
@@ -53,13 +53,7 @@ def save(machine: Machine, path: Path | None = None) -> Path:
     The file is there as a whole or not at all, whoever writes at the same time.
     """
     to = path or calibrated_path()
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=to.parent, suffix=".part", delete=False) as file:
-            file.write(machine.text())
-        os.replace(file.name, to)
-    except OSError as error:
-        raise InputError(f"{to}: can't be written: {error.strerror} (set SPARSIFY_CACHE_DIR)") from None
+    write_whole(to, machine.text(), "machine")
     return to
 
 
