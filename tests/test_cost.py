@@ -235,6 +235,19 @@ def test_layers_share_what_is_counted_of_a_rule_whichever_heads_are_beside_it():
     assert tiles_of.cache_info().misses == before
 
 
+def test_keys_that_heads_share_are_read_once():
+    given = {"q_len": 1024, "length": 65536, "head_dim": 128, "dtype": "bfloat16", "machine": "h100"}
+    one, four = (cost.estimate([p.window(512) & p.causal()] * heads, kv_heads=1, **given) for heads in (1, 4))
+    own = 1024 * 128 * 2 * 2  # of a head's queries and output
+    assert four.bytes - 4 * own == pytest.approx(one.bytes - own)
+
+
+@pytest.mark.parametrize("length", [65, 200])
+def test_the_last_query_tile_of_a_selection_is_as_short_as_it_is(length):
+    given = {"length": length, "head_dim": 64, "dtype": "bfloat16", "machine": "h100"}
+    assert cost.estimate([p.topk(64)], **given).visited <= cost.estimate([p.dense()], **given).visited
+
+
 NATTEN = (
     # What Generalized Neighborhood Attention's table says a fully block-sparse case saves: all tiles by visited ones.
     (p.neighborhood(32768, 2048, 256), 32768, 16.0),

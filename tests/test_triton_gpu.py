@@ -107,4 +107,5 @@ def test_candidates_are_checked_and_timed(device: str, name: str, tmp_path, monk
     error, bound = here.check({"num_stages": 2})
     assert here.launches and 0 < error <= bound
     race = here.race({"num_stages": 2}, {}, 5, 1.0)
-    assert len(race.first) == len(race.second) == 5 and all(0 < one < 0.1 for one in race.first + race.second)
+    assert len(race.challenger) == len(race.incumbent) == 5
+    assert all(0 < one < 0.1 for one in race.challenger + race.incumbent)

@@ -24,7 +24,8 @@ from sparsify.codegen.cpp.tuning import ALLOWED, Tuning, fits, register_blocks
 from sparsify.codegen.triton import tuned as triton
 from sparsify.codegen.triton.tuning import tiled
 from sparsify.errors import InputError
-from sparsify.program import Program
+from sparsify.expr import Var
+from sparsify.program import Layout, Program
 from sparsify.runtime import machine_isa, tuned
 from sparsify.runtime.toolchain import ISAS
 from sparsify.runtime.tunings import Tuned
@@ -158,6 +159,18 @@ def test_what_is_tried_begins_with_no_field_that_is_not_there():
         for values in (values for group in cpp.groups(some) for values in group):
             Tuning.of(machine_isa(), values)
             assert set(values) <= set(cpp.default(some))
+
+
+def test_tiles_that_come_to_the_same_are_tried_once():
+    laid_out = replace(MIXED, queries=Layout(Var("N"), Var("q")), keys=Layout(Var("N"), Var("k")))
+    for program, clamps in ((MIXED, False), (laid_out, True)):
+        call = replace(launch(program, (1, 1, 512, 512), torch.bfloat16, (128, 128)), program=program)
+        first = triton.groups(call, 90)[0]
+        tiles = [
+            (*(min(one[name], 64 if clamps else 256) for name in ("block_m", "block_n")), one["num_warps"])
+            for one in first
+        ]
+        assert len(set(tiles)) == len(tiles) > 2
 
 
 @built

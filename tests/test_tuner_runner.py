@@ -44,7 +44,7 @@ def test_on_a_gpu_each_side_is_captured_once_and_its_replays_are_timed(ran, monk
     here = runner.Runner()
     here.launches = launches(True)
     race = here.race({"num_warps": 8}, {}, 7, 60.0)
-    assert race.first == (0.5,) * 7 and race.second == (2.0,) * 7
+    assert race.challenger == (0.5,) * 7 and race.incumbent == (2.0,) * 7
     assert captured == [{"num_warps": 8}] * 2 + [{}] * 2
     assert ran == [{"num_warps": 8}] * 2 + [{}] * 2 + captured  # built, and captured; no round runs Python again
 
@@ -53,7 +53,7 @@ def test_on_a_processor_every_round_runs_under_its_sides_values(ran):
     here = runner.Runner()
     here.launches = launches(False)
     race = here.race({"blocks": 8}, {}, 6, 60.0)
-    rounds = len(race.first)
+    rounds = len(race.challenger)
     again = (len(ran) - 6) // (4 * rounds)  # two launches of two sides are built, and the default's timed once
     assert len(ran) == 6 + 4 * rounds * again and again >= 1
     assert ran[6 : 6 + 4 * again] == [{"blocks": 8}] * 2 * again + [{}] * 2 * again

@@ -11,7 +11,8 @@ struct Direct {
 #if READS
 // While keys are multiplied their values are fetched, and meanwhile the next keys. Line by line and evenly: a core has
 // few lines on their way at a time, and has more fetched by itself where it finds them in order.
-// fetch_lines does step `step` of those that fetch `count` rows of SIZE elements, ROWS of them in STEPS steps.
+// fetch_lines has the next few lines of `count` rows of SIZE elements fetched: ROWS rows take STEPS calls, and `step` is
+// the number of the call, from 0 on.
 template <int SIZE, int ROWS, int STEPS>
 static inline __attribute__((always_inline)) void fetch_lines(const Element* const* rows, I count, I step) {
     constexpr int LINE = 64 / sizeof(Element), LINES = (SIZE + LINE - 1) / LINE; // of a row

@@ -116,7 +116,7 @@ static void steps_of(Steps& steps, uint64_t keys) {
         }
         return;
     }
-    for (int first = 0; keys >> first && first < KB; first += 8) {
+    for (int first = 0; first < KB && keys >> first; first += 8) {
         uint8_t byte = (uint8_t)(keys >> first);
         uint64_t numbers = BITS.of[byte] + first * 0x0101010101010101ull;
         memcpy(steps.at + steps.last, &numbers, 8);

@@ -22,7 +22,7 @@ from sparsify.codegen.cpp.rules import (
     print_rules,
     uses_head,
 )
-from sparsify.codegen.cpp.tuning import Tuning
+from sparsify.codegen.cpp.tuning import Tuning, reads_in_place
 from sparsify.codegen.names import program_name, size_name
 from sparsify.codegen.target import DTYPES, dtype_name
 from sparsify.patterns.lists import tile_rows
@@ -66,6 +66,7 @@ class Shape:
 def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
     """(name, source) of the kernel."""
     name, names = kernel_name(program, shape, isa), Names(program, shape.tuning.keys)
+    sizes = shape.head_dim, shape.value_dim
     return name, fill(
         SKELETON,
         name=name,
@@ -75,6 +76,7 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         head_dim=shape.head_dim,
         value_dim=shape.value_dim,
         tuning=shape.tuning,
+        reads=reads_in_place(*sizes, 4 if shape.io == "fp32" else 2, shape.tuning, isa),
         blocks=shape.blocks(program),
         max_bands=max_bands(program),
         exp2=EXP2[shape.io],

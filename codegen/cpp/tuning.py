@@ -88,6 +88,14 @@ def fits(vectors: int, keys: int, isa: Isa) -> bool:
     return keys * 4 // isa.vector_bytes % vectors == 0
 
 
+def reads_in_place(head_dim: int, value_dim: int, size: int, how: Tuning, isa: Isa) -> bool:
+    """Whether few rows may read keys and values where they lie, as direct.h does: rows of keys and of values are whole
+    vectors and panels, and elements of 16 bits, whose `size` is 2 bytes, are read two vectors at a time."""
+    whole = head_dim * size % isa.vector_bytes == 0
+    panels = value_dim * 4 % (how.block_vectors * isa.vector_bytes) == 0
+    return whole and panels and (size == 4 or how.block_vectors % 2 == 0)
+
+
 def register_blocks(isa: Isa) -> Iterable[tuple[int, int]]:
     """The register blocks (rows, vectors) that fit an instruction set's registers: one for each sum, one for each
     vector of the packed operand, and one for a number."""

@@ -113,9 +113,18 @@ def groups(launch: Launch, arch: int | str | None = None) -> list[list[Mapping[s
         half = dtype_name(launch.q.dtype) != "float32"
         tiles = [{"block_m": m, "block_n": n, "num_warps": w} for m, n, w in TILES[half]]
     tiles.sort(key=lambda values: sum(value != usual[name] for name, value in values.items()))
+    tiles = list({_tile(launch, arch, values): values for values in reversed(tiles)}.values())[::-1]
     others = ["num_stages", "splits" if launch.q.shape[2] <= FEW else "l2_mib"]
     others += ["described"] if usual["described"] else []
     return [tiles, *([{name: value} for value in ALLOWED[name]] for name in others)]
+
+
+def _tile(launch: Launch, arch: int | str | None, values: Mapping[str, int]) -> Shape:
+    """What the launch's tiles are with these values: several may come to the same."""
+    from sparsify.codegen.triton.tuning import clamped, untuned
+
+    found = _arch(launch, arch)
+    return clamped(launch.program, replace(untuned(launch, found), **values), found)
 
 
 def holds(entry: Tuned) -> bool:

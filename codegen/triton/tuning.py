@@ -80,7 +80,7 @@ _HALF = {
 }
 # Hopper's for many keys a query. By time on an H200, as is the row of "hopper".
 _LONG = {64: Shape(64, 128, 4, 3, described=True), 128: Shape(128, 128, 8, 3, described=True)}
-# Hopper's where loops are short (in boxes), and at small head sizes where their bodies are (one rule), by time, too.
+# Hopper's in place of 3 where loops are short (boxes) or bodies small (heads of 64 with one rule), by time, too.
 FEW_STAGES = 2
 # float32 multiplies in float32 ("ieee"), on NVIDIA without tensor cores.
 _FLOAT = {
@@ -147,18 +147,22 @@ def _longer(program: Program, length: int, usual: Shape, long: Shape) -> Shape:
     return long if larger <= MORE_KEYS * keys else usual
 
 
+def clamped(program: Program, shape: Shape, arch: int | str | None) -> Shape:
+    """The shape with no larger tiles than a program can have: key tiles of lists are no wider than a block of a
+    summary, and rows of a box of slots lie together."""
+    if program.queries is not None or program.keys is not None:
+        shape = INTERPRETED_SLOTS if arch is None else shape
+        return replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
+    return replace(shape, block_n=min(shape.block_n, BLOCK)) if rounds(program) else shape
+
+
 def tiled(launch: Launch, arch: int | str | None) -> tuple[Launch, Shape]:
     """The shape of a launch, and the launch as it runs so: a query tile never has queries of two lists.
 
     Where that leaves few queries to a tile, and at decode, the heads of a group fill it up if they keep the same keys.
     """
     program, q_len = launch.program, slots(launch)[0]
-    shape = tuned_shape(launch, arch, untuned(launch, arch))
-    if rounds(program):
-        shape = replace(shape, block_n=min(shape.block_n, BLOCK))
-    if program.queries is not None or program.keys is not None:  # rows of a box of slots lie together
-        shape = INTERPRETED_SLOTS if arch is None else shape
-        shape = replace(shape, block_m=min(shape.block_m, BLOCK), block_n=min(shape.block_n, BLOCK))
+    shape = clamped(program, tuned_shape(launch, arch, untuned(launch, arch)), arch)
     if not packing(program):
         return launch, shape
     heads, queries, group = 1, tile_rows(program.keep, shape.block_m), launch.q.shape[1] // launch.k.shape[1]
@@ -181,7 +185,8 @@ def rows_of_heads(prefill: Shape) -> int:
 
 
 def section(launch: Launch, shape: Shape) -> int:
-    """How many heads' query tiles run side by side: as many as read keys and values that fit the L2 cache together.
+    """How many groups of `shape.heads` heads run side by side: as many as read keys and values that fit the L2 cache
+    together.
 
     Query tiles that run at a time are neighbours: of a window's keys they read few.
     """
@@ -205,7 +210,8 @@ def _splits(launch: Launch, shape: Shape) -> int:
 
 def splits(keys: Sequence[float], tiles: float, block_n: int, multiprocessors: int) -> int:
     """Between how many tiles the keys of few queries are split: so many that no head, the longest neither, takes much
-    more than its share of the multiprocessors' time, and each split still has some key tiles.
+    more than its share of the multiprocessors' time, and each split still has some key tiles: a power of two near
+    TILES_AT_ONCE * multiprocessors / tiles times the longest head's part of all keys.
 
     keys: those of a query, for each head. tiles: query tiles for a head, a part of one where heads share it.
     """

@@ -85,9 +85,10 @@ class Placed:
         return substitute(pred, self._places())
 
     def _walk(self, pred: Pred, spans: Mapping[str, Span], fill: bool, same: bool) -> Pred:
-        """Where q and k are known to be in `spans`.
+        """A predicate over slots, in which coordinates are still placeholders (`q_0`, `k_0`).
 
-        fill: whether to drop empty slots here. same: whether q and k are known to be in one dilation group.
+        spans: the tokens that q and k are known to be among. fill: whether to drop the keys of empty slots here, which
+        one level of it does. same: whether q and k are known to be in one dilation group.
         """
         if isinstance(pred, Or):
             return disjunction(self._walk(part, spans, fill, same) for part in pred.parts)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 LEAST = 20e-3  # seconds between two events, about: a chip takes some milliseconds to its clock
-MOST = 512  # replays between them
+MOST = 4096  # replays between them
 
 
 class Replayed:

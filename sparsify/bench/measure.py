@@ -49,7 +49,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Result:
-    """One case measured: timings and memory by peer, why others have none, GEMM's FLOP/s, kept pairs, the errors."""
+    """One case measured: timings and memory by peer, why others have none, GEMM's FLOP/s, the errors. density: kept
+    pairs of all length**2 pairs of a head."""
 
     case: Case
     timings: Mapping[str, Timing]

@@ -24,14 +24,13 @@ SHARE = 0.25  # of what a row can see, where scores decide how much is kept (top
 class Head:
     """What one head's predicate comes to. static: what its kernel finds by bands. listed: what it keeps of the keys in
     lists; selector: that makes these, with the text of its choice, or None. causal: whether the selector sees no key
-    after a query. compensated: whether what is dropped joins as one key."""
+    after a query."""
 
     static: Pred
     listed: Pred = FALSE
     selector: Selector | None = None
     text: str = ""
     causal: bool = True
-    compensated: bool = False
 
 
 def head_of(keep: Pred) -> Head:
@@ -39,7 +38,7 @@ def head_of(keep: Pred) -> Head:
     found = head_choices(keep)
     made: dict[Chosen, Pred] = {one: TRUE for one in (found.online, found.compensation, found.lives) if one is not None}
     if found.listed is None:
-        return Head(with_choices(keep, made), compensated=found.compensation is not None)
+        return Head(with_choices(keep, made))
     selector = Choice.parse(found.listed.text).selector
     assert isinstance(selector, Selector)
     own = FALSE if selector.permute is None else eq(Q // selector.permute.segment, K // selector.permute.segment)

@@ -13,6 +13,7 @@ from sparsify.cost.schedule import about, cpp_threads, makespan, packed, splits,
 from sparsify.cost.site import Site
 from sparsify.cost.steps import STEPS, Group, group_of, rates_vector
 from sparsify.patterns.spans import Array, merged
+from sparsify.ranges import joined
 
 PACK, ITEM, READ = (STEPS.index(name) for name in ("pack", "item", "read"))
 
@@ -99,7 +100,8 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]
     if nest.splits > 1:
         line = np.repeat(line, nest.splits, axis=2) / nest.splits
         line[:, ITEM] = 1
-    heads = [line[start : start + nest.section, :, ::-1] for start in range(0, len(line), nest.section)]
+    line = line[:, :, ::-1] if nest.descending else line  # the longest first, as attention.py.jinja has it
+    heads = [line[start : start + nest.section] for start in range(0, len(line), nest.section)]
     done = np.concatenate([some.transpose(1, 2, 0).reshape(len(STEPS), -1) for some in heads], axis=1)
     vector = rates_vector(rates)
     reading = done[READ] * rates.read
@@ -109,10 +111,12 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]
 
 
 def _touched(site: Site, nest: Nest, some: list[Group]) -> float:
-    """How many keys some query tile of a key head meets, about: they come from memory once."""
+    """How many keys some query tile of a key head meets, about: they come from memory once, whoever reads them."""
     low, high = (np.concatenate([getattr(group.pieces, side) for group in some]) for side in ("low", "high"))
     there = high > low
-    spread = np.where(there, high, 0).max(1) - np.where(there, low, 2**60).min(1)
+    first, last = np.where(there, low, 2**60).min(1).tolist(), (np.where(there, high, 0).max(1) - 1).tolist()
+    extents = joined(sorted(ends for ends in zip(first, last, strict=True) if ends[0] <= ends[1]))
+    met = sum(last - first + 1 for first, last in extents)
     lists = sum(float((group.listed + group.gathered / nest.keys).sum()) for group in some)
     units = -(-site.at.k_slots // nest.keys)
-    return min(float(np.clip(spread, 0, None).sum()) + lists, units) * nest.keys
+    return min(met + lists, units) * nest.keys

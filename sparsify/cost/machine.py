@@ -235,7 +235,7 @@ GROWS = {"full", "live", "pack", "row", "read", "direct", "pair", "causal", "few
 def _mixed(one: Any, other: Any, part: float, dtype: str, head_dim: int, times: float) -> Any:
     values = one.model_dump()
     for name, value in other.model_dump().items():
-        if isinstance(value, float) and name != "head_dim":
+        if isinstance(value, float):
             values[name] = (values[name] * (1 - part) + value * part) * (times if name in GROWS else 1.0)
     return type(one).model_construct(**values | {"dtype": dtype, "head_dim": head_dim})
 

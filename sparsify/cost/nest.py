@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparsify.codegen.cpp.source import SLOTS
-from sparsify.codegen.cpp.tuning import Tuning
+from sparsify.codegen.cpp.tuning import Tuning, reads_in_place
 from sparsify.program import Program
 from sparsify.runtime.toolchain import ISAS
 
@@ -54,7 +54,8 @@ class Nest:
     whole_group: a query tile is all queries of its heads, and these are all of a key head's, as in decoding. direct:
     keys are read where they lie, row by row. held: how many packed key tiles a core keeps; 0 where none are packed.
     step: query tiles that a core takes at a time, at most. splits: between how many query tiles the keys of one are
-    split. section: how many heads' query tiles run side by side, on a GPU.
+    split. section: how many groups of `heads` heads run side by side, on a GPU. descending: whether the last query
+    tiles come first there.
     """
 
     rows: int
@@ -68,11 +69,12 @@ class Nest:
     step: int = 1
     splits: int = 1
     section: int = 1
+    descending: bool = False
 
     @functools.cached_property
     def tile(self) -> Nest:
         """What tiles are counted by: without how they are shared out, which the other heads of a site decide, too."""
-        return replace(self, whole_group=False, held=0, step=1, splits=1, section=1)
+        return replace(self, whole_group=False, held=0, step=1, splits=1, section=1, descending=False)
 
 
 def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int = 0, tuned: Tuned = ()) -> Nest:
@@ -86,7 +88,7 @@ def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int
     heads = max(1, min(shape.group, how.rows // rows))
     whole = rows == q_slots and heads == shape.group
     panel_bytes = how.block_vectors * isa.vector_bytes
-    reads = shape.head_dim * shape.size % isa.vector_bytes == 0 and shape.head_dim * 4 % panel_bytes == 0
+    reads = reads_in_place(shape.head_dim, shape.head_dim, shape.size, how, isa)
     direct = reads and whole and rows * heads <= how.direct_rows
     tile_bytes = 4 * keys * 2 * shape.head_dim
     held = 1 if whole else max(1, min(how.cache_kib << 10, TOTAL_CACHE_BYTES // cores) // tile_bytes)
@@ -101,6 +103,7 @@ def triton_nest(
     program: that runs. capacities: of its lists, the longest of which each index and count in turn is a load.
     """
     from sparsify.codegen.target import Launch
+    from sparsify.codegen.triton.printer import longest_last
     from sparsify.codegen.triton.tuning import section, tiled
     from sparsify.runtime import tuned as store
 
@@ -112,7 +115,7 @@ def triton_nest(
         launch, found = tiled(launch, int(arch) if arch.isdigit() else arch)
     whole = found.heads == shape.group and found.rows >= shape.q_len
     sizes = found.rows, found.heads, found.block_n, found.block_m, found.block_n, whole
-    return Nest(*sizes, splits=found.splits, section=section(launch, found))
+    return Nest(*sizes, splits=found.splits, section=section(launch, found), descending=longest_last(launch.program))
 
 
 @dataclass(frozen=True)

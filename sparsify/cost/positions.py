@@ -19,7 +19,8 @@ from sparsify.walk import loads, variables
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the queries and keys of a launch stand: how many slots each have, the first query, N and Nq."""
+    """Where the queries and keys of a launch stand. q_slots, k_slots: how many slots each have. offset: the position of
+    the first query. q_len, k_len: the variables Nq and N of predicates."""
 
     q_slots: int
     k_slots: int

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadCost:
-    """One query head. pairs: that it keeps, all batches together. visited: pairs of the tiles that run. full, partial:
-    its tiles without and with a mask; empty: those that its loop comes to and skips.
+    """One query head. pairs: that it keeps, all batches together. visited: pairs of the tiles that run, kept or not.
+    full, partial: its tiles without and with a mask; empty: those that its loop comes to and skips.
 
     kv_bytes: of the keys and values that its last query keeps, which a cache has to hold; all of them where a selection
     chooses anew. seconds: its share of the site's, of which select_seconds are for choosing.

@@ -76,8 +76,9 @@ def _share(head: Head, number: int, site: Site, sees: bool) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """The heads that share query tiles. visited: the key tiles that each comes to. pieces: those of the static rules;
-    lists: how many key tiles of lists are packed for this tile alone, and found among packed ones."""
+    """The heads that share query tiles; arrays have one value for each of these. steps: float64 (STEPS, query tiles).
+    visited: key tiles that each comes to, those of lists included. pieces: those of the static rules. gathered: keys of
+    lists that are packed for one query tile alone. listed: key tiles of lists that may be found among packed ones."""
 
     steps: Array
     visited: Array

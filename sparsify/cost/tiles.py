@@ -1,4 +1,4 @@
-"""What the query tiles of a head go through: its key tiles by class, blocks that run, pairs that are kept."""
+"""What the query tiles of a head go through: its key tiles by class, and the blocks of these that run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ MANY = 2**18  # key tiles that are asked for their class one by one; of more, th
 
 @dataclass(frozen=True)
 class Tiles:
-    """One value for each query tile of one head, or of the heads that share it.
+    """float64, one value for each query tile of one head, or of the heads that share it.
 
     rows: of all its heads. visited: key tiles that its loop comes to; full, partial: those of them without and with a
-    mask (the others are empty). whole: pairs of blocks of rows that run without a mask. masked: of those with one;
-    live: of their panels of keys that run. pieces: the key tiles that the loop comes to.
+    mask (the others are empty). whole, masked, live: pairs of a query and a key, of whole blocks of rows: those that
+    run without a mask, those that run with one, and of these those in panels of keys that aren't left out. pieces: the
+    key tiles that the loop comes to.
     """
 
     rows: Array

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+import numpy as np
+
 from sparsify.cost.choosing import Work, work_of
 from sparsify.cost.kept import kept_by_any
 from sparsify.cost.launch import launch_of
@@ -103,7 +105,8 @@ def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
     if lists is not None:
         visited, full = visited + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
         partial, pairs = partial + float(lists.partial.sum()), pairs + lists.pairs
-        run += float((lists.run * nest.rows).sum()) * nest.keys
+        first = np.arange(0, site.at.q_slots, nest.rows)
+        run += float(lists.run @ np.minimum(nest.rows, site.at.q_slots - first)) * nest.keys
     return HeadCost(
         pairs=min(pairs, run) * shape.batch,
         visited=run * shape.batch,

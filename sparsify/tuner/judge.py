@@ -15,18 +15,18 @@ SURE = 1.96  # standard deviations: the interval holds the median 19 times of 20
 class Race:
     """Two candidates timed in turns: for each round, the seconds of both, summed over the launches."""
 
-    first: tuple[float, ...]
-    second: tuple[float, ...]
+    challenger: tuple[float, ...]
+    incumbent: tuple[float, ...]
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Of the first one's seconds to the second one's, round by round."""
-        return tuple(a / b for a, b in zip(self.first, self.second, strict=True))
+        """The challenger's seconds over the incumbent's, round by round: below 1 it is faster."""
+        return tuple(a / b for a, b in zip(self.challenger, self.incumbent, strict=True))
 
     @property
     def medians(self) -> tuple[float, float]:
-        """Of both sides' seconds."""
-        return statistics.median(self.first), statistics.median(self.second)
+        """Of the challenger's seconds and of the incumbent's."""
+        return statistics.median(self.challenger), statistics.median(self.incumbent)
 
 
 def spread(ratios: Sequence[float]) -> tuple[float, float, float]:

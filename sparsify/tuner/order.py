@@ -6,6 +6,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from sparsify import cost
 from sparsify.codegen.target import Launch, dtype_name
 from sparsify.cost.machine import Machine
@@ -60,18 +62,21 @@ class Order:
 
 
 def machine_for(launch: Launch, arch: int | str | None = None) -> Machine | None:
-    """The machine that a launch's target runs on, as the simulator knows it, or None.
+    """The machine that a launch's target runs on, as the simulator knows it, or None: of a GPU the one of its name,
+    else the first of its architecture.
 
     arch: what is built for where there is no GPU.
     """
     if launch.program.target == "cpp":
         return cost.machine()
+    name = ""
     if launch.q.is_cuda:
         from sparsify.codegen.triton.kernels import architecture
 
-        arch = architecture(launch.q.device.index)
-    known = (cost.machine(name) for name in cost.names())
-    return next((one for one in known if one.target == "triton" and one.arch == str(arch)), None)
+        arch, name = architecture(launch.q.device.index), torch.cuda.get_device_name(launch.q.device).lower()
+    known = (cost.machine(one) for one in cost.names())
+    found = [one for one in known if one.target == "triton" and one.arch == str(arch)]
+    return next((one for one in found if one.name in name), found[0] if found else None)
 
 
 def _site(launch: Launch) -> Site | None:

@@ -19,13 +19,13 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     found = new_table("default against tuned", "default", "tuned", "faster", "±", "tried", first="kernel", gap=2)
     found.add_column("what differs")
     for one in outcomes:
-        last, tried = one.last, sum(not trial.last for trial in one.trials)
+        last, tried = one.last, str(one.tried)
         if last is None:
-            found.add_row(one.job.name, "-", "-", "-", "-", str(tried), one.why)
+            found.add_row(one.job.name, "-", "-", "-", "-", tried, one.why)
             continue
         times = [short(seconds * 1e3) for seconds in (last.default, last.seconds)]
         spread = f"{(last.high - last.low) / 2 / last.ratio:.1%}" if last.values else ""
-        found.add_row(one.job.name, *times, f"{1 / last.ratio:.3f}x", spread, str(tried), describe(last.values))
+        found.add_row(one.job.name, *times, f"{1 / last.ratio:.3f}x", spread, tried, describe(last.values))
     return found
 
 
@@ -57,7 +57,7 @@ def to_dict(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     rows = []
     for one in outcomes:
         last, raced = one.last, [trial for trial in one.trials if trial.state == RIGHT and not trial.last]
-        told = {"name": one.job.name, "kernel": one.job.key[3], "tried": len(one.trials), "raced": len(raced)}
+        told = {"name": one.job.name, "kernel": one.job.key[3], "tried": one.tried, "raced": len(raced)}
         if last is not None:
             told |= {"values": dict(last.values), "default_seconds": last.default, "seconds": last.seconds}
             told |= {"ratio": last.ratio, "low": last.low, "high": last.high}

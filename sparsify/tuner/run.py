@@ -37,6 +37,11 @@ class Outcome:
     last: Trial | None
     why: str = ""
 
+    @property
+    def tried(self) -> int:
+        """How many candidates there were, without the races that end searches."""
+        return sum(not trial.last for trial in self.trials)
+
 
 @dataclass
 class Run:

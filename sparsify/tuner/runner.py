@@ -52,7 +52,7 @@ class Runner:
         for side in (values, against):
             self.build(side)
         sides = Side(self.launches, values), Side(self.launches, against)
-        again = max(1, min(MOST, int(ROUND_SECONDS / sides[1].seconds())))
+        again = sides[1].repeats()
         begin = time.perf_counter()
         for number in range(rounds):
             for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -76,6 +76,12 @@ class Side:
         self.values = values
         with tuned.forced(values), torch.inference_mode():
             self.calls = [_call(launch) for launch in launches]
+
+    def repeats(self) -> int:
+        """How often a round runs it: a short one many times; on a GPU `bench.gpu` repeats by itself."""
+        if any(isinstance(call, gpu.Replayed) for call in self.calls):
+            return 1
+        return max(1, min(MOST, int(ROUND_SECONDS / self.seconds())))
 
     def seconds(self) -> float:
         """Of all launches together, each once; on a GPU by events on the device, the mean of short ones in a row."""
