@@ -17,6 +17,8 @@ from sparsify.runtime import toolchain as tools
 CPP = target("cpp")
 
 ISAS = ["avx512", "avx2", "portable"]
+BEST = tools.machine_isa().name
+BEST_ALONE = [pytest.param(isa, marks=() if isa == BEST else pytest.mark.slow) for isa in ISAS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -71,8 +71,8 @@ def check_generation(name: str, how: str, batch: int, steps: int, cache: str | N
     assert graphs() <= 3
 
 
-GENERATED = [("llama", "sdpa", 1, None), ("llama", "eager", 4, "static"), ("mistral", "sdpa", 4, None),
-             ("gemma2", "eager", 1, "static")]  # fmt: skip
+GENERATED = [("llama", "sdpa", 1, None), pytest.param("llama", "eager", 4, "static", marks=pytest.mark.slow),
+             ("mistral", "sdpa", 4, None), ("gemma2", "eager", 1, "static")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "how", "batch", "cache"), GENERATED)
@@ -104,7 +104,6 @@ def test_patterns_over_a_cache_that_rolls(cache):
     made = model("mistral", "sdpa")
     ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(3))
     for pattern in ({"window": 3}, {"sinks": 1, "window": 3}):
-        whole = compiled(made, spec=spec_of(**pattern))[0](ids, use_cache=False).logits
         past = transformers.DynamicCache(config=made.config)
         if cache == "static":
             past = transformers.StaticCache(config=made.config, max_cache_len=24)
@@ -115,6 +114,7 @@ def test_patterns_over_a_cache_that_rolls(cache):
             assert refused == {"the spec's pattern depends on absolute positions, and the cache drops its oldest keys"}
         else:
             assert not refused
+            whole = compiled(made, spec=spec_of(**pattern))[0](ids, use_cache=False).logits
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 

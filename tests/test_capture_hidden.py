@@ -42,15 +42,17 @@ def alibi(score, b, h, q, k):
     return score + SLOPES[h] * (k - q)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+FLEX = [
+    (None, window, True, "window(5)", True),
+    (None, documents, False, "causal", False),
+    (softcap, window, False, "window(5)", False),
+    (alibi, None, True, "", True),
+]
+
+
 @pytest.mark.parametrize(
-    ("score_mod", "mask_mod", "grouped", "text"),
-    [
-        (None, window, True, "window(5)"),
-        (None, documents, False, "causal"),
-        (softcap, window, False, "window(5)"),
-        (alibi, None, True, ""),
-    ],
+    ("score_mod", "mask_mod", "grouped", "text", "dynamic"),
+    [*FLEX, *(pytest.param(*case, not dynamic, marks=pytest.mark.slow) for *case, dynamic in FLEX)],
 )
 @torch.no_grad()
 def test_flex_attention(score_mod, mask_mod, grouped, text, dynamic):

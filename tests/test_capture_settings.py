@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -20,10 +21,16 @@ def half():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("how", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "around", [(half, torch.no_grad), (torch.inference_mode,), (half, torch.inference_mode), (torch.no_grad, half)]
-)
+AROUND = [(half, torch.no_grad), (torch.inference_mode,), (half, torch.inference_mode), (torch.no_grad, half)]
+WAYS = [("sdpa", AROUND[0]), ("eager", AROUND[1]), ("eager", AROUND[2]), ("sdpa", AROUND[3])]
+OTHER_WAYS = [
+    pytest.param(how, around, marks=pytest.mark.slow)
+    for how, around in itertools.product(("sdpa", "eager"), AROUND)
+    if (how, around) not in WAYS
+]
+
+
+@pytest.mark.parametrize(("how", "around"), WAYS + OTHER_WAYS)
 def test_autocast_and_inference_mode(how, around):
     made = model("llama", how)
     run, recorded = compiled(made)

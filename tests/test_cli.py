@@ -224,7 +224,16 @@ def test_explain_reads_a_folder_with_a_config(run, llama):
     assert all(site["patterns"] == ["sinks(4) | window(1024)"] * 4 and not site["refusal"] for site in report["sites"])
 
 
-@pytest.mark.parametrize(("line", "expected"), golden.cases("explain"), ids=golden.ids)
+# What these show is in the others, too: a causal model, a spec on a window, a model of eager attention.
+SLOW = (
+    "explain llama --length 40",
+    "explain mistral --attn eager --length 320 --spec specs/streaming.yaml --target null",
+    "explain gpt2 --attn eager --length 96 --target null",
+)
+EXPLAINED = [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in golden.cases("explain")]
+
+
+@pytest.mark.parametrize(("line", "expected"), EXPLAINED, ids=golden.ids)
 def test_explain_says_what_it_said(line, expected, accept, run, tmp_path, monkeypatch):
     """Five model types, with what differs by version and machine left out: line numbers and seconds."""
     monkeypatch.setenv("SPARSIFY_CROSSOVER", "1")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpp_checks import CPP, DRAWN, FEW, bf16_pairs, check, isa, launch, poisoned
+from cpp_checks import BEST_ALONE, CPP, DRAWN, FEW, bf16_pairs, check, isa, launch, poisoned
 from hypothesis import given
 from hypothesis import strategies as st
 from list_cases import CASES, ListCase, boxes, drawn_lists, sorted_keys
@@ -169,6 +169,7 @@ SCATTERED = [
 ]
 
 
+@pytest.mark.parametrize("isa", BEST_ALONE, indirect=True)
 @DRAWN
 @given(q_len=st.integers(1, 200), k_len=st.integers(1, 300), batch=st.integers(1, 2), seed=st.integers(0, 99))
 def test_scattered_tokens(isa, q_len, k_len, batch, seed):
@@ -202,6 +203,7 @@ def skipped(call, share):
     return 2 * lost / (1 + lost) * float(call.v.abs().max()) + 1e-5
 
 
+@pytest.mark.parametrize("isa", BEST_ALONE, indirect=True)
 @DRAWN
 @given(shape=SHAPES, seed=st.integers(0, 99), scale=st.sampled_from([0.25, 2.0]))
 def test_skips_leave_out_little(isa, shape, seed, scale):

@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
     """A small Llama over bytes with its weights, a text, and candidates that take no time."""
     path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=256, max_position_embeddings=96, bos_token_id=0,
-                         eos_token_id=None, pad_token_id=0)  # fmt: skip
+    sizes = SIZES | {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 256}
+    config = LlamaConfig(**sizes, max_position_embeddings=96, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(path / "llama")
     (path / "bare").mkdir()
     (path / "bare" / "config.json").write_text((path / "llama" / "config.json").read_text())

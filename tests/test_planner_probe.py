@@ -101,7 +101,7 @@ def test_kept_mass_and_counts_of_rows():
         made.run(sample, {}, watch)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_small_effects_are_what_the_model_really_does(is_causal):
     """Residual and effects of a sketch, made with many probes, give the distance that is measured."""
     made, sample = rig(is_causal, length=32)

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.un
 
 NEAR = (P.sinks(3) | P.window(37)) & P.causal()
 ELASTIC = P.window("N/4 + 1") & P.causal()
-RULES = (NEAR, P.causal(), ELASTIC, [NEAR, P.causal()] * 2, (P.dense(), ELASTIC, NEAR, ~NEAR))
+EACH = [P.dense(), ELASTIC, NEAR, ~NEAR]
+RULES = (NEAR, P.causal(), ELASTIC, EACH, tuple(EACH))
 
 
 @pytest.fixture(autouse=True)

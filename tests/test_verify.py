@@ -38,8 +38,11 @@ def wrong(monkeypatch):
     monkeypatch.setattr(recover_masks, "_place", place)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "gpt2"])
+SHAPES = [("llama", True), ("gemma2", True), ("bert", False), ("gpt2", False)]
+OTHERS = [pytest.param(name, not dynamic, marks=pytest.mark.slow) for name, dynamic in SHAPES]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), SHAPES + OTHERS)
 @torch.no_grad()
 def test_models_verify(name, dynamic):
     made = model(name, "eager")
