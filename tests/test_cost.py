@@ -248,6 +248,27 @@ def test_the_last_query_tile_of_a_selection_is_as_short_as_it_is(length):
     assert cost.estimate([p.topk(64)], **given).visited <= cost.estimate([p.dense()], **given).visited
 
 
+def test_a_gpu_holds_heads_of_powers_of_two():
+    given = {"patterns": [p.causal()] * 8, "length": 8192, "dtype": "bfloat16", "machine": "h100"}
+    least, small, large = (cost.estimate(head_dim=size, **given).seconds for size in (64, 72, 96))
+    assert least < small == pytest.approx(large, rel=0.05)
+
+
+def test_what_a_machine_has_not_is_refused(tmp_path):
+    halves = cost.machine("h100").model_copy(
+        update={"rates": tuple(one for one in cost.machine("h100").rates if one.dtype == "bfloat16")}
+    )
+    with pytest.raises(InputError, match=r"^machine h100: rates: none for float32; it has those of bfloat16$"):
+        cost.estimate([p.causal()], length=512, head_dim=64, dtype="float32", machine=halves)
+    assert cost.estimate([p.causal()], length=512, head_dim=64, dtype="float16", machine=halves).seconds > 0
+    for name, most in (("h100", 256), ("epyc-zen3", 512)):
+        with pytest.raises(InputError, match=f"^cost: head_dim: expected at most {most}, as the kernels of {name}"):
+            cost.estimate([p.causal()], length=512, head_dim=most + 1, machine=name)
+    (tmp_path / "odd.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"odd.json: not UTF-8: invalid start byte at byte 0$"):
+        cost.machine(tmp_path / "odd.json")
+
+
 NATTEN = (
     # What Generalized Neighborhood Attention's table says a fully block-sparse case saves: all tiles by visited ones.
     (p.neighborhood(32768, 2048, 256), 32768, 16.0),

@@ -362,6 +362,7 @@ def test_the_command_prints_without_out_and_writes_nothing_when_it_refuses(monke
         (f"{tmp_path}/none.json -o {tmp_path}/no.yaml", "none.json: there is no such file"),
         (f"{files['moa']} --model llama --query-heads 2", "--query-heads and --model both say how many heads"),
         (f"{files['moa']} --set hidden_size=64", "import: --set goes with --model only"),
+        (f"{files['moa']} -o {files['moa']}", "is the plan itself, which would be lost; give another file"),
     ):  # fmt: skip
         code, said, err = run(monkeypatch, capsys, f"import {line}")
         assert (code, said) == (2, "") and what in err and err.startswith("sparsify: ") and err.count("\n") == 1

@@ -232,7 +232,7 @@ def test_candidates_from_a_file(tmp_path):
     with pytest.raises(InputError, match=r"candidates.near: .*unknown pattern 'windows'; did you mean 'window'"):
         kinds_of.read(path)
     path.write_text("rules: {}\n")
-    with pytest.raises(InputError, match="candidates: expected a mapping of names to patterns"):
+    with pytest.raises(InputError, match="candidates: expected this field with a mapping of names to patterns"):
         kinds_of.read(path)
 
 

@@ -73,6 +73,16 @@ def test_it_says_what_was_won_and_keeps_it(tune, made_up):
 
 
 @built
+def test_what_was_won_before_is_tried_again_and_not_forgotten(tune, made_up, monkeypatch):
+    tune(GRID)
+    before = {key: one.values for key, one in tunings.read(Path("tuned.json")).items()}
+    monkeypatch.setattr(cpp, "groups", lambda launch: [])
+    tune(GRID)
+    assert {key: one.values for key, one in tunings.read(Path("tuned.json")).items()} == before
+    assert Path("tuned.json").stat().st_mode & 0o044 == 0o044  # others may read it
+
+
+@built
 def test_resume_measures_nothing_again(tune, made_up, monkeypatch):
     first = tune(GRID)[1]
     monkeypatch.setattr(Runner, "race", None)

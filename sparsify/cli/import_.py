@@ -69,6 +69,8 @@ def import_(
         raise InputError("import: --query-heads and --model both say how many heads there are; give one")
     if model is None and set_:
         raise InputError("import: --set goes with --model only")
+    if out is not None and path.exists() and out.exists() and out.samefile(path):
+        raise InputError(f"import: --out: '{out}' is the plan itself, which would be lost; give another file")
     given = {
         "sparsity": sparsity, "threshold": threshold, "top": top, "sinks": sinks, "recent": recent,
         "max_new": max_new,

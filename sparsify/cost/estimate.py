@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sparsify.codegen.cpp import MAX_SIZE
 from sparsify.codegen.target import DTYPES
+from sparsify.codegen.triton.target import MAX_HEAD_DIM
 from sparsify.cost.find import machine as find_machine
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Shape
@@ -86,4 +88,8 @@ def check(patterns: Sequence[Pattern], shape: Shape) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _estimate(patterns: tuple[Pattern, ...], shape: Shape, machine: Machine) -> Estimate:
+    largest = {"cpp": MAX_SIZE, "triton": MAX_HEAD_DIM}[machine.target]
+    if shape.head_dim > largest:
+        what = f"expected at most {largest}, as the kernels of {machine.name} have it, found {shape.head_dim}"
+        raise InputError(f"cost: head_dim: {what}")
     return site_cost(site_of(patterns, shape), machine)

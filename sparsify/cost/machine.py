@@ -162,16 +162,20 @@ class Machine(_Strict):
 
     def rates_of(self, dtype: str, head_dim: int, tile: tuple[int, int] | None = None) -> Rates:
         """The rates for a dtype and head size, of the nearest tile, between and beyond measured head sizes in
-        proportion. A dtype that has none takes another's of its width."""
-        found = _of_dtype(self.rates, dtype)
+        proportion. A dtype that has none takes another's of its width. Raises InputError where there is none of it."""
+        found = self._of_dtype("rates", dtype)
         if tile is not None:
             nearest_tile = min({one.tile for one in found}, key=lambda other: _apart(tile, other))
             found = [one for one in found if one.tile == nearest_tile]
-        return _at_size(found, dtype, head_dim)
+        rates = _at_size(found, dtype, head_dim)
+        if self.target != "triton":
+            return rates
+        padded = _at_size(found, dtype, max(16, 1 << (head_dim - 1).bit_length()))  # as Triton holds a head
+        return padded.model_copy(update={"head_dim": head_dim, "read": rates.read})
 
     def weight(self, entry: Rates, dtype: str, head_dim: int) -> float:
         """How much of an entry is in the rates for a dtype and head size: 1 where it is the only one."""
-        found = _of_dtype(self.rates, dtype)
+        found = self._of_dtype("rates", dtype)
         if entry not in found:
             return 0.0
         below, above, part = _around(found, head_dim)
@@ -179,7 +183,17 @@ class Machine(_Strict):
 
     def dense_of(self, dtype: str, head_dim: int) -> Dense:
         """Dense attention's, in the same way."""
-        return _at_size(_of_dtype(self.dense, dtype), dtype, head_dim)
+        return _at_size(self._of_dtype("dense", dtype), dtype, head_dim)
+
+    def _of_dtype(self, field: str, dtype: str) -> list[Any]:
+        """A field's entries of a dtype, or of another one of its width."""
+        entries = getattr(self, field)
+        alike = (dtype,) if dtype == "float32" else (dtype, "bfloat16", "float16")
+        taken = next((name for name in alike if any(one.dtype == name for one in entries)), None)
+        if taken is None:
+            has = ", ".join(sorted({one.dtype for one in entries}))
+            raise InputError(f"machine {self.name}: {field}: none for {dtype}; it has those of {has}")
+        return [one for one in entries if one.dtype == taken]
 
 
 def _first(error: ValidationError) -> str:
@@ -199,14 +213,6 @@ def _first(error: ValidationError) -> str:
 def _fields_at(place: tuple[Any, ...]) -> Iterable[str]:
     kinds = {"rates": Rates, "dense": Dense, "selection": Selection, "pace": Pace}
     return (kinds[place[0]] if place else Machine).model_fields
-
-
-def _of_dtype(entries: Iterable[Any], dtype: str) -> list[Any]:
-    found = list(entries)
-    names = {one.dtype for one in found}
-    others = [dtype, *({"bfloat16", "float16"} if dtype != "float32" else ()), *sorted(names)]
-    taken = next(name for name in others if name in names)
-    return [one for one in found if one.dtype == taken]
 
 
 def _apart(tile: tuple[int, int], other: tuple[int, int]) -> float:
@@ -243,7 +249,9 @@ def _mixed(one: Any, other: Any, part: float, dtype: str, head_dim: int, times: 
 def read(path: Path) -> Machine:
     """The machine of a file. Raises InputError."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     return Machine.parse(text, str(path))

@@ -178,7 +178,8 @@ def read(path: str | Path) -> tuple[Candidate, ...]:
     forms = value.get("candidates") if isinstance(value, Mapping) else None
     if not isinstance(forms, Mapping) or not forms:
         raise InputError(
-            f"{path}: candidates: expected a mapping of names to patterns, such as {{near: {{window: 64}}}}"
+            f"{path}: candidates: expected this field with a mapping of names to patterns, such as"
+            " {candidates: {near: {window: 64}}}"
         )
     found = [Candidate(DENSE, "dense")]
     for name, form in forms.items():

@@ -109,11 +109,18 @@ def _held(path: Path) -> dict[Key, Tuned]:
         return {}
 
 
+def _umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
 def write(path: Path, entries: Iterable[Tuned]) -> None:
     """A store of these entries alone: written beside, flushed to the disk, and renamed. Raises OSError."""
     data = {"version": VERSION, "tuned": [asdict(one) for one in sorted(entries, key=lambda one: one.key)]}
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
     try:
+        os.chmod(beside, 0o666 & ~_umask())  # others may read what a fleet shares
         with os.fdopen(handle, "w") as file:
             json.dump(data, file, indent=1)
             file.flush()

@@ -20,7 +20,7 @@ from sparsify.tuner.order import Order, machine_for
 from sparsify.tuner.runner import Runner
 from sparsify.tuner.search import Limits, Search
 from sparsify.tuner.targets import Values, tunable
-from sparsify.tuner.trials import PRUNED, Journal, Trial
+from sparsify.tuner.trials import PRUNED, RIGHT, Journal, Trial
 
 BUILDERS = 4  # child processes, at most
 LEAST = 15.0  # seconds of a kernel: where there is no time for all, some are tuned and not all a little
@@ -97,15 +97,17 @@ class Run:
             last, why = search.run(path), ""
         except (Failed, Lost) as error:
             last, why = None, str(error)
-        if last is not None:
-            tuned.keep([_entry(last)])
+        if last is not None and any(trial.state == RIGHT and not trial.last for trial in search.trials):
+            tuned.keep([_entry(last)])  # of what no candidate was raced for, nothing new is known
         self.outcomes.append(Outcome(job, tuple(search.trials), last, why))
 
     def _others(self, job: Job) -> list[Values]:
-        """What was best for other kernels of the target that are tuned like this one: the latest first."""
+        """What was best for this kernel, at another length maybe, and for others of the target that are tuned like it:
+        the latest first."""
+        own = tuned.lookup(job.key)
         alike = (one.last for one in reversed(self.outcomes) if _kind(one.job) == _kind(job) and one.last)
         found = {tuple(sorted(last.values.items())): last.values for last in alike if last.values}
-        return list(found.values())[:OTHERS]
+        return [*([own] if own else []), *(values for values in found.values() if values != own)][: OTHERS + bool(own)]
 
 
 def _kind(job: Job) -> tuple[str, bool]:
