@@ -105,12 +105,17 @@ def fill(skeleton: str, **values: object) -> str:
 
     Raises jinja2.UndefinedError for a hole without a value, ValueError for a value without a hole.
     """
-    environment = _environment()
-    text = environment.loader.get_source(environment, skeleton)[0]  # type: ignore[union-attr]
-    unused = set(values) - meta.find_undeclared_variables(environment.parse(text))
+    unused = set(values) - _holes(skeleton)
     if unused:
         raise ValueError(f"{skeleton} has no hole for {', '.join(sorted(unused))}")
-    return environment.get_template(skeleton).render(values)
+    return _environment().get_template(skeleton).render(values)
+
+
+@functools.lru_cache(maxsize=8)
+def _holes(skeleton: str) -> frozenset[str]:
+    environment = _environment()
+    text = environment.loader.get_source(environment, skeleton)[0]  # type: ignore[union-attr]
+    return frozenset(meta.find_undeclared_variables(environment.parse(text)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsify.bias import Term
 from sparsify.codegen.target import DTYPES
@@ -21,6 +21,9 @@ from sparsify.program import Layout, Program, Skip
 from sparsify.ranges import Ranges, of_numbers, text_of
 from sparsify.text import to_text
 from sparsify.walk import variables
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 LOG2_E = 1.4426950408889634
 PARTS = ("helpers", "rules", "lists", "attention")  # of the skeleton, one behind another
@@ -61,13 +64,19 @@ def kernel_name(
 
 def fill(skeleton: str, values: Mapping[str, Any]) -> str:
     """The skeleton with its holes filled; a hole without a value and a value without a hole both raise."""
+    template, wanted = _read(skeleton)
+    if unlike := wanted ^ set(values):
+        raise ValueError(f"the kernel's skeleton and its values differ in {sorted(unlike)}")
+    return template.render(values)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(skeleton: str) -> tuple[Template, frozenset[str]]:
+    """A skeleton, compiled, and the names of its holes: it has hundreds of lines, and all kernels share it."""
     from jinja2 import Environment, StrictUndefined, meta
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    wanted = meta.find_undeclared_variables(environment.parse(skeleton))
-    if unlike := wanted ^ set(values):
-        raise ValueError(f"the kernel's skeleton and its values differ in {sorted(unlike)}")
-    return environment.from_string(skeleton).render(values)
+    return environment.from_string(skeleton), frozenset(meta.find_undeclared_variables(environment.parse(skeleton)))
 
 
 @functools.lru_cache(maxsize=1)

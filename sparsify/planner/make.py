@@ -172,7 +172,13 @@ class Planner:
 
     def _check_budget(self) -> None:
         """Raises InputError for a budget that no choice meets: costs are known before anything is profiled."""
-        within_cost(self.problem(np.zeros(self.shares.shape[1:])), self.settings.least_met)
+        try:
+            within_cost(self.problem(np.zeros(self.shares.shape[1:])), self.settings.least_met)
+        except InputError as error:
+            if self.settings.budget.share is not None:
+                raise
+            how = "a bound on the loss is met by a plan at one of the shares in --front: give a larger one"
+            raise InputError(f"{error}; {how}") from None
 
     def problem(self, losses: np.ndarray) -> Problem:
         """The knapsack of some losses (heads, candidates)."""
