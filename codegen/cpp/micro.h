@@ -204,7 +204,7 @@ struct Scoring {
     int chunk;
 };
 
-// Calls `use` with 0 to `count` - 1 in steps of STEP: with ALL with all up to MOST, unrolled, which takes a compiler long.
+// Calls `use` with 0 to `count` - 1 in steps of STEP; with ALL up to MOST - 1, unrolled, which takes a compiler long.
 template <bool ALL, int MOST, int STEP = 1, typename Use>
 static inline __attribute__((always_inline)) void each(int count, Use use) {
     if constexpr (ALL) {

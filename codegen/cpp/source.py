@@ -113,6 +113,7 @@ def fill(skeleton: str, **values: object) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _holes(skeleton: str) -> frozenset[str]:
+    """The names of a skeleton's holes, read once for all kernels."""
     environment = _environment()
     text = environment.loader.get_source(environment, skeleton)[0]  # type: ignore[union-attr]
     return frozenset(meta.find_undeclared_variables(environment.parse(text)))

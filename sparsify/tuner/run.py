@@ -104,10 +104,10 @@ class Run:
     def _others(self, job: Job) -> list[Values]:
         """What was best for this kernel, at another length maybe, and for others of the target that are tuned like it:
         the latest first."""
-        own = tuned.lookup(job.key)
         alike = (one.last for one in reversed(self.outcomes) if _kind(one.job) == _kind(job) and one.last)
-        found = {tuple(sorted(last.values.items())): last.values for last in alike if last.values}
-        return [*([own] if own else []), *(values for values in found.values() if values != own)][: OTHERS + bool(own)]
+        known = [tuned.lookup(job.key), *(last.values for last in alike)]
+        found = {tuple(sorted(values.items())): values for values in known if values}
+        return list(found.values())[:OTHERS]
 
 
 def _kind(job: Job) -> tuple[str, bool]:
