@@ -73,7 +73,7 @@ def _by_loop(keep, at, nest):
 def test_tiles_are_those_of_the_kernels_loop(drawn, shape, nest):
     keep, at = drawn[0].keep(), _at(*shape)
     found = tiles_of(((keep, HEAD),), 1, at, nest)
-    assert np.array_equal(np.stack([found.visited, found.full, found.partial], 1), _by_loop(keep, at, nest))
+    assert np.array_equal(np.stack([found.key_tiles, found.full, found.partial], 1), _by_loop(keep, at, nest))
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,7 +131,7 @@ def test_many_tiles_are_estimated_from_some(monkeypatch):
     monkeypatch.setattr("sparsify.cost.kept.PAIRS", 2**18)
     monkeypatch.setattr("sparsify.cost.kept.ROWS", 500)
     found = tiles_of.__wrapped__(((pattern.keep(), 0),), 1, at, nest)
-    assert found.visited.sum() == exact.visited.sum()
+    assert found.key_tiles.sum() == exact.key_tiles.sum()
     assert found.partial.sum() == pytest.approx(exact.partial.sum(), rel=0.02)
     assert kept_pairs.__wrapped__(pattern.keep(), 0, at) == pytest.approx(pairs, rel=0.02)
     window = p.window(100).keep()
@@ -393,7 +393,7 @@ def test_the_pieces_name_every_tile_once():
         ((((p.sinks(40) | p.window(100)) & p.causal()).keep(), 0),), 1, _at(500, 500, None), Nest(24, 1, 16, 6, 8)
     )
     tile, key = listed(found.pieces)
-    assert len(set(zip(tile.tolist(), key.tolist(), strict=True))) == len(tile) == found.visited.sum()
+    assert len(set(zip(tile.tolist(), key.tolist(), strict=True))) == len(tile) == found.key_tiles.sum()
 
 
 def test_cores_take_the_next_items_when_they_are_free():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import composed, shapes
 
-from sparsify.cost.classes import Boxes, asked_of, classes, closed_form
+from sparsify.cost.classes import SubTiles, asked_of, classes, closed_form
 from sparsify.cost.nest import Nest
 from sparsify.cost.parts import Cells, told_by
 from sparsify.cost.positions import Positions, closed, corners, tile_rule
@@ -73,7 +73,7 @@ def test_kinds_of_cells_keep_what_each_cell_keeps(drawn, shape, nest):
 def test_closed_forms_class_blocks_as_their_analysis_does(drawn, shape, nest):
     keep, at = _drawn(drawn, shape)
     if closed(keep):
-        boxes = Boxes.of(*_tiles(at, nest), corners(keep, HEAD, at, nest.rows), at, nest)
+        boxes = SubTiles.of(*_tiles(at, nest), corners(keep, HEAD, at, nest.rows), at, nest)
         assert boxes.inside(closed_form(keep)) == boxes.inside(asked_of(tile_rule(keep)))
 
 

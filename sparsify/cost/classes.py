@@ -50,7 +50,7 @@ def sample(count: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Boxes:
+class SubTiles:
     """Blocks of rows by panels of keys of some tiles. here: their corners, which broadcast to (tiles, blocks, panels),
     cut where queries and keys end. there: which of them have a pair; uncut: whose panel is a whole one. blocks: how
     many blocks of rows there are in all tiles. block, panel: their sizes."""
@@ -63,7 +63,7 @@ class Boxes:
     panel: int
 
     @classmethod
-    def of(cls, tile: Array, key: Array, env: Env, at: Positions, nest: Nest) -> Boxes:
+    def of(cls, tile: Array, key: Array, env: Env, at: Positions, nest: Nest) -> SubTiles:
         """Those of (query tile, key tile) pairs. env: the corners of all query tiles."""
         first = np.arange(0, nest.rows, min(nest.block, nest.rows))[:, None]
         panel = np.arange(0, nest.keys, nest.panel)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsify.cost.estimate import estimate, of_call
 from sparsify.cost.find import machine as find_machine
-from sparsify.cost.machine import FEW, Dense, Machine
+from sparsify.cost.machine import DECODE_BELOW, Dense, Machine
 from sparsify.cost.nest import Shape
 from sparsify.patterns import Pattern
 from sparsify.patterns.causal import is_causal
@@ -34,7 +34,7 @@ def is_dense_causal(patterns: Sequence[Pattern], shape: Shape) -> bool:
 def dense_time(shape: Shape, rates: Dense, causal: bool) -> float:
     """Nanoseconds, by the rates of dense attention."""
     pairs = shape.batch * shape.heads * shape.q_len * shape.k_len
-    if shape.q_len < FEW:
+    if shape.q_len < DECODE_BELOW:
         return rates.launch + rates.few * pairs + rates.key * shape.batch * shape.kv_heads * shape.k_len
     return rates.launch + (rates.causal if causal else rates.pair) * pairs
 

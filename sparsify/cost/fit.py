@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from sparsify.cost.launch import launch_of
-from sparsify.cost.machine import FEW, GROWS, Machine, Rates
+from sparsify.cost.machine import DECODE_BELOW, GROWS, Machine, Rates
 from sparsify.cost.sample import Sample
 from sparsify.cost.site import Site, site_of
 from sparsify.cost.steps import STEPS
+from sparsify.cost.timeline import timeline_of
 from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
@@ -44,10 +44,10 @@ def _rates_in(machine: Machine) -> Array:
 def _row(site: Site, machine: Machine) -> Array:
     """What is multiplied with the times of a call and with the rates of each dtype and head size of the machine, one
     after the other, and comes to the time of a site."""
-    launch, shape = launch_of(site, machine, site.nest(machine)), site.shape
-    span = launch.span / max(float(launch.times.sum()), 1e-9)
-    done = launch.steps.sum(1) * span
-    parts = [np.array([1.0, float(shape.q_len < FEW), float(launch.cores > 1)])]
+    timeline, shape = timeline_of(site, machine, site.nest(machine)), site.shape
+    span = timeline.span / max(float(timeline.times.sum()), 1e-9)
+    done = timeline.steps.sum(1) * span
+    parts = [np.array([1.0, float(shape.q_len < DECODE_BELOW), float(timeline.cores > 1)])]
     for entry in machine.rates:
         weight = machine.weight(entry, shape.dtype, shape.head_dim)
         grown = shape.head_dim / entry.head_dim if weight == 1.0 else 1.0

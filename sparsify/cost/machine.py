@@ -14,7 +14,7 @@ from sparsify.errors import InputError, nearest
 from sparsify.runtime.toolchain import ISAS
 
 VERSION = 1
-FEW = 8  # fewer queries than this are a decode step, which waits for memory
+DECODE_BELOW = 8  # fewer queries than this are a decode step, which waits for memory
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
 
 Cost = float  # nanoseconds of one core, never negative
@@ -98,9 +98,9 @@ class Machine(_Strict):
     name: a short one, in lower case. about: what it is, for people. target: which kernels it runs. arch: their
     instruction set (avx512, avx2, portable), a CUDA capability ("90") or gfx942. cores: of a processor, or
     multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does;
-    cold: that a call of fewer than FEW queries takes beside them, as caches then hold what other layers left there;
-    fork: that one takes in which more than one core has a part. measured: whether the rates are; if not, `sources` says
-    where they are from. pace: how fast it ran then.
+    cold: that a call of fewer than DECODE_BELOW queries takes beside them, as caches then hold what other layers left
+    there; fork: that one takes in which more than one core has a part. measured: whether the rates are; if not,
+    `sources` says where they are from. pace: how fast it ran then.
     """
 
     version: Literal[1] = VERSION
@@ -137,7 +137,7 @@ class Machine(_Strict):
 
     def launch_of(self, q_len: int, cores: int) -> Cost:
         """Nanoseconds of a call of so many queries in which so many cores have a part, whatever it does."""
-        return self.launch + (self.cold if q_len < FEW else 0.0) + (self.fork if cores > 1 else 0.0)
+        return self.launch + (self.cold if q_len < DECODE_BELOW else 0.0) + (self.fork if cores > 1 else 0.0)
 
     def text(self) -> str:
         """As JSON."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from sparsify import op
 from sparsify.codegen.cpp import CppTarget
-from sparsify.codegen.tuned import FEW as TUNED_FEW
-from sparsify.cost.machine import FEW, Pace
+from sparsify.codegen.tuned import FEW
+from sparsify.cost.machine import DECODE_BELOW, Pace
 from sparsify.cost.nest import Shape
 from sparsify.functional import planned
 from sparsify.patterns import Pattern
@@ -25,7 +25,7 @@ from sparsify.program import Program
 EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a cache, as when layers follow each other
 
 SIDE, PRODUCTS = 512, 6  # matrix products that tell how fast the machine runs, before the calls and after them
-MANY = TUNED_FEW + 1  # queries: all kernels of so many or more are one
+MANY = FEW + 1  # queries: all kernels of so many or more are one
 
 Run = Callable[[], object]
 
@@ -40,7 +40,7 @@ class Sample:
     @property
     def cold(self) -> bool:
         """Whether keys are to come from memory."""
-        return self.shape.q_len < FEW
+        return self.shape.q_len < DECODE_BELOW
 
     @property
     def causal(self) -> bool:

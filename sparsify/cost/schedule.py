@@ -42,24 +42,24 @@ def makespan(times: Array, cores: int, step: int = 1) -> float:
     return max(busy)
 
 
-def cpp_threads(visited: Array, nest: Nest, cores: int) -> int:
+def cpp_threads(key_tiles: Array, nest: Nest, cores: int) -> int:
     """How many threads take part in a launch with so many key tiles in each item."""
     blocks = DIRECT_WORK if nest.direct else 4 + -(-nest.rows * nest.heads // nest.block)
-    return max(1, min(cores, int(visited.sum()) * blocks // WORTH_A_THREAD))
+    return max(1, min(cores, int(key_tiles.sum()) * blocks // WORTH_A_THREAD))
 
 
-def splits(visited: Array, threads: int) -> bool:
+def splits(key_tiles: Array, threads: int) -> bool:
     """Whether a launch like decoding shares the key tiles of one item out."""
-    return threads > 1 and float(visited.max(initial=0)) * threads * WORTH_A_SPLIT > float(visited.sum())
+    return threads > 1 and float(key_tiles.max(initial=0)) * threads * WORTH_A_SPLIT > float(key_tiles.sum())
 
 
-def packed(pieces: Pieces, visited: Array, order: Array, cores: int, step: int, held: int) -> Array:
+def packed(pieces: Pieces, key_tiles: Array, order: Array, cores: int, step: int, held: int) -> Array:
     """How many key tiles each query tile packs that finds none of an earlier one's.
 
     A core keeps `held` tiles. It takes runs of `step` query tiles in `order` (classes of one cost, each in its own
     order), and every other run is another core's.
     """
-    found = np.zeros(visited.shape)
+    found = np.zeros(key_tiles.shape)
     lengths = pieces.high - pieces.low
     for cost in np.unique(order):
         some = np.flatnonzero(order == cost)
@@ -74,8 +74,8 @@ def packed(pieces: Pieces, visited: Array, order: Array, cores: int, step: int, 
             common = np.minimum(high[:, cores:], high[:, :-cores]) - np.maximum(low[:, cores:], low[:, :-cores])
             keeps = (high - low).sum(0)[:-cores] <= held
             new[:, cores:] -= np.where(keeps, np.maximum(common, 0), 0)
-        met = np.add.reduceat(visited[some], starts)
-        beyond = np.add.reduceat(np.clip(2 * (visited[some] - held), 0, visited[some]), starts)
+        met = np.add.reduceat(key_tiles[some], starts)
+        beyond = np.add.reduceat(np.clip(2 * (key_tiles[some] - held), 0, key_tiles[some]), starts)
         run = np.minimum(np.maximum(new.sum(0), beyond), met)
-        found[some] = np.repeat(run / np.maximum(met, 1), np.diff(np.append(starts, some.size))) * visited[some]
+        found[some] = np.repeat(run / np.maximum(met, 1), np.diff(np.append(starts, some.size))) * key_tiles[some]
     return found

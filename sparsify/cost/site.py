@@ -131,7 +131,7 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
         sorts = any(one.selector is not None and one.selector.permute is not None for one in heads)
         return Site(shape, heads, tokens, tokens, keeps, orders=int(sorts))
     env = {"N": shape.k_len, "Nq": shape.q_len}
-    laid_out = over_slots(shape, placed.keeps, tokens, (placed.queries, placed.keys), env)
+    laid_out = site_over_slots(shape, placed.keeps, tokens, (placed.queries, placed.keys), env)
     return replace(laid_out, keeps=keeps, tokens=tokens)
 
 
@@ -142,7 +142,7 @@ def _laid_out(patterns: tuple[Pattern, ...], keeps: list[Pred], shape: Shape) ->
     return lay_out(keeps, found, shape.k_len if found else 0, by_head=by_head)
 
 
-def over_slots(
+def site_over_slots(
     shape: Shape, keeps: tuple[Pred, ...], tokens: Positions, layouts: tuple[Layout | None, Layout | None],
     env: Mapping[str, Any],
 ) -> Site:  # fmt: skip

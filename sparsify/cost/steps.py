@@ -77,11 +77,11 @@ def _share(head: Head, number: int, site: Site, sees: bool) -> float:
 @dataclass(frozen=True)
 class Group:
     """The heads that share query tiles; arrays have one value for each of these. steps: float64 (STEPS, query tiles).
-    visited: key tiles that each comes to, those of lists included. pieces: those of the static rules. gathered: keys of
+    key_tiles: that each comes to, those of lists included. pieces: those of the static rules. gathered: keys of
     lists that are packed for one query tile alone. listed: key tiles of lists that may be found among packed ones."""
 
     steps: Array
-    visited: Array
+    key_tiles: Array
     pieces: Pieces
     gathered: Array
     listed: Array
@@ -90,9 +90,9 @@ class Group:
 @functools.lru_cache(maxsize=4096)
 def _static(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Group:
     tiles = tiles_of(rules, heads, at, nest)
-    zero = tiles.visited * 0
+    zero = tiles.key_tiles * 0
     found = _direct(rules, at, tiles) if nest.direct else _blocks(tiles)
-    return Group(found, tiles.visited, tiles.pieces, zero, zero)
+    return Group(found, tiles.key_tiles, tiles.pieces, zero, zero)
 
 
 def group_of(site: Site, nest: Nest, heads: range) -> Group:
@@ -100,16 +100,16 @@ def group_of(site: Site, nest: Nest, heads: range) -> Group:
     static = _static(site.rules(heads), len(heads), site.at, nest.tile)
     if not any(site.heads[h].selector for h in heads):
         return static
-    done, visited, gathered, listed = static.steps, static.visited, static.gathered, static.listed
+    done, key_tiles, gathered, listed = static.steps, static.key_tiles, static.gathered, static.listed
     for h, sharing in _lists(site, heads).items():
         found = listing(site, site.heads[h], h, nest)
         assert found is not None
         rows = static.steps[STEPS.index("row")] * sharing / len(heads)
         done = done + _list_steps(found, rows, nest)
-        visited = visited + found.tiles
+        key_tiles = key_tiles + found.tiles
         gathered = gathered + found.gathered
         listed = listed + np.maximum(found.tiles - found.gathered / nest.keys, 0)
-    return Group(done, visited, static.pieces, gathered, listed)
+    return Group(done, key_tiles, static.pieces, gathered, listed)
 
 
 def _lists(site: Site, heads: range) -> dict[int, int]:
@@ -126,7 +126,7 @@ def _lists(site: Site, heads: range) -> dict[int, int]:
 def _blocks(tiles: Tiles) -> Array:
     return steps(
         tiles.rows.size, full=tiles.whole, masked=tiles.masked, live=tiles.live, partial=tiles.partial * tiles.rows,
-        visit=tiles.visited, row=tiles.rows,
+        visit=tiles.key_tiles, row=tiles.rows,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) ->
     """Of the one query tile of a group whose keys are read where they lie."""
     keys = kept_by_any(rules, at)
     return steps(
-        tiles.rows.size, partial=tiles.partial * tiles.rows, visit=tiles.visited, row=tiles.rows, read=keys,
+        tiles.rows.size, partial=tiles.partial * tiles.rows, visit=tiles.key_tiles, row=tiles.rows, read=keys,
         direct=keys * tiles.rows,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsify.cost.classes import Boxes, Env, Inside, Rules, asked_of, classes, closed_form, sample
+from sparsify.cost.classes import Env, Inside, Rules, SubTiles, asked_of, classes, closed_form, sample
 from sparsify.cost.nest import Nest
 from sparsify.cost.positions import Positions, bands_of, closed, corners, spread, tile_rule
 from sparsify.expr import Pred
@@ -21,14 +21,14 @@ MANY = 2**18  # key tiles that are asked for their class one by one; of more, th
 class Tiles:
     """float64, one value for each query tile of one head, or of the heads that share it.
 
-    rows: of all its heads. visited: key tiles that its loop comes to; full, partial: those of them without and with a
+    rows: of all its heads. key_tiles: that its loop comes to; full, partial: those of them without and with a
     mask (the others are empty). whole, masked, live: pairs of a query and a key, of whole blocks of rows: those that
     run without a mask, those that run with one, and of these those in panels of keys that aren't left out. pieces: the
     key tiles that the loop comes to.
     """
 
     rows: Array
-    visited: Array
+    key_tiles: Array
     full: Array
     partial: Array
     whole: Array
@@ -67,7 +67,7 @@ def _closed_inside(keep: Pred, env: Env, rest: Pieces, at: Positions, nest: Nest
     if not total:
         return Inside()
     some = picked(rest, sample(total))
-    return Boxes.of(*some, env, at, nest).inside(closed_form(keep))
+    return SubTiles.of(*some, env, at, nest).inside(closed_form(keep))
 
 
 def _asked(rules: Rules, rest: Pieces, at: Positions, nest: Nest) -> tuple[Array, Array, Inside]:
@@ -84,7 +84,7 @@ def _asked(rules: Rules, rest: Pieces, at: Positions, nest: Nest) -> tuple[Array
         return more, partial, Inside()
     which = which[sample(which.size)]
     rule, env = rules[0]
-    boxes = Boxes.of(tile[which], key[which], env, at, nest)
+    boxes = SubTiles.of(tile[which], key[which], env, at, nest)
     kept = None if by_intervals(rule.keep) else rule.keep
     return more, partial, boxes.inside(asked_of(rule), kept)
 

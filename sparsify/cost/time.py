@@ -9,7 +9,6 @@ import numpy as np
 
 from sparsify.cost.choosing import Work, work_of
 from sparsify.cost.kept import kept_by_any
-from sparsify.cost.launch import launch_of
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Nest
 from sparsify.cost.positions import Positions
@@ -17,6 +16,7 @@ from sparsify.cost.result import Estimate, HeadCost
 from sparsify.cost.site import Site, rule_of
 from sparsify.cost.steps import group_of, listing, rates_vector
 from sparsify.cost.tiles import tiles_of
+from sparsify.cost.timeline import timeline_of
 from sparsify.errors import InputError
 from sparsify.expr import Pred
 from sparsify.patterns.select import Choice
@@ -29,14 +29,14 @@ def site_cost(site: Site, machine: Machine) -> Estimate:
     """What a call of a site's attention costs."""
     nest, shape = site.nest(machine), site.shape
     _check_size(site, nest)
-    launch = launch_of(site, machine, nest)
+    timeline = timeline_of(site, machine, nest)
     row = shape.head_dim * shape.size
-    moved = launch.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
+    moved = timeline.keys * 2 * row + 2 * shape.batch * shape.heads * shape.q_len * row
     choosing = _choosing(site, machine)
     time = (
-        machine.launch_of(shape.q_len, launch.cores) * (2 if nest.splits > 1 else 1)
+        machine.launch_of(shape.q_len, timeline.cores) * (2 if nest.splits > 1 else 1)
         + sum(choosing.values())
-        + max(launch.span, moved / machine.memory * 1e9)
+        + max(timeline.span, moved / machine.memory * 1e9)
     )
     heads = _parts(site, nest, machine, choosing, time)
     kv = [_kept_keys(site, range(j * shape.group, (j + 1) * shape.group)) for j in range(shape.kv_heads)]
@@ -49,10 +49,10 @@ def site_cost(site: Site, machine: Machine) -> Estimate:
         launches=(2 if nest.splits > 1 else 1) + len(choosing),
         permutations=site.orders,
         tile=(nest.rows, nest.keys),
-        items=launch.times.size,
-        waves=launch.times.size / launch.cores,
-        busy=float(launch.times.sum()) / (launch.span * launch.cores) if launch.span else 1.0,
-        cores=launch.cores,
+        items=timeline.times.size,
+        waves=timeline.times.size / timeline.cores,
+        busy=float(timeline.times.sum()) / (timeline.span * timeline.cores) if timeline.span else 1.0,
+        cores=timeline.cores,
         machine=machine.name,
     )
 
@@ -124,7 +124,7 @@ def _totals(rule: tuple[Pred, int], at: Positions, nest: Nest) -> tuple[float, f
     """(visited, full, partial) tiles of a static rule, and the pairs of those that run."""
     tiles = tiles_of((rule,), 1, at, nest)
     run = float(((tiles.full + tiles.partial) * tiles.rows).sum()) * nest.keys
-    return float(tiles.visited.sum()), float(tiles.full.sum()), float(tiles.partial.sum()), run
+    return float(tiles.key_tiles.sum()), float(tiles.full.sum()), float(tiles.partial.sum()), run
 
 
 def _kept_keys(site: Site, heads: range) -> float:

@@ -13,7 +13,7 @@ from sparsify.codegen.target import Launch, dtype_name
 from sparsify.cost.machine import Machine
 from sparsify.cost.nest import Shape
 from sparsify.cost.positions import Positions
-from sparsify.cost.site import Site, over_slots
+from sparsify.cost.site import Site, site_over_slots
 from sparsify.cost.time import site_cost
 from sparsify.errors import SparsifyError
 from sparsify.patterns.lists import lists
@@ -88,4 +88,5 @@ def _site(launch: Launch) -> Site | None:
     env = {"N": k_len, "Nq": q_len} | dict(zip(program.sizes(), program.size_values(k_len), strict=True))
     shape = Shape(heads, kv_heads, q_len, k_len, head_dim, dtype_name(launch.q.dtype), batch)
     tokens = Positions(q_len, k_len, launch.q_offset, q_len, k_len)
-    return over_slots(shape, tuple(map(program.rule_of, range(heads))), tokens, (program.queries, program.keys), env)
+    rules = tuple(map(program.rule_of, range(heads)))
+    return site_over_slots(shape, rules, tokens, (program.queries, program.keys), env)

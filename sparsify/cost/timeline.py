@@ -19,7 +19,7 @@ PACK, ITEM, READ = (STEPS.index(name) for name in ("pack", "item", "read"))
 
 
 @dataclass(frozen=True)
-class Launch:
+class Timeline:
     """steps: of all query tiles, (STEPS, items) in the order in which cores take them, one batch after the other or
     mixed. times: nanoseconds of each. span: until the last is done. cores: that take part. keys: that are read from
     memory, each with its value."""
@@ -31,7 +31,7 @@ class Launch:
     keys: float
 
 
-def launch_of(site: Site, machine: Machine, nest: Nest) -> Launch:
+def timeline_of(site: Site, machine: Machine, nest: Nest) -> Timeline:
     """That of a site on a machine, whose target has this nest for it."""
     groups = [list(_groups(site, nest, kv_head)) for kv_head in range(site.shape.kv_heads)]
     return (_on_cores if machine.target == "cpp" else _on_chip)(site, machine, nest, groups)
@@ -44,17 +44,17 @@ def _groups(site: Site, nest: Nest, kv_head: int) -> Iterator[Group]:
         yield group_of(site, nest, range(start, min(start + nest.heads, first + site.shape.group)))
 
 
-def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Launch:
+def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Timeline:
     """A processor's: an item is a query tile of all heads of a key head."""
     shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
-    visited = [sum((group.visited for group in some), start=np.zeros(1)) for some in groups]
-    costs = np.tile(np.concatenate(visited), shape.batch)
+    key_tiles = [sum((group.key_tiles for group in some), start=np.zeros(1)) for some in groups]
+    costs = np.tile(np.concatenate(key_tiles), shape.batch)
     threads = cpp_threads(costs, nest, machine.cores)
     if not any(group.listed.any() for some in groups for group in some):  # as driver.h has it
         nest = replace(nest, held=min(nest.held, 2 * int(costs.max(initial=0)) + 1))
     step, order = step_of(costs.size, threads, nest.step), about(costs, costs.size / threads)
     found = []
-    for some, cost in zip(groups, visited, strict=True):
+    for some, cost in zip(groups, key_tiles, strict=True):
         done = sum((group.steps for group in some), start=np.zeros((len(STEPS), 1)))
         done[PACK] += _packs(site, nest, some, about(cost, costs.size / threads), threads, step)
         done[ITEM] += 1
@@ -67,15 +67,15 @@ def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]
         done = done[:, np.argsort(-order, kind="stable")]
         times = rates_vector(rates) @ done
         span = makespan(times, min(threads, times.size), step)
-    return Launch(done, times, span, threads, float(done[PACK].sum() + done[READ].sum()))
+    return Timeline(done, times, span, threads, float(done[PACK].sum() + done[READ].sum()))
 
 
 def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, step: int) -> Array:
     """How many keys the query tiles of a key head pack."""
     if nest.direct:
-        return some[0].visited * 0
+        return some[0].key_tiles * 0
     if nest.whole_group:
-        return sum((group.visited * nest.keys for group in some), start=np.zeros(1))
+        return sum((group.key_tiles * nest.keys for group in some), start=np.zeros(1))
     found = [(low, high) for group in some for low, high in zip(group.pieces.low, group.pieces.high, strict=True)]
     pieces = merged(found, cost.size)
     again = np.where(pieces.lengths > nest.held, len(some), 1)
@@ -89,13 +89,13 @@ def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, s
     return tiles * nest.keys
 
 
-def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Launch:
+def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Timeline:
     """A GPU's: an item is a query tile of some heads, and sections of heads follow each other. While the products of
     one key tile are made, the next one is read."""
     shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
     flat = [group for some in groups for group in some]
     line = np.stack([group.steps for group in flat])
-    line[:, READ], line[:, ITEM] = np.stack([group.visited for group in flat]) * nest.keys, 1
+    line[:, READ], line[:, ITEM] = np.stack([group.key_tiles for group in flat]) * nest.keys, 1
     line = np.tile(line, (shape.batch, 1, 1)) if shape.batch > 1 else line
     if nest.splits > 1:
         line = np.repeat(line, nest.splits, axis=2) / nest.splits
@@ -107,7 +107,7 @@ def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]
     reading = done[READ] * rates.read
     times = np.maximum(vector @ done - reading, reading)
     keys = sum(_touched(site, nest, some) for some in groups) * shape.batch
-    return Launch(done, times, makespan(times, machine.cores), machine.cores, keys)
+    return Timeline(done, times, makespan(times, machine.cores), machine.cores, keys)
 
 
 def _touched(site: Site, nest: Nest, some: list[Group]) -> float:
