@@ -46,6 +46,7 @@ def split(pred: Pred) -> tuple[Pred, Pred]:
     return conjunction(part for part in parts if part not in tested), conjunction(tested)
 
 
+@functools.lru_cache(maxsize=4096)
 def scanned(pred: Pred) -> bool:
     """Whether it takes data to tell what a key tile is."""
     return any(of_keys(bound) for part in (analyse(pred).empty, analyse(split(pred)[0]).full) for bound in _in([part]))

@@ -57,8 +57,7 @@ class ByHead:
         kind = self.kinds[head // self.group]
         if kind is not None:
             return kind.keep(rule, among=kind.slots != self.slots)
-        laid = any(one is not None and one.queries for one in self.kinds)
-        return conjunction([rule, Var("k") < N, *([Var("q") < N] if laid else [])])
+        return _in_order(rule, any(one is not None and one.queries for one in self.kinds))
 
     def layout(self, name: str) -> Layout | None:
         """That of queries, q, or of keys, k; None where all lie in their order."""
@@ -100,6 +99,12 @@ class ByHead:
             return TRUE
         group = self.group
         return disjunction((first * group <= H) & ((last + 1) * group > H) for first, last in mine)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_order(rule: Pred, queries: bool) -> Pred:
+    """A rule where slots are tokens up to N, of keys and maybe of queries."""
+    return conjunction([rule, Var("k") < N, *([Var("q") < N] if queries else [])])
 
 
 def _lays(name: str, kind: Residues | None) -> bool:

@@ -46,7 +46,7 @@ def _row(site: Site, machine: Machine) -> Array:
     after the other, and comes to the time of a site."""
     timeline, shape = timeline_of(site, machine, site.nest(machine)), site.shape
     span = timeline.span / max(float(timeline.times.sum()), 1e-9)
-    done = timeline.steps.sum(1) * span
+    done = timeline.steps * span
     parts = [np.array([1.0, float(shape.q_len < DECODE_BELOW), float(timeline.cores > 1)])]
     for entry in machine.rates:
         weight = machine.weight(entry, shape.dtype, shape.head_dim)

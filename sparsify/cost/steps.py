@@ -74,7 +74,7 @@ def _share(head: Head, number: int, site: Site, sees: bool) -> float:
     return min(1.0, kept_pairs(*rule_of(head.listed, number), site.at) / whole) if whole else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """The heads that share query tiles; arrays have one value for each of these. steps: float64 (STEPS, query tiles).
     key_tiles: that each comes to, those of lists included. pieces: those of the static rules. gathered: keys of
@@ -85,6 +85,11 @@ class Group:
     pieces: Pieces
     gathered: Array
     listed: Array
+
+    @functools.cached_property
+    def total(self) -> Array:
+        """(STEPS,), how often all query tiles together do each."""
+        return self.steps.sum(1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -85,7 +85,7 @@ def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float],
     """The heads, each with its share of the time by what it would take alone."""
     vector = rates_vector(machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys)))
     own = [_counted(site, nest, h) for h in range(site.shape.heads)]
-    weights = [float((vector @ group_of(site, nest, range(h, h + 1)).steps).sum()) for h in range(site.shape.heads)]
+    weights = [float(vector @ group_of(site, nest, range(h, h + 1)).total) for h in range(site.shape.heads)]
     whole, rest = sum(weights), time - sum(choosing.values())
     sharing = {text: sum(one.text == text for one in site.heads) for text in choosing}
     found = []

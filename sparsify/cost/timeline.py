@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsify.cost.machine import Machine
+from sparsify.cost.machine import Machine, Rates
 from sparsify.cost.nest import Nest
 from sparsify.cost.schedule import about, cpp_threads, makespan, packed, splits, step_of
 from sparsify.cost.site import Site
@@ -20,9 +20,9 @@ PACK, ITEM, READ = (STEPS.index(name) for name in ("pack", "item", "read"))
 
 @dataclass(frozen=True)
 class Timeline:
-    """steps: of all query tiles, (STEPS, items) in the order in which cores take them, one batch after the other or
-    mixed. times: nanoseconds of each. span: until the last is done. cores: that take part. keys: that are read from
-    memory, each with its value."""
+    """steps: (STEPS,), how often all query tiles together do each. times: nanoseconds of each query tile, in the order
+    in which cores take them, one batch after the other or mixed. span: until the last is done. cores: that take part.
+    keys: that are read from memory, each with its value."""
 
     steps: Array
     times: Array
@@ -59,15 +59,14 @@ def _on_cores(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]
         done[PACK] += _packs(site, nest, some, about(cost, costs.size / threads), threads, step)
         done[ITEM] += 1
         found.append(done)
-    done = np.tile(np.concatenate(found, axis=1), (1, shape.batch))
+    times = np.tile(rates_vector(rates) @ np.concatenate(found, axis=1), shape.batch)
     if nest.whole_group and splits(costs, threads):
-        times = rates_vector(rates) @ done
         span = float(times.sum()) / threads
     else:
-        done = done[:, np.argsort(-order, kind="stable")]
-        times = rates_vector(rates) @ done
+        times = times[np.argsort(-order, kind="stable")]
         span = makespan(times, min(threads, times.size), step)
-    return Timeline(done, times, span, threads, float(done[PACK].sum() + done[READ].sum()))
+    total = sum((done.sum(1) for done in found), start=np.zeros(len(STEPS))) * shape.batch
+    return Timeline(total, times, span, threads, float(total[PACK] + total[READ]))
 
 
 def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, step: int) -> Array:
@@ -92,22 +91,25 @@ def _packs(site: Site, nest: Nest, some: list[Group], cost: Array, cores: int, s
 def _on_chip(site: Site, machine: Machine, nest: Nest, groups: list[list[Group]]) -> Timeline:
     """A GPU's: an item is a query tile of some heads, and sections of heads follow each other. While the products of
     one key tile are made, the next one is read."""
-    shape, rates = site.shape, machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
-    flat = [group for some in groups for group in some]
-    line = np.stack([group.steps for group in flat])
-    line[:, READ], line[:, ITEM] = np.stack([group.key_tiles for group in flat]) * nest.keys, 1
-    line = np.tile(line, (shape.batch, 1, 1)) if shape.batch > 1 else line
-    if nest.splits > 1:
-        line = np.repeat(line, nest.splits, axis=2) / nest.splits
-        line[:, ITEM] = 1
-    line = line[:, :, ::-1] if nest.descending else line  # the longest first, as attention.py.jinja has it
-    heads = [line[start : start + nest.section] for start in range(0, len(line), nest.section)]
-    done = np.concatenate([some.transpose(1, 2, 0).reshape(len(STEPS), -1) for some in heads], axis=1)
-    vector = rates_vector(rates)
+    rates = machine.rates_of(site.shape.dtype, site.shape.head_dim, (nest.rows, nest.keys))
+    flat = [group for some in groups for group in some] * site.shape.batch
+    found = {group: _chip_items(group, nest, rates) for group in dict.fromkeys(flat)}
+    times = np.stack([found[group][1] for group in flat])
+    times = times[:, ::-1] if nest.descending else times  # the longest first, as attention.py.jinja has it
+    heads = [times[start : start + nest.section] for start in range(0, len(times), nest.section)]
+    times = np.concatenate([some.T.ravel() for some in heads])
+    steps = sum((found[group][0] for group in flat), start=np.zeros(len(STEPS)))
+    keys = sum(_touched(site, nest, some) for some in groups) * site.shape.batch
+    return Timeline(steps, times, makespan(times, machine.cores), machine.cores, keys)
+
+
+def _chip_items(group: Group, nest: Nest, rates: Rates) -> tuple[Array, Array]:
+    """(steps, times) of the items of a group on a GPU: all their steps, and what each item takes."""
+    done = group.steps.copy()
+    done[READ], done[ITEM] = group.key_tiles * nest.keys, nest.splits
     reading = done[READ] * rates.read
-    times = np.maximum(vector @ done - reading, reading)
-    keys = sum(_touched(site, nest, some) for some in groups) * shape.batch
-    return Timeline(done, times, makespan(times, machine.cores), machine.cores, keys)
+    each = np.maximum(rates_vector(rates) @ done - reading, reading) / nest.splits
+    return done.sum(1), np.repeat(each, nest.splits)
 
 
 def _touched(site: Site, nest: Nest, some: list[Group]) -> float:
