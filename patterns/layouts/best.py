@@ -81,8 +81,13 @@ def _pairs(heads: tuple[Pred, ...], length: int, total: int = 0) -> tuple[float,
     ).items():
         visited, whole = executed(rule[0], length, rule[1])
         share += count * visited / pairs
-        cost += count * (visited + PARTIAL * (visited - whole)) / pairs
+        cost += count * tile_cost(visited, whole) / pairs
     return cost, share
+
+
+def tile_cost(visited: float, whole: float) -> float:
+    """What the tiles that a head visits cost, in whole ones: the others have a mask to make."""
+    return visited + PARTIAL * (visited - whole)
 
 
 def _candidates(found: Mapping[Grid, int], total: int) -> Iterator[tuple[float, Boxes]]:
@@ -122,7 +127,7 @@ def _promise(grid: Grid, dilation: tuple[int, ...], box: tuple[int, ...]) -> flo
     for rule, size, apart, side in zip(rules, grid.shape, dilation, box, strict=True):
         some, full = _along(rule, -(-size // apart), apart, side)
         visited, whole = visited * some, whole * full
-    return visited + PARTIAL * (visited - whole)
+    return tile_cost(visited, whole)
 
 
 @functools.lru_cache(maxsize=256)

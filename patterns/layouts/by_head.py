@@ -26,7 +26,7 @@ from sparsify.expr import (
     select,
 )
 from sparsify.patterns.count import executed
-from sparsify.patterns.layouts.best import PARTIAL, WORTH
+from sparsify.patterns.layouts.best import WORTH, tile_cost
 from sparsify.patterns.layouts.boxes import TILE
 from sparsify.patterns.layouts.residues import Residues
 from sparsify.patterns.lists import choices, lists
@@ -217,4 +217,4 @@ def _head_cost(rule: Pred, head: int, kind: Residues | None, length: int) -> tup
     slots = length if kind is None else int(evaluate(kind.slots, known))
     visited, whole = executed(substitute(keep, known), slots, head)
     pairs = (length / TILE) ** 2
-    return (visited + PARTIAL * (visited - whole)) / pairs, visited / pairs
+    return tile_cost(visited, whole) / pairs, visited / pairs

@@ -32,6 +32,10 @@ class Head:
     text: str = ""
     causal: bool = True
 
+    def looks_back(self, q_len: int) -> bool:
+        """Whether the selector sees no key after a query; a single query is the last position, and so sees all."""
+        return self.causal or q_len == 1
+
 
 def head_of(keep: Pred) -> Head:
     """A head's predicate with its choices taken apart. Raises PatternError for what no kernel can do."""

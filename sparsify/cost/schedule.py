@@ -60,15 +60,10 @@ def packed(pieces: Pieces, key_tiles: Array, order: Array, cores: int, step: int
     order), and every other run is another core's.
     """
     found = np.zeros(key_tiles.shape)
-    lengths = pieces.high - pieces.low
     for cost in np.unique(order):
         some = np.flatnonzero(order == cost)
         starts = np.arange(0, some.size, step)
-        there = lengths[:, some] > 0
-        low = np.minimum.reduceat(np.where(there, pieces.low[:, some], 2**60), starts, axis=1)
-        high = np.maximum.reduceat(np.where(there, pieces.high[:, some], 0), starts, axis=1)
-        high = np.maximum(high, np.where(low < 2**60, low, 0))
-        low = np.minimum(low, high)
+        low, high = _extents(pieces.low[:, some], pieces.high[:, some], starts)
         new = high - low
         if starts.size > cores:
             common = np.minimum(high[:, cores:], high[:, :-cores]) - np.maximum(low[:, cores:], low[:, :-cores])
@@ -79,3 +74,12 @@ def packed(pieces: Pieces, key_tiles: Array, order: Array, cores: int, step: int
         run = np.minimum(np.maximum(new.sum(0), beyond), met)
         found[some] = np.repeat(run / np.maximum(met, 1), np.diff(np.append(starts, some.size))) * key_tiles[some]
     return found
+
+
+def _extents(low: Array, high: Array, starts: Array) -> tuple[Array, Array]:
+    """From where to where the intervals of runs of query tiles reach, each piece by itself; low == high where a run has
+    none. low, high: (pieces, query tiles). starts: the first query tile of each run."""
+    there = high > low
+    first = np.minimum.reduceat(np.where(there, low, 2**60), starts, axis=1)
+    last = np.maximum.reduceat(np.where(there, high, 0), starts, axis=1)
+    return np.minimum(first, last), last

@@ -67,7 +67,7 @@ class Site:
                 keeps.append(one.static)
                 continue
             if one.text not in places:
-                rows = rows_of(one.selector, self.at, one.causal or self.at.q_len == 1)
+                rows = rows_of(one.selector, self.at, one.looks_back(self.at.q_len))
                 places[one.text] = 2 * len(rooms)
                 rooms += [math.ceil(kept.max(initial=0)) for _, kept in kept_units(one.selector, rows)]
             keeps.append(one.static | (lists_from(one.selector, places[one.text], self.shape) & one.listed))
@@ -117,10 +117,9 @@ def site_of(patterns: tuple[Pattern, ...], shape: Shape) -> Site:
     except PatternError as error:
         raise InputError(f"cost: patterns: {error}") from None
     for one in heads:
-        reason = (
-            "" if one.selector is None else complaint(one.selector, shape.q_len == 1, one.causal or shape.q_len == 1)
-        )
-        if reason:
+        if one.selector is None:
+            continue
+        if reason := complaint(one.selector, shape.q_len == 1, one.looks_back(shape.q_len)):
             raise InputError(f"cost: patterns: {reason}")
     whole = shape.q_len == shape.k_len
     tokens = Positions(shape.q_len, shape.k_len, shape.k_len - shape.q_len, shape.q_len, shape.k_len)

@@ -53,7 +53,7 @@ def listing(site: Site, head: Head, number: int, nest: Nest) -> Listing | None:
     selector, at = head.selector, site.at
     if selector is None:
         return None
-    sees = head.causal or at.q_len == 1
+    sees = head.looks_back(at.q_len)
     rows, share = rows_of(selector, at, sees), _share(head, number, site, sees)
     row, queries = np.arange(0, at.q_len, nest.rows) // selector.unit.q, rows.last - rows.first + 1
     tiles, gathered, pairs = np.zeros(row.size), np.zeros(row.size), 0.0
