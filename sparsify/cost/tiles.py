@@ -14,7 +14,7 @@ from sparsify.expr import Pred
 from sparsify.patterns.interior import by_intervals
 from sparsify.patterns.spans import Array, Pieces, band_pieces, interior_pieces, listed, picked, without
 
-MANY = 2**18  # key tiles that are asked for their class one by one; of more, those of some query tiles
+MANY = 2**16  # key tiles that are asked for their class one by one; of more, those of some query tiles
 
 
 @dataclass(frozen=True)
