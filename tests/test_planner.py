@@ -339,6 +339,12 @@ def test_layers_take_the_choices_of_others():
         torch.compile(tiny(), backend="sparsify", options=options)(tokens(64))
 
 
+def test_a_folder_of_state_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^plan: state: the folder '.*file/state' can't be made: Not a directory"):
+        State(tmp_path / "file" / "state").of("head 0", lambda: {"loss": np.arange(3)})
+
+
 def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
     state, made = State(tmp_path, "run"), []
 
@@ -350,7 +356,7 @@ def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
     kept = next(tmp_path.iterdir())
     kept.write_bytes(kept.read_bytes()[:20])
     assert (state.of("head 0", make)["loss"] == np.arange(3)).all() and len(made) == 2
-    (tmp_path / f"{kept.stem}_half.part").touch()
+    (tmp_path / f".{kept.name}.123").touch()  # of a run that was killed while it wrote
     (tmp_path / "mine.txt").touch()
     (tmp_path / "mine.npz").touch()
     state.clear()
