@@ -28,7 +28,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="A field of the model's config, as NAME=VALUE (repeat it).")
 ]
 QueryHeads = Annotated[
-    int | None, typer.Option(help="DuoAttention: query heads a layer (--model knows it); gates are by KV head.")
+    int | None,
+    typer.Option(help="Query heads a layer: DuoAttention's gates are by KV head; of others, what has to be planned."),
 ]
 Sparsity = Annotated[
     float | None, typer.Option(help="DuoAttention: the share of KV heads that stream. Default: the config's.")
