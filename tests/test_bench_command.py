@@ -95,6 +95,14 @@ def test_what_can_not_be_written_is_told_before_anything_is_measured(bench, line
     assert sorted(Path().rglob("*")) == before
 
 
+def test_a_length_beyond_the_memory_is_told_before_anything_is_measured(bench, monkeypatch) -> None:
+    monkeypatch.setattr("sparsify.bench.cases._memory", lambda: 16 * 2**30)
+    code, out, cases = bench("--length 99999999999 --dtype float32")
+    said = "bench: --length: queries, keys, values and output of window512 N=99999999999 D=64 float32 H=8/8 need"
+    assert (code, out, cases) == (2, "", []) and bench.err.count("\n") == 1
+    assert bench.err.startswith(f"sparsify: {said} 762,939 GiB, and this machine has 16 GiB; give fewer tokens")
+
+
 def test_a_wrong_case_ends_with_1(bench) -> None:
     code, out, _ = bench("--pattern causal --head-dim 99")
     assert code == 1 and "WRONG: the error is 1.0e-02, the bound 1.0e-05" in out

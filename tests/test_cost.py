@@ -373,6 +373,13 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
     path.write_text(json.dumps({name: value for name, value in data.items() if name != "memory"}))
     with pytest.raises(InputError, match=r"mine.json: memory: this field is missing"):
         cost.machine(path)
+    for value in ("Infinity", "NaN", "1e999"):
+        path.write_text(machine.text().replace(f'"memory": {data["memory"]}', f'"memory": {value}'))
+        with pytest.raises(InputError, match=r"mine.json: memory: input should be a finite number, found (inf|nan)$"):
+            cost.machine(path)
+    path.write_text(machine.text().replace("{", '{"memory": 1e9,', 1))
+    with pytest.raises(InputError, match=r"mine.json: the key 'memory' is given twice$"):
+        cost.machine(path)
     path.write_text("[1")
     with pytest.raises(InputError, match=r"mine.json: not JSON"):
         cost.machine(path)

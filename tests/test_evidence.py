@@ -141,15 +141,23 @@ def test_times_and_validation_are_those_of_the_plan(elements):
         assert f"{row.loss:.4g}" in cells and f"{row.increase:+.3g}" in cells
 
 
+def test_a_bound_that_no_share_of_the_front_kept_is_told():
+    said = replace(PLAN, missed="no share of the front loses at most +0.01 bits per byte")
+    assert Elements(page(Evidence(said)).decode()).of("p", "remark")[0][1] == said.missed
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary(said))
+    assert said.missed in console.export_text()
+
+
 def test_a_plan_that_is_slower_than_dense_says_so():
-    assert PLAN.slower == "" and Elements(page(Evidence(PLAN)).decode()).of("p", "slower") == []
+    assert PLAN.slower == "" and Elements(page(Evidence(PLAN)).decode()).of("p", "remark") == []
     sites = [replace(site, seconds=(site.seconds[0], 2 * site.dense_seconds[1])) for site in PLAN.sites]
     slow = replace(PLAN, of="pairs", sites=tuple(sites))
     assert slow.slower == (
         "predicted to be slower than dense attention: 2 times its time at 2048 tokens; "
         "the budget was one of pairs, so plan by time (--of time) where speed is wanted"
     )
-    assert Elements(page(Evidence(slow)).decode()).of("p", "slower")[0][1] == slow.slower
+    assert Elements(page(Evidence(slow)).decode()).of("p", "remark")[0][1] == slow.slower
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary(slow))
     shown = console.export_text()
@@ -254,7 +262,6 @@ def test_the_png_draws_heads_in_their_colours_and_dropped_attention_red():
     ("name", "pictures", "what"),
     [
         ("plan.pdf", None, r"plan: evidence: expected a name that ends in .html or .png, found 'plan.pdf'"),
-        ("no/plan.html", None, r"plan: evidence: the folder '.*no' does not exist"),
         ("plan.html", OTHER, "plan: evidence: the pictures are not those of this plan's heads"),
     ],
 )  # fmt: skip

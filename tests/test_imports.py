@@ -280,6 +280,8 @@ def test_a_wrong_folder_is_one_sentence_that_names_file_and_place(file, text, wh
         ("moa", {"top": 3}, "import: 'top' is no option of moa; allowed: max_new"),
         ("moa", {"max_new": 1.5}, "import: max_new: expected an integer of at least 0, found 1.5"),
         ("moa", {"query_heads": 4}, "layer 0 is planned for 2 query heads, but the model has 4 query heads"),
+        ("moa", {"query_heads": "4"}, "import: query_heads: expected an integer of at least 1, found '4'"),
+        ("moa", {"query_heads": {0: 2.5}}, "import: query_heads: expected an integer of at least 1, found 2.5"),
         ("moa", {"query_heads": 0}, "import: query_heads: expected an integer of at least 1, found 0"),
         ("minference", {"sinks": 3}, "import: 'sinks' is no option of minference; it has none"),
         ("duo_attention", {"sparsity": 1.5}, "import: sparsity: expected a number from 0 to 1, found 1.5"),
@@ -358,14 +360,15 @@ def test_the_command_prints_without_out_and_writes_nothing_when_it_refuses(monke
     for line, what in (
         (f"{files['moa']} {LLAMA} -o {tmp_path}/no.yaml", "layer 0 is planned for 2 query heads, but llama has 4"),
         (f"{files['moa']} --top 3 -o {tmp_path}/no.yaml", "import: 'top' is no option of moa; allowed: max_new"),
-        (f"{files['moa']} -o {tmp_path}/absent/no.yaml", "the folder"),
+        (f"{files['moa']} -o {files['moa']}/no.yaml", "import: --out: "),
         (f"{tmp_path}/none.json -o {tmp_path}/no.yaml", "none.json: there is no such file"),
         (f"{files['moa']} --model llama --query-heads 2", "--query-heads and --model both say how many heads"),
+        (f"{files['moa']} --query-heads 4", "layer 0 is planned for 2 query heads, but the model has 4 query heads"),
         (f"{files['moa']} --set hidden_size=64", "import: --set goes with --model only"),
         (f"{files['moa']} -o {files['moa']}", "is the plan itself, which would be lost; give another file"),
     ):  # fmt: skip
         code, said, err = run(monkeypatch, capsys, f"import {line}")
         assert (code, said) == (2, "") and what in err and err.startswith("sparsify: ") and err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
-    code, _, err = run(monkeypatch, capsys, f"import {files['duo_attention']} -o {tmp_path}/yes.yaml")
+    code, _, err = run(monkeypatch, capsys, f"import {files['duo_attention']} -o {tmp_path}/new/yes.yaml")
     assert code == 0 and "gates of KV heads are taken as those of query heads" in err

@@ -150,6 +150,16 @@ def test_a_bound_on_the_loss_takes_the_cheapest_that_keeps_it(made):
     assert loose.front[loose.chosen].cost == min(point.cost for point in loose.front if not point.uniform)
 
 
+def test_a_bound_that_no_share_of_the_front_keeps_is_kept_by_dense_attention():
+    given = SMALL | {"front": (0.5,), "objective": Tokens(False)}
+    found = plan(tiny(), [TEXT], lengths=32, budget="loss +1e-12", rounds=0, **given)
+    assert not any(one for of in found.choices() for one in of) and found.front[found.chosen].cost == 1
+    assert found.missed.startswith("no share of the front loses at most +1e-12 nats a token; the nearest is +")
+    assert found.missed.endswith("so every head keeps everything; try larger shares in --front")
+    assert Plan.from_json(found.to_json()) == found
+    assert all(rule.groups[0].name == "dense" for rule in found.spec().rules)
+
+
 @pytest.mark.slow
 def test_to_both_sides_and_memory():
     model = tiny(causal=False)
@@ -171,7 +181,35 @@ WRONG = [
     ({"budget": 0}, "plan: budget: expected a share of the dense cost above 0 and at most 1, such as 0.5, or a bound"),
     ({"budget": "loss -1%"}, "found 'loss -1%'"),
     ({"budget": 0.01}, "plan: budget: no choice comes to 0.01 of the dense cost; the nearest that is met is 0."),
-    ({"budget": "loss +1e-12", "objective": Tokens(False)}, "plan: budget: no plan loses at most +"),
+    ({"data": torch.tensor([300] * 200)}, "plan: data: found the token 300; the model's vocabulary is 0-255"),
+    ({"data": torch.tensor([-1] * 200)}, "plan: data: found the token -1; the model's vocabulary is 0-255"),
+    ({"data": torch.rand(200)}, "plan: data: expected tokens, which are integers, found torch.float32"),
+    ({"held_out": 7}, "plan: held_out: expected texts or tokens, found int"),
+    ({"data": Readings((3,), (3,), (3,))}, "plan: data: profile: expected Samples, found int"),
+    ({"lengths": "32"}, "plan: lengths: expected integers of at least 2, such as 1024,2048, found '32'"),
+    ({"lengths": None}, "plan: lengths: expected integers of at least 2, such as 1024,2048, found None"),
+    (
+        {"budget": None},
+        "plan: budget: expected a share of the dense cost above 0 and at most 1, such as 0.5, or a boun",
+    ),
+    ({"budget": "loss +1e999"}, "found 'loss +1e999'"),
+    (
+        {"objective": 3},
+        "plan: objective: expected an object with unit, absolute, reference, distance, loss, probes, fo",
+    ),
+    ({"tokenizer": str.encode}, "plan: tokenizer: expected a planner.samples.Tokenizer, found method_descriptor"),
+    ({"state": 3}, "plan: state: expected the path of a folder, found int"),
+    ({"candidates": ["near"]}, "plan: candidates: expected a list of Candidate, found ['near']"),
+    ({"candidates": CANDIDATES[1:]}, "plan: candidates: expected one named 'dense' among them, which drops nothing"),
+    ({"candidates": (*CANDIDATES, Candidate("x", 3))}, "plan: candidates: "),
+    ({"kinds": "windows"}, "plan: kinds: expected a list of names such as ('windows', 'strides'), found 'windows'"),
+    ({"shape": 64}, "plan: shape: expected integers of at least 1, such as (64, 64), found 64"),
+    ({"front": 0.5}, "plan: front: expected shares of the dense cost, found 0.5"),
+    ({"recall": "half"}, "plan: recall: expected a share from 0 to 1, found 'half'"),
+    ({"seed": -1}, "plan: seed: expected an integer of at least 0, found -1"),
+    ({"sample": 3}, "plan: unknown setting 'sample'; did you mean 'samples'?"),
+    ({"reuse": {7: "8-9"}}, "plan: reuse: found 7, and the model's layers are 0-1"),
+    ({"reuse": {0: "1-9"}}, "plan: reuse: found 1-9, and the model's layers are 0-1"),
     ({"of": "tile"}, "plan: of: found 'tile'; did you mean 'tiles'?"),
     ({"profile": "influenced"}, "plan: profile: found 'influenced'; did you mean 'influence'?"),
     ({"budget": "loss +1%", "front": ()}, "plan: front: expected shares of the dense cost, one at least for a bound"),
@@ -190,11 +228,27 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_wrong_input_is_named(change, message):
     model = tiny()
-    model.config = type("Config", (), {"max_position_embeddings": 128, "architectures": ["TinyForCausalLM"]})()
+    model.config = type(
+        "Config", (), {"max_position_embeddings": 128, "vocab_size": 256, "architectures": ["TinyForCausalLM"]}
+    )()
     given = {"data": [TEXT], "lengths": 32, "budget": 0.5, "rounds": 0, **SMALL} | change
     with pytest.raises(InputError) as error:
         plan(model, given.pop("data"), **given)
     assert message in str(error.value)
+
+
+def test_a_model_that_takes_no_tokens_is_named():
+    class Sees(torch.nn.Module):
+        main_input_name = "pixel_values"  # as transformers says it
+
+        def forward(self, pixel_values=None, **others):
+            return pixel_values
+
+    said = "^plan: model: Sees takes no 'input_ids', it reads pixel_values; give Readings with samples of its own"
+    with pytest.raises(InputError, match=said):
+        plan(Sees(), [TEXT], lengths=32)
+    with pytest.raises(InputError, match=r"^plan: model: expected a model that can be called, found int$"):
+        plan(3, [TEXT], lengths=32)
 
 
 def test_budgets():
@@ -339,6 +393,12 @@ def test_layers_take_the_choices_of_others():
         torch.compile(tiny(), backend="sparsify", options=options)(tokens(64))
 
 
+def test_a_folder_of_state_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^plan: state: the folder '.*file/state' can't be made: Not a directory"):
+        State(tmp_path / "file" / "state").of("head 0", lambda: {"loss": np.arange(3)})
+
+
 def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
     state, made = State(tmp_path, "run"), []
 
@@ -350,7 +410,7 @@ def test_what_a_run_kept_goes_and_nothing_else(tmp_path):
     kept = next(tmp_path.iterdir())
     kept.write_bytes(kept.read_bytes()[:20])
     assert (state.of("head 0", make)["loss"] == np.arange(3)).all() and len(made) == 2
-    (tmp_path / f"{kept.stem}_half.part").touch()
+    (tmp_path / f".{kept.name}.123").touch()  # of a run that was killed while it wrote
     (tmp_path / "mine.txt").touch()
     (tmp_path / "mine.npz").touch()
     state.clear()

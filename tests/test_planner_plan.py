@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sparsify.errors import InputError
+from sparsify.planner.bound import keeps, missed
 from sparsify.planner.plan import Candidate, HeadPlan, Model, Plan, Point, SitePlan, Validation, fingerprint
 from sparsify.planner.state import State
 from sparsify.spec import SiteInfo
@@ -103,6 +104,15 @@ def test_no_json_and_no_file(tmp_path):
         Plan.load(tmp_path / "p.json")
     with pytest.raises(InputError, match="can't be read: No such file"):
         Plan.load(tmp_path / "q.json")
+
+
+def test_a_bound_that_was_kept_by_a_share_between_is_told_as_that():
+    front = [Point("a", 0.5, validated=0.3), Point("b", 0.75, validated=0.1), Point("c", 0.5, True, validated=0.0)]
+    assert not keeps(front, 0.05) and keeps(front, 0.1)
+    assert missed(front, 0.05, "nats", Point("plan at 0.875", 0.87)) == (
+        "no share of the front loses at most +0.05 nats; the nearest is +0.1 at 75.0% of the cost, so one at 87.0% of"
+        " the cost was searched; try larger shares in --front"
+    )
 
 
 def test_what_a_run_kept_goes_and_nothing_else(tmp_path):

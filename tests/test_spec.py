@@ -266,7 +266,7 @@ def test_any_composition_comes_back_equal(pattern, heads, tmp_path_factory):
     assert again.to_dict() == spec.to_dict() == json.loads(json.dumps(spec.to_dict()))
     FILE.validate(spec.to_dict())
     folder = tmp_path_factory.mktemp("specs")
-    for name in ("s.yaml", "s.json"):
+    for name in ("s.yaml", "new/s.json"):
         spec.save(folder / name)
         assert load_spec(folder / name) == spec
 

@@ -151,11 +151,15 @@ def test_a_wrong_file_leaves_no_trace(tune):
     code, _, err = tune("--import v2.json")
     message = "tune: --import: v2.json: store version 2 can't be read by this sparsify (it reads 1)"
     assert (code, err) == (2, f"sparsify: {message}\n")
-    entry = tunings.Tuned("m", "s", "cpp", "k", {"blocks": 13}, 0.9, 1.0, 0.9, 0.9, 0.9, "2026")
+    entry = tunings.Tuned("m", "s", "cpp", "k", {"blocks": 13}, 0.9, 1.0, 0.9, 0.9, 0.9, "2026-01-01T00:00:00+00:00")
     tunings.write(Path("bad.json"), [entry])
-    assert "tuned kernel: blocks: found 13; allowed: 4, 6" in tune("--import bad.json")[2]
+    said = "sparsify: tune: --import: bad.json: k: tuned kernel: blocks: found 13; allowed: 4, 6"
+    assert tune("--import bad.json")[2].startswith(said)
+    good, late = replace(entry, kernel="g", values={}), replace(entry, values={}, measured="9999-01-01T00:00:00+00:00")
+    tunings.write(Path("late.json"), [good, late])
+    assert "late.json: k: measured: found '9999-01-01T00:00:00+00:00', which is" in tune("--import late.json")[2]
     tunings.write(Path("null.json"), [replace(entry, target="null")])
-    assert "tune: target 'null' has nothing to tune; allowed: cpp, triton" in tune("--import null.json")[2]
+    assert "null.json: k: target 'null' has nothing to tune; allowed: cpp, triton" in tune("--import null.json")[2]
     assert not Path("tuned.json").exists()
 
 
@@ -216,7 +220,7 @@ def test_doctor_shows_the_store(tune, tmp_path):
 
     path = tmp_path / "tuned.json"
     assert _tuned().found == f"none in {path}" and "sparsify tune --grid" in _tuned().hint
-    entry = tunings.Tuned("m", "s", "cpp", "k", {"blocks": 12}, 0.9, 1.0, 0.9, 0.9, 0.9, "2026")
+    entry = tunings.Tuned("m", "s", "cpp", "k", {"blocks": 12}, 0.9, 1.0, 0.9, 0.9, 0.9, "2026-01-01T00:00:00+00:00")
     tuned.keep([entry])
     found = _tuned()
     assert found.ok is None and found.found == (

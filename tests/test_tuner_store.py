@@ -114,6 +114,11 @@ WRONG = {
     "no fields": ('{"version": 1, "tuned": [{}]}', "tuned[0]: expected an object with machine, software, target,"),
     "no text": (asdict(ENTRY) | {"machine": 3}, "tuned[0]: machine: found 3; expected text"),
     "no number": (asdict(ENTRY) | {"ratio": "x"}, "tuned[0]: ratio: found 'x'; expected a number"),
+    "not finite": (asdict(ENTRY) | {"seconds": float("nan")}, "tuned[0]: seconds: found nan; expected a number above"),
+    "negative": (asdict(ENTRY) | {"default": -1.0}, "tuned[0]: default: found -1.0; expected a number above 0"),
+    "no date": (asdict(ENTRY) | {"measured": "today"}, "tuned[0]: measured: found 'today'; expected a time in UTC"),
+    "no zone": (asdict(ENTRY) | {"measured": "2026-01-01T00:00:00"}, "tuned[0]: measured: found '2026-01-01T00:00:00'"),
+    "a key twice": ('{"version": 1, "version": 1, "tuned": []}', "the key 'version' is given twice"),
     "no integer": (asdict(ENTRY) | {"values": {"blocks": 1.5}}, "tuned[0]: values: blocks: found 1.5; expected an int"),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -137,6 +139,7 @@ def grid(
         Case(name, n, d, dtype, heads, kv_heads) for dtype in dtypes for d in head_dims for n in sizes for name in names
     )
     for case in found:
+        _check_memory(case)
         wrong = next(filter(None, (rule.fits(case.length) for rule in dict.fromkeys(case.rules))), "")
         if wrong:
             raise InputError(f"bench: {case.pattern} at length {case.length}: {wrong}")
@@ -181,6 +184,25 @@ def _known(patterns: Iterable[str]) -> tuple[str, ...]:
 def _check_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"bench: {heads} query heads are not a multiple of {kv_heads} key heads")
+
+
+def _check_memory(case: Case) -> None:
+    """Raises InputError for a case whose queries, keys, values and output alone are larger than this machine's
+    memory, in which they are drawn for any device."""
+    element = 4 if case.dtype == "float32" else 2
+    needed = 2 * (case.heads + case.kv_heads) * case.length * case.head_dim * element
+    there = _memory()
+    if needed > there:
+        sizes = f"{needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB; give fewer tokens"
+        raise InputError(f"bench: --length: queries, keys, values and output of {case.name} need {sizes}")
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; infinity where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def pick(known: Mapping[str, T], names: Sequence[str] | None) -> list[T]:

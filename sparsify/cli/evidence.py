@@ -30,7 +30,7 @@ def origin(found: Plan) -> str:
     if mark is not None:
         loss = f"{signed(mark.loss)} {found.unit} at {percent(mark.point.cost)} of the cost"
         lines.append(f"{evidence.measure.capitalize()}: {loss}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [found.missed])])
 
 
 def draw_evidence(found: Plan, model: Any, texts: Sequence[str], tokenizer: Tokenizer, out: Path) -> list[Path]:

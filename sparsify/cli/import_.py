@@ -28,7 +28,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="A field of the model's config, as NAME=VALUE (repeat it).")
 ]
 QueryHeads = Annotated[
-    int | None, typer.Option(help="DuoAttention: query heads a layer (--model knows it); gates are by KV head.")
+    int | None,
+    typer.Option(help="Query heads a layer: DuoAttention's gates are by KV head; of others, what has to be planned."),
 ]
 Sparsity = Annotated[
     float | None, typer.Option(help="DuoAttention: the share of KV heads that stream. Default: the config's.")
@@ -62,6 +63,7 @@ def import_(
     Every head is named in the spec, so a model with other heads is an error when it is compiled; --model says so now.
     """
     from sparsify.errors import InputError
+    from sparsify.files import check_writable
     from sparsify.imports import load
     from sparsify.models import overrides
 
@@ -71,6 +73,8 @@ def import_(
         raise InputError("import: --set goes with --model only")
     if out is not None and path.exists() and out.exists() and out.samefile(path):
         raise InputError(f"import: --out: '{out}' is the plan itself, which would be lost; give another file")
+    if out is not None:
+        check_writable(out, "import: --out")
     given = {
         "sparsity": sparsity, "threshold": threshold, "top": top, "sinks": sinks, "recent": recent,
         "max_new": max_new,

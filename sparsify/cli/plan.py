@@ -228,11 +228,8 @@ def _reuse(texts: list[str]) -> dict[str, str]:
 
 def _check_out(out: Path, state: Path, evidence: bool) -> None:
     """Raises InputError for a file that can't be made, before the work."""
-    from sparsify.errors import InputError
     from sparsify.files import check_writable
 
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder '{out.parent}' does not exist")
     check_writable(out, "plan: --out")
     for ending in (".plan.json", *((".html", ".png") if evidence else ())):
         check_writable(out.with_suffix(ending), "plan: --out")

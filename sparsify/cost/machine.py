@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sparsify.codegen.target import DTYPES
 from sparsify.errors import InputError, nearest
+from sparsify.json_keys import each_once
 from sparsify.runtime.toolchain import ISAS
 
 VERSION = 1
@@ -23,7 +24,7 @@ _Cost = Field(ge=0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Rates(_Strict):
@@ -147,7 +148,9 @@ class Machine(_Strict):
     def parse(cls, text: str, where: str = "machine") -> Machine:
         """Reads `text()` back. Raises InputError naming the field; `where` is what the text is of."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=each_once)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         except ValueError as error:
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(data, dict):

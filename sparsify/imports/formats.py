@@ -49,8 +49,10 @@ def load(
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise InputError(f"import: unknown format '{format}'; {nearest(format, FORMATS)}")
-    if isinstance(query_heads, bool) or (isinstance(query_heads, int) and query_heads < 1):
-        raise InputError(f"import: query_heads: expected an integer of at least 1, found {query_heads}")
+    counts = query_heads.values() if isinstance(query_heads, Mapping) else () if query_heads is None else (query_heads,)
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(f"import: query_heads: expected an integer of at least 1, found {count!r}")
     found = _plan(path, format, options)
     return found if query_heads is None else found.for_heads(query_heads)
 

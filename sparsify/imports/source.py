@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsify.errors import InputError
+from sparsify.json_keys import each_once
 from sparsify.spec.source import dotted, shown
 
 MAX_BYTES = 2**28  # scores of a large model with some hundred samples take 3 MB
@@ -53,25 +54,18 @@ class File:
         """The file's JSON value. Raises InputError for another text, a key that is given twice, NaN and Infinity."""
         text = self.text()
         try:
-            return json.loads(text, object_pairs_hook=self._once, parse_constant=self._constant)
+            return json.loads(text, object_pairs_hook=each_once, parse_constant=self._constant)
         except json.JSONDecodeError as error:
             raise self.error((), f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
         except RecursionError:
             raise self.error((), "nested too deeply") from None
-        except InputError:
-            raise
+        except InputError as error:
+            raise self.error((), str(error)) from None
         except ValueError as error:
             raise self.error((), f"not valid JSON: {error}") from None
 
-    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise self.error((), f"the key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
-        return found
-
     def _constant(self, text: str) -> NoReturn:
-        raise self.error((), f"expected finite numbers, found {text}")
+        raise InputError(f"expected finite numbers, found {text}")
 
     def number(self, value: Any, where: Where, low: float = -math.inf, high: float = math.inf) -> int | float:
         """A finite number within bounds, whole ones as int. Raises InputError naming the place."""

@@ -38,14 +38,12 @@ MEASURES = {  # of a point's loss, the most telling first
 def write_evidence(plan: Plan, path: str | Path, pictures: Pictures | None = None) -> Path:
     """Draws a plan's evidence, and returns the path. Its ending, .html or .png (which needs matplotlib), chooses.
 
-    The file is there whole or not at all. Raises InputError for another ending, for a folder that isn't there, for a
+    The file is there whole or not at all, and so are the folders above it. Raises InputError for another ending, for a
     file that can't be written, and for pictures of another plan.
     """
     target = Path(path)
     if target.suffix not in ENDINGS:
         raise InputError(f"plan: evidence: expected a name that ends in .html or .png, found '{target.name}'")
-    if not target.parent.is_dir():
-        raise InputError(f"plan: evidence: the folder '{target.parent}' does not exist")
     evidence = Evidence(plan, pictures)
     if target.suffix == ".png":
         from sparsify.planner.evidence_png import png as made

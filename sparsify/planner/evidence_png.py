@@ -49,7 +49,7 @@ def _lines(evidence: Evidence) -> tuple[str, ...]:
     plan = evidence.plan
     facts = [f"{number} {what}" for number, what, _ in evidence.facts]
     lines = ";  ".join(facts), f"profiled at {tokens(plan.lengths)} tokens; cost is that of {plan.machine}"
-    return (*lines, plan.slower) if plan.slower else lines
+    return (*lines, *plan.remarks)
 
 
 class _Sheet:

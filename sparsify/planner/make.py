@@ -16,6 +16,8 @@ from sparsify.errors import InputError
 from sparsify.patterns.reuse import Reuse
 from sparsify.patterns.select import selections
 from sparsify.planner import candidates as kinds_of
+from sparsify.planner.arguments import check_inputs, check_model, check_tokens
+from sparsify.planner.bound import keeps, missed, with_dense
 from sparsify.planner.heads import Costs
 from sparsify.planner.objective import Objective
 from sparsify.planner.plan import DENSE, Candidate, Model, Plan, Point, Validation, fingerprint
@@ -60,18 +62,24 @@ def plan(
     so that a plan of the same model and data at another budget finds it. The other settings are those of `Settings`.
     `plan(...).spec()` is for the backend.
 
-    Raises InputError for no data, a length beyond the model's, a budget that no candidates meet (with the nearest that
-    is met), and a model none of whose attentions can be rewritten.
+    Raises InputError for no data, tokens or a length beyond the model's, a share of the cost that no candidates meet
+    (with the nearest that is met), and a model none of whose attentions can be rewritten. A bound on the loss that no
+    share of the front keeps is kept by a larger share or by dense attention, and `Plan.missed` says so.
     """
     begun, wanted = time.perf_counter(), Settings.read(lengths=lengths, budget=budget, **settings)
+    check_model(model, objective, tokenizer, state, name)
     config = getattr(model, "config", None)
     longest = longest_of(config)
     if data is None or (hasattr(data, "__len__") and not len(data)):
         raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
     found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
+    check_inputs(model, found)
+    check_tokens(model, found)
     chosen = wanted.candidates or partial(_usual, wanted)
     rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
-    _check_dense_layers(rig, wanted.dense_layers)
+    _check_layers(rig, "dense_layers", wanted.dense_layers)
+    for source, takers in wanted.reuse:
+        _check_layers(rig, "reuse", ((source, source), *takers))
     about = Model(name or type(model).__name__, model_fingerprint(rig, config))
     measured = type(rig.objective).__qualname__, rig.objective.unit, getattr(rig.objective, "__dict__", None)
     run = __version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured
@@ -88,13 +96,13 @@ def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:
     return kinds_of.sharing(found, Reuse(wanted.reuse)) if wanted.reuse else found
 
 
-def _check_dense_layers(rig: Rig, wanted: Ranges) -> None:
-    """Raises InputError for layers that the model doesn't have."""
+def _check_layers(rig: Rig, name: str, wanted: Ranges) -> None:
+    """Raises InputError for a range without a layer of the model, or that goes beyond the last one."""
     layers = sorted({site.info.layer for site in rig.heads.sites if site.info.layer is not None})
     for first, last in wanted:
-        if not any(first <= layer <= last for layer in layers):
+        if not any(first <= layer <= last for layer in layers) or last > layers[-1]:
             asked, found = text_of(((first, last),)), text_of(of_numbers(layers)) or "not numbered"
-            raise InputError(f"plan: dense_layers: found {asked}, and the model's layers are {found}")
+            raise InputError(f"plan: {name}: found {asked}, and the model's layers are {found}")
 
 
 def longest_of(config: Any) -> int | None:
@@ -148,9 +156,13 @@ class Planner:
             *uniforms(rig, self.costs, self.measure.uniform, [point.cost for point in points], self.progress),
         ]
         front, rows = self._validate(front)
-        for _ in range(BISECTIONS if settings.budget.share is None else 0):
-            front, rows = self._between(front, rows, profile)
-        chosen = self._choose(front, rows)
+        tried, limit = front, None if settings.budget.share is not None else self._limit(rows)
+        lost = limit is not None and not keeps(tried, limit)
+        if lost:
+            front = with_dense(front, rig)
+        for _ in range(0 if limit is None else BISECTIONS):
+            front, rows = self._between(front, rows, profile, limit)
+        chosen = self._choose(front, limit)
         heads = head_plans(front[chosen].choices, self.shares.mean(0), profile, rig.heads)
         return Plan(
             model=about,
@@ -168,6 +180,7 @@ class Planner:
             bound=solution.bound,
             gap=solution.gap,
             retrieval=tuple(profile.retrieval(rig.heads)),
+            missed=missed(tried, limit, rig.objective.unit, front[chosen]) if lost else "",
         )
 
     def _check_budget(self) -> None:
@@ -214,10 +227,10 @@ class Planner:
         return points[::-1], steps[-1][3], solution
 
     def _between(
-        self, front: list[Point], rows: list[Validation], profile: Profile
+        self, front: list[Point], rows: list[Validation], profile: Profile, limit: float
     ) -> tuple[list[Point], list[Validation]]:
         """One more point between the cheapest that keeps the bound on the loss and the next one that doesn't."""
-        own, limit = [point for point in front if not point.uniform], self._limit(rows)
+        own = [point for point in front if not point.uniform]
         good = min((point.cost for point in own if point.validated <= limit), default=None)
         bad = max((point.cost for point in own if good is not None and point.cost < good), default=None)
         if good is None or bad is None:
@@ -273,18 +286,11 @@ class Planner:
         middle: Callable[[list[float]], Any] = np.mean if self.rig.objective.absolute else np.median
         return {about: float(middle(values)) for about, values in found.items()}
 
-    def _choose(self, front: Sequence[Point], rows: Sequence[Validation]) -> int:
+    def _choose(self, front: Sequence[Point], limit: float | None) -> int:
         """The best validated point within the budget; within a bound on the loss, the cheapest."""
-        budget = self.settings.budget
-        own = [number for number, point in enumerate(front) if not point.uniform]
-        if budget.share is not None:
-            fits = [number for number in own if front[number].cost <= budget.share * (1 + 1e-6)]
-            fits = fits or [min(own, key=lambda number: front[number].cost)]
-            return min(fits, key=lambda number: front[number].validated)
-        limit = self._limit(rows)
-        fits = [number for number in own if front[number].validated <= limit]
-        if not fits:
-            best = min(own, key=lambda number: front[number].validated)
-            nearest = f"the nearest is +{front[best].validated:.4g} at {front[best].cost:.1%} of the cost"
-            raise InputError(f"plan: budget: no plan loses at most +{limit:.4g} {self.rig.objective.unit}; {nearest}")
-        return min(fits, key=lambda number: front[number].cost)
+        own, share = [number for number, point in enumerate(front) if not point.uniform], self.settings.budget.share
+        if limit is not None:
+            return min((n for n in own if front[n].validated <= limit), key=lambda number: front[number].cost)
+        fits = [number for number in own if front[number].cost <= share * (1 + 1e-6)]
+        fits = fits or [min(own, key=lambda number: front[number].cost)]
+        return min(fits, key=lambda number: front[number].validated)

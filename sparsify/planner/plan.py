@@ -124,7 +124,8 @@ class Plan:
     unit: of its losses and of all others. front: one point a budget, the cheapest first, then the uniform ones they
     were compared with; chosen: the index in `front` of this plan. bound: what no choice can be better than by the
     solver's model, in `unit`; gap: how far the solver's choice is from it at most, as a share. retrieval: the heads
-    that far information goes through, as (site, head), the most important first. seconds: how long it took.
+    that far information goes through, as (site, head), the most important first. missed: what to know where no share
+    of the front kept the bound on the loss, else nothing. seconds: how long it took.
     """
 
     model: Model
@@ -143,6 +144,7 @@ class Plan:
     gap: float | None = None
     retrieval: tuple[tuple[int, int], ...] = ()
     seconds: float = 0.0
+    missed: str = ""
     version: int = VERSION
 
     def choices(self) -> tuple[tuple[int, ...], ...]:
@@ -158,6 +160,11 @@ class Plan:
     def total(self, length: int) -> tuple[float, float]:
         """Seconds of all sites at the `length`-th of the lengths: the plan's, and dense attention's."""
         return sum(site.seconds[length] for site in self.sites), sum(site.dense_seconds[length] for site in self.sites)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader has to know of the choice: sentences, none where it is what was asked for."""
+        return tuple(filter(None, (self.missed, self.slower)))
 
     @property
     def slower(self) -> str:

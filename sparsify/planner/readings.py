@@ -42,11 +42,14 @@ def readings(
         for part, samples in vars(data).items():
             if not samples:
                 raise InputError(f"plan: data: {part}: expected one sample at least, found none")
+            wrong = next((one for one in samples if not isinstance(one, Sample)), None)
+            if wrong is not None:
+                raise InputError(f"plan: data: {part}: expected Samples, found {type(wrong).__name__}")
         return data
     if isinstance(data, torch.Tensor) and data.dim() == 2:
         return _rows(data, held_out)
-    seen = _stream(data, tokenizer)
-    seen, unseen = seen.split(SEEN) if held_out is None else (seen, _stream(held_out, tokenizer))
+    seen = _stream(data, tokenizer, "data")
+    seen, unseen = seen.split(SEEN) if held_out is None else (seen, _stream(held_out, tokenizer, "held_out"))
     recall = settings.recall if settings.recall is not None else (0.25 if causal else 0.0)
     profile = [
         sample for length in settings.lengths for sample in seen.samples(length, settings.samples, 0.0, recall, 1)
@@ -57,23 +60,37 @@ def readings(
     return Readings(tuple(profile), tuple(search), tuple(validation))
 
 
-def _stream(data: Any, tokenizer: Tokenizer | None) -> Stream:
+def _stream(data: Any, tokenizer: Tokenizer | None, name: str) -> Stream:
     tokenizer = tokenizer or of_bytes()
     if isinstance(data, torch.Tensor | np.ndarray):
+        _check_integers(data, name)
         found = Stream(np.asarray(data).reshape(-1), tokenizer)
     elif isinstance(data, str):
         found = Stream.of([data], tokenizer)
     elif isinstance(data, Sequence) and data and all(isinstance(text, str) for text in data):
         found = Stream.of(data, tokenizer)
     else:
-        raise InputError(f"plan: data: expected texts, tokens or Readings, found {_shown(data)}")
+        what = "texts, tokens or Readings" if name == "data" else "texts or tokens"
+        raise InputError(f"plan: {name}: expected {what}, found {_shown(data)}")
     if not len(found.tokens):
-        raise InputError("plan: data: no text")
+        raise InputError(f"plan: {name}: no text")
     return found
+
+
+def _check_integers(data: torch.Tensor | np.ndarray, name: str) -> None:
+    """Raises InputError for tokens that are no integers."""
+    if torch.as_tensor(data[:0]).dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise InputError(f"plan: {name}: expected tokens, which are integers, found {data.dtype}")
 
 
 def _rows(data: torch.Tensor, held_out: Any) -> Readings:
     """Samples as they are."""
+    _check_integers(data, "data")
+    if held_out is not None:
+        if not (isinstance(held_out, torch.Tensor) and held_out.dim() == 2):
+            what = "expected rows of tokens, a tensor (rows, N), as data are"
+            raise InputError(f"plan: held_out: {what}, found {_shown(held_out)}")
+        _check_integers(held_out, "held_out")
     if held_out is None:
         cut = max(1, int(len(data) * SEEN))
         data, held_out = data[:cut], data[cut:]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify.errors import InputError, PatternError, nearest
+from sparsify.errors import InputError, PatternError, SparsifyError, nearest
 from sparsify.patterns.reuse import Reuse
 from sparsify.planner.heads import OF
-from sparsify.planner.plan import Candidate
+from sparsify.planner.plan import DENSE, Candidate
 from sparsify.ranges import Ranges, read_ranges
+from sparsify.spec.source import shown
 
 PROFILES = (
     "influence", "effect", "output", "recall", "echo", "induction", "retrieval", "local", "gates", "moa",
 )  # fmt: skip
 FRONT = (0.75, 0.5, 0.35, 0.25, 0.125)
+LEAST = {"samples": 1, "probes": 1, "rounds": 0, "per_layer": 1, "validate_length": 2, "seed": 0}
+OPEN = ("per_layer", "validate_length")  # those that may be None, for any or the usual one
 _BOUND = re.compile(r"\s*loss\s*\+\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
@@ -38,7 +42,7 @@ class Budget:
         try:
             if bound:
                 above = float(bound[1]) / (100 if bound[2] else 1)
-                if above <= 0:
+                if not 0 < above < math.inf:
                     raise ValueError
                 return cls(text, None, above, bool(bound[2]))
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -92,21 +96,26 @@ class Settings:
     @classmethod
     def read(cls, *, lengths: Sequence[int] | int, budget: Any = 0.5, **given: Any) -> Settings:
         """Checks what was given. Raises InputError naming the field, what was found and what is allowed."""
-        found = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        if not found or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 2 for one in found):
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise InputError(f"plan: unknown setting '{name}'; {nearest(name, cls.__dataclass_fields__)}")
+        found = (lengths,) if isinstance(lengths, int) else lengths
+        if not _list_of(found, lambda one: _is_integer(one, 2)) or not found:
             raise InputError(f"plan: lengths: expected integers of at least 2, such as 1024,2048, found {lengths!r}")
         _one_of("of", given.get("of", "time"), OF)
         _one_of("profile", given.get("profile", "influence"), PROFILES)
-        for name, least in (("samples", 1), ("probes", 1), ("rounds", 0), ("per_layer", 1), ("validate_length", 2)):
-            value = given.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        for name, least in LEAST.items():
+            value = given.get(name, least)
+            if not (_is_integer(value, least) or (value is None and name in OPEN)):
                 raise InputError(f"plan: {name}: expected an integer of at least {least}, found {value!r}")
         recall = given.get("recall")
-        if recall is not None and not 0 <= recall <= 1:
+        if recall is not None and not (_is_number(recall) and 0 <= recall <= 1):
             raise InputError(f"plan: recall: expected a share from 0 to 1, found {recall!r}")
+        _check_heads_get(given)
         bound = Budget.read(budget)
         front = given.get("front", FRONT)
-        if not all(0 < one <= 1 for one in front) or (bound.share is None and not front):
+        shares = _list_of(front, lambda one: _is_number(one) and 0 < one <= 1)
+        if not shares or (bound.share is None and not front):
             least = "shares of the dense cost" + (", one at least for a bound on the loss" if not front else "")
             raise InputError(f"plan: front: expected {least}, found {front!r}")
         if "dense_layers" in given:
@@ -115,7 +124,8 @@ class Settings:
             given["reuse"] = _reuse(given["reuse"])
             if given.get("per_layer") is not None:
                 raise InputError("plan: reuse: goes without a limit on the rules of a layer (per_layer)")
-        return cls(tuple(sorted(set(found))), bound, **given)
+        lists = {name: tuple(given[name]) for name in ("candidates", "kinds", "shape", "front") if given.get(name)}
+        return cls(tuple(sorted(set(found))), bound, **given | lists)
 
     @property
     def shared_rules(self) -> bool:
@@ -131,6 +141,44 @@ class Settings:
         """Those of the front with the user's own, the mildest first."""
         own = () if self.budget.share is None else (self.budget.share,)
         return tuple(sorted({*self.front, *own}, reverse=True))
+
+
+def _check_heads_get(given: Mapping[str, Any]) -> None:
+    """Raises InputError for candidates, kinds, a shape or `joined` of another kind."""
+    candidates, kinds, shape, joined = (given.get(name) for name in ("candidates", "kinds", "shape", "joined"))
+    if candidates is not None:
+        if not _list_of(candidates, lambda one: isinstance(one, Candidate)):
+            raise InputError(f"plan: candidates: expected a list of Candidate, found {shown(candidates)}")
+        if DENSE not in (one.name for one in candidates):
+            raise InputError(f"plan: candidates: expected one named '{DENSE}' among them, which drops nothing")
+        for one in candidates:
+            _check_form(one)
+    if kinds is not None and not _list_of(kinds, lambda one: isinstance(one, str)):
+        raise InputError(f"plan: kinds: expected a list of names such as ('windows', 'strides'), found {shown(kinds)}")
+    if shape is not None and not (shape and _list_of(shape, lambda one: _is_integer(one, 1))):
+        raise InputError(f"plan: shape: expected integers of at least 1, such as (64, 64), found {shown(shape)}")
+    if joined is not None and not isinstance(joined, bool):
+        raise InputError(f"plan: joined: expected True, False or None, found {shown(joined)}")
+
+
+def _check_form(one: Candidate) -> None:
+    try:
+        one.pattern()
+    except SparsifyError as error:
+        raise InputError(f"plan: candidates: {str(error).removeprefix('candidate: ')}") from None
+
+
+def _list_of(value: Any, good: Callable[[Any], bool]) -> bool:
+    """Whether it is a list or tuple of such values, or an empty one."""
+    return isinstance(value, list | tuple) and all(map(good, value))
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _layers(value: Any) -> Ranges:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from sparsify.files import write_whole
+
 Arrays = dict[str, np.ndarray]
-NAME = re.compile(r"[0-9a-f]{24}(\.npz|\w*\.part)")  # of what is written here, whole or when it was killed
+NAME = re.compile(r"[0-9a-f]{24}\.npz|\.[0-9a-f]{24}\.npz\.\d+")  # of what is written here, whole or when it was killed
 
 
 class State:
@@ -69,8 +70,7 @@ def _read(path: Path) -> Arrays | None:
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """The file is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(file.name, path)
+    """The file is there whole or not at all. Raises InputError."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_whole(path, content.getvalue(), "plan: state")

@@ -16,7 +16,7 @@ WIDTH = 30
 def summary(found: Plan) -> RenderableType:
     """A short table of sites, the front, and a line on how good the choice is."""
     parts = [_sites(found), _front(found), Text(_closing(found))]
-    return Group(*parts, Text(found.slower, "yellow")) if found.slower else Group(*parts)
+    return Group(*parts, *(Text(remark, "yellow") for remark in found.remarks))
 
 
 def _sites(found: Plan) -> Table:

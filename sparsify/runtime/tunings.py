@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from sparsify.errors import InputError
+from sparsify.json_keys import each_once
 
 VERSION = 1
 Key = tuple[str, str, str, str]
@@ -48,9 +51,11 @@ class Tuned:
 def read(path: Path) -> dict[Key, Tuned]:
     """What a store holds. Raises InputError for a file that isn't there, that is no store, or of another version."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(), object_pairs_hook=each_once)
     except OSError as error:
         raise InputError(f"{path}: the store of tuned kernels can't be read: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except ValueError as error:
         raise InputError(f"{path}: no store of tuned kernels: it is not JSON ({error})") from None
     version = data.get("version") if isinstance(data, dict) else None
@@ -63,22 +68,43 @@ def read(path: Path) -> dict[Key, Tuned]:
 
 
 def _entry(path: Path, number: int, data: Any) -> Tuned:
-    """One entry, its fields checked by their types."""
+    """One entry, its fields checked."""
     where = f"{path}: tuned[{number}]"
     names = [field.name for field in fields(Tuned)]
     if not isinstance(data, dict) or set(data) != set(names):
         raise InputError(f"{where}: expected an object with {', '.join(names)}")
     for field in fields(Tuned):
-        kind = {"str": str, "float": (int, float)}.get(str(field.type), dict)
-        if not isinstance(data[field.name], kind) or isinstance(data[field.name], bool):
-            raise InputError(f"{where}: {field.name}: found {data[field.name]!r}; expected {_EXPECTED[field.type]}")
+        expected, holds = _MEASURED if field.name == "measured" else _EXPECTED[str(field.type)]
+        if not holds(data[field.name]):
+            raise InputError(f"{where}: {field.name}: found {data[field.name]!r}; expected {expected}")
     for name, value in data["values"].items():
         if type(value) is not int:
             raise InputError(f"{where}: values: {name}: found {value!r}; expected an integer")
     return Tuned(**data)
 
 
-_EXPECTED = {"str": "text", "float": "a number", "Mapping[str, int]": "an object of integers"}
+def _is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether it is a time in UTC to the second, written so that later ones sort later."""
+    try:
+        found = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return found.utcoffset() == timedelta() and found.isoformat(timespec="seconds") == value
+
+
+_Expected = tuple[str, Callable[[Any], bool]]  # in words, and whether a value is so
+_EXPECTED: dict[str, _Expected] = {
+    "str": ("text", lambda value: isinstance(value, str)),
+    "float": ("a number above 0", _is_positive),
+    "Mapping[str, int]": ("an object of integers", lambda value: isinstance(value, dict)),
+}
+_MEASURED: _Expected = ("a time in UTC such as 2026-01-31T12:00:00+00:00", _is_moment)
 
 
 def merge(path: Path, entries: Iterable[Tuned]) -> None:

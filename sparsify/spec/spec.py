@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from sparsify.addresses import folded, shape_of
 from sparsify.errors import SpecError
+from sparsify.files import write_whole
 from sparsify.patterns import Pattern
 from sparsify.patterns.select import selections
 from sparsify.spec.document import VERSION, checked
@@ -110,21 +110,14 @@ class Spec:
     def save(self, path: str | File, comment: str = "") -> None:
         """Writes the spec as JSON (a path that ends in .json) or YAML, which begins with the lines of `comment`.
 
-        The file is there whole or not at all. Raises SpecError for what a file can't hold or can't be written.
+        The file is there whole or not at all, and so are the folders above it. Raises SpecError for what a file can't
+        hold, InputError where it can't be written.
         """
         value = self.to_dict()
         _refuse_objects(value, str(path))
         file = File(path)
-        if not file.parent.is_dir():
-            raise SpecError(f"{path}: the folder '{file.parent}' does not exist")
         text = json.dumps(value, indent=2) + "\n" if file.suffix == ".json" else yaml_text(value, comment)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise SpecError(f"{path}: can't be written: {error.strerror or error}") from None
+        write_whole(file, text, "spec")
 
     def __hash__(self) -> int:
         return hash((tuple(self.patterns.items()), self.rules))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sparsify.tuner.jobs import Job
 
 LENGTH, MODEL_LENGTH = 4096, 2048  # tokens that kernels are timed on by default
+SKEW = timedelta(days=1)  # by which clocks may differ
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -170,13 +172,24 @@ def take(path: Path) -> None:
     """Adds a file that `export` wrote to the store. Raises InputError for a wrong one, which then leaves no trace."""
     try:
         entries = tunings.read(path)
-        for one in entries.values():
-            tunable(one.target).check(one.values)
     except InputError as error:
         raise InputError(f"tune: --import: {error}") from None
+    for one in entries.values():
+        _check_entry(one, path)
     here = own(entries.values())
     store = tuned.keep(entries.values())
     _say(f"{len(entries)} kernels of {path} are in {store}; {here} of them are for this machine and software")
+
+
+def _check_entry(one: Tuned, path: Path) -> None:
+    """Raises InputError, which names the kernel, for values that it can't have and for a time that is still to come."""
+    try:
+        tunable(one.target).check(one.values)
+    except InputError as error:
+        raise InputError(f"tune: --import: {path}: {one.kernel}: {str(error).removeprefix('tune: ')}") from None
+    if datetime.fromisoformat(one.measured) > datetime.now(UTC) + SKEW:
+        what = f"measured: found '{one.measured}', which is still to come; nothing that is tuned here would replace it"
+        raise InputError(f"tune: --import: {path}: {one.kernel}: {what}")
 
 
 def own(entries: Iterable[Tuned]) -> int:
