@@ -129,6 +129,11 @@ class Program:
             separators=(",", ":"),
         )
 
+    @staticmethod
+    def forget_parsed() -> None:
+        """Texts that were parsed are parsed anew, as by a new process."""
+        _parse.cache_clear()
+
     @classmethod
     def parse(cls, text: str) -> Program:
         """Reads `text()` back (cached: one program is launched many times)."""

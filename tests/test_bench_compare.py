@@ -55,6 +55,17 @@ def test_slower_is_beyond_the_spread_of_both(files, capsys) -> None:
     assert "faster" in out and "1 slower (1 by more than 5%), 1 faster, 2 within the spread" in out
 
 
+def test_every_run_that_is_no_peers_is_ours(files) -> None:
+    """Mixtures name their runs together and by head, selections whole, select and attend."""
+    before = {"together": 1.0, "head 0": 1.0, "select": 1.0, "dense": 1.0, "memory": 1.0}
+    sides = [
+        [{"name": "mixture", "seconds": {run: seconds(value * by) for run, value in before.items()}}] for by in (1, 3)
+    ]
+    found = compare(*files(*sides))
+    assert found.fails and set(found.peers) == {"dense", "memory"}
+    assert {change.case for change in found.changes} == {"mixture", "mixture, head 0", "mixture, select"}
+
+
 def test_slower_by_little_is_told_and_tolerated(files) -> None:
     found = compare(*files([row("causal", 1.0, spread=0.01)], [row("causal", 1.04, spread=0.01)]))
     assert found.changes[0].slower and not found.fails
@@ -94,7 +105,7 @@ def test_models_are_compared_run_by_run(files) -> None:
 
     found = compare(*files([phase(0.5)], [phase(1.0)]))
     assert [(c.case, c.fails) for c in found.changes] == [
-        ("llama decode N=64 float32, its spec", True),
+        ("llama decode N=64 float32, spec", True),
         ("llama decode N=64 float32", False),
     ]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sparsify.bench.lossless import Lossless, relative_error, write_json
+from sparsify.bench.lossless import Lossless, kept, relative_error, write_json
 from sparsify.bench.measure import Timing
 from sparsify.bench.models import CASES, named
 from sparsify.errors import InputError
@@ -26,9 +26,9 @@ def test_cases_go_by_name():
 
 
 def test_a_wrong_case_gets_no_speed():
-    assert result(0, 1e-6).ratio == 2.0 and result(0, 1e-6).holds
-    assert result(0, 1e-2).ratio is None and not result(0, 1e-2).holds
-    assert not result(0, 1e-6, ours=2.1).holds
+    assert result(0, 1e-6).ratio == 2.0 and not result(0, 1e-6).complaint
+    assert result(0, 1e-2).ratio is None and "WRONG" in result(0, 1e-2).complaint
+    assert "0.95x as fast as inductor, and 1x is the least wanted" in result(0, 1e-6, ours=2.1).complaint
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2), None) == float("inf")
     assert relative_error(torch.tensor([1.0, 9.0]), torch.ones(2), torch.tensor([True, False])) == 0.0
 
@@ -38,3 +38,15 @@ def test_a_file_keeps_the_cases_that_were_not_run(tmp_path):
     assert write_json([result(1, 1e-2)], tmp_path) == path
     found = {row["case"]: row["ratio"] for row in json.loads(path.read_text())["results"]}
     assert found == {CASES[0].name: 2.0, CASES[1].name: None}
+
+
+def test_a_file_of_other_results_is_refused(tmp_path):
+    other = tmp_path / "other.json"
+    for text, message in (
+        ("{", "is no JSON"),
+        ('{"machine": {}, "results": [{"seconds": {}}]}', "something else than"),
+    ):
+        other.write_text(text)
+        with pytest.raises(InputError, match=message):
+            kept(other)
+        assert other.read_text() == text

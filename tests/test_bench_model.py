@@ -47,7 +47,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     report = SimpleNamespace(sites=[1, 2], rewritten=[1])
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(end_to_end, "cold_caches", nullcontext)
+    monkeypatch.setattr(cold, "cold_caches", nullcontext)
     monkeypatch.setattr(end_to_end, "interleaved", interleaved)
     monkeypatch.setattr(end_to_end, "explain", lambda *args, **kwargs: report)
     return shifts

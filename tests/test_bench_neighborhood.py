@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from sparsify.bench import sites
 from sparsify.bench.cases import GRIDS, NEIGHBORHOODS
-from sparsify.bench.peers import PEERS, Inputs, peers_of
+from sparsify.bench.peers import MASKED, Inputs, peers_of
 from sparsify.errors import InputError
 from sparsify.patterns import global_tokens, neighborhood
 from sparsify.patterns.grid import grids
@@ -23,7 +25,10 @@ def test_cases_go_by_name() -> None:
 def test_every_case_is_of_its_grids_length_and_bidirectional() -> None:
     for case in NEIGHBORHOODS:
         assert not case.causal and all(rule.fits(case.length) == "" for rule in case.rules)
-        assert set(peers_of(case)) - set(PEERS) <= {"natten"}
+        there = {"mask": case.length <= MASKED, "natten": importlib.util.find_spec("natten") is not None}
+        assert list(peers_of(case)) == [
+            name for name in ("sparsify", "dense", "mask", "flex", "natten") if there.get(name, True)
+        ]
     for site in sites.MODELS.values():
         grid = grids(site.pattern)[0]
         assert site.pattern.fits(grid.start + grid.tokens) == ""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,3 +35,20 @@ def cold_kernels() -> Iterator[None]:
         mock.patch.dict(os.environ, SPARSIFY_CACHE_DIR=folder, SPARSIFY_TUNED=str(env.tuned() or 0)),
     ):
         yield
+
+
+def compiled_alone(model: torch.nn.Module, **how: Any) -> Any:
+    """The model compiled, on a copy whose compiled code no other looks at; the weights are shared. how: as
+    `torch.compile` takes it."""
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    alone = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    return torch.compile(copy.deepcopy(model, weights), **how, **alone)
+
+
+def first_call(run: Callable[[], torch.Tensor], device: str = "cpu") -> tuple[torch.Tensor, float]:
+    """What a run gives the first time, and the seconds that it takes. Its caches are its own: most kernels of a model
+    are the same for all backends, and the first of these would pay for them."""
+    with cold_caches(device):
+        start = time.perf_counter()
+        out = run()
+        return out, time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,14 @@ from typing import Any
 
 from rich.table import Table
 
+from sparsify.bench.report import read
 from sparsify.bench.tables import new_table, short
 from sparsify.errors import InputError
 
 TOLERATED = 1.05
-OURS = ("sparsify", "spec", "whole")  # the runs of sparsify, by the names that the benches give them
+# What is measured beside sparsify, by the names that the benches give it; every other run is sparsify's.
+THEIRS = ("dense", "full", "cudnn", "mask", "flex", "natten", "inductor", "memory", "read")
+NAMELESS = ("sparsify", "whole", "together")  # the runs of ours that are the case itself
 WHAT = ("name", "case", "model", "spec", "pattern", "phase", "length", "queries", "keys", "head_dim", "dtype", "heads",
         "kv_heads")  # fmt: skip
 LETTERS = {"length": "N=", "queries": "Nq=", "keys": "N=", "head_dim": "D=", "heads": "H=", "kv_heads": "Hkv="}
@@ -84,10 +86,10 @@ def compare(before: Path, after: Path) -> Comparison:
         seconds = [rows[side][name]["seconds"] for side in (0, 1)]
         for run in seconds[0].keys() & seconds[1].keys() if _right(rows[0][name]) and _right(rows[1][name]) else ():
             sides = [_quartiles(found[run]) for found in seconds]
-            if run in OURS:
-                changes.append(Change(name if run != "spec" else f"{name}, its spec", *sides))
-            else:
+            if run in THEIRS:
                 peers.setdefault(run, []).append(sides[1][1] / sides[0][1])
+            else:
+                changes.append(Change(name if run in NAMELESS else f"{name}, {run}", *sides))
     keys = dict.fromkeys([*machines[0], *machines[1]])
     return Comparison(
         tuple(sorted(changes, key=lambda change: -change.ratio)),
@@ -100,26 +102,8 @@ def compare(before: Path, after: Path) -> Comparison:
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Row]]:
     """The machine, and the rows by the name of their case."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"bench: --compare: {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"bench: --compare: {path} is no JSON: {error}") from None
-    machine, rows = (found.get(part) for part in ("machine", "results")) if isinstance(found, dict) else (None, None)
-    if not isinstance(machine, dict) or not isinstance(rows, list):
-        raise InputError(f"bench: --compare: {path} holds no results of `sparsify bench --json`: no machine or results")
-    for number, row in enumerate(rows):
-        seconds = row.get("seconds") if isinstance(row, dict) else None
-        if not isinstance(seconds, dict) or not all(map(_is_timing, seconds.values())):
-            raise InputError(f"bench: --compare: {path}: results[{number}] has no seconds with median, low and high")
+    machine, rows = read(path, "--compare")
     return machine, {_name(row): row for row in rows}
-
-
-def _is_timing(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(part), int | float) for part in ("low", "median", "high")
-    )
 
 
 def _quartiles(timing: Row) -> tuple[float, float, float]:

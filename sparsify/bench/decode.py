@@ -3,9 +3,8 @@ a sum of as many bytes as are kept, which starts as cold."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from sparsify import patterns as p
 from sparsify.bench.cases import pick
-from sparsify.bench.check import compared
+from sparsify.bench.check import compared, within
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table
@@ -78,7 +77,7 @@ class Decoded:
     @property
     def right(self) -> bool:
         """Whether the numbers are within the bound; a wrong case gets no speed."""
-        return self.error <= self.bound + 1e-7
+        return within(self.error, self.bound)
 
     @property
     def of_memory(self) -> float | None:
@@ -112,7 +111,7 @@ class Decoded:
             "right": self.right,
             "of_memory": self.of_memory,
             "of_read": self.of_read,
-            "seconds": {name: asdict(found) for name, found in self.timings.items()},
+            "seconds": {name: found.as_dict() for name, found in self.timings.items()},
         }
 
 
@@ -153,7 +152,7 @@ def measure(
         tell(f"{case.name}: timing")
         samples = interleaved(runs, device, repeats, seconds, True)
     samples |= {name: [one / size.layers for one in samples[name]] for name in ("sparsify", "dense", "read")}
-    timings = {name: timing(found, statistics.median(found)) for name, found in samples.items()}
+    timings = {name: timing(found) for name, found in samples.items()}
     return Decoded(case, size, dtype, timings, kept, errors["out"], bound)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify.bench.cold import cold_caches, cold_kernels
+from sparsify.bench.cold import cold_kernels, compiled_alone, first_call
 from sparsify.bench.lossless import is_lossless, relative_error
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
@@ -69,7 +68,7 @@ class Phase:
             "error": dict(self.error),
             "peak_bytes": dict(self.memory),
             "sites": {run: {"rewritten": done, "found": found} for run, (done, found) in self.sites.items()},
-            "seconds": {run: asdict(found) for run, found in self.timings.items()},
+            "seconds": {run: found.as_dict() for run, found in self.timings.items()},
         }
 
 
@@ -146,11 +145,8 @@ def _measured(
             report = explain(made, *args, **_options(how), **copy.deepcopy(given))
             sites[name] = (len(report.rewritten), len(report.sites))
         tell(f"compiling, {NAMES[name]}")
-        runs[name] = _compiled(made, args, given, how)
-        with cold_caches(device):  # each its own: most kernels of a model are the same for all, and the first would pay
-            start = time.perf_counter()
-            out = runs[name]()
-            first[name] = time.perf_counter() - start
+        runs[name] = _run(made, args, given, how)
+        out, first[name] = first_call(runs[name], device)
         errors[name] = relative_error(out, truth)
     for run in list(runs.values()) * (WARM - 1):
         run()
@@ -167,15 +163,9 @@ def _options(how: Mapping[str, Any]) -> dict[str, Any]:
     return how.get("options", {})
 
 
-def _compiled(made: Any, args: tuple[Any, ...], given: dict[str, Any], how: dict[str, Any]) -> Callable[[], Any]:
-    """A call of the model under a backend, with a cache of its own that each decode step makes longer.
-
-    It is a copy whose compiled code no other looks at; the weights are shared.
-    """
-    weights = {id(tensor): tensor for tensor in (*made.parameters(), *made.buffers())}
-    alone = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    run = torch.compile(copy.deepcopy(made, weights), **how, **alone)
-    mine = copy.deepcopy(given)
+def _run(made: Any, args: tuple[Any, ...], given: dict[str, Any], how: dict[str, Any]) -> Callable[[], Any]:
+    """A call of the model under a backend, with a cache of its own that each decode step makes longer."""
+    run, mine = compiled_alone(made, **how), copy.deepcopy(given)
     return lambda: run(*args, **mine)[0]
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from sparsify.bench.cold import cold_kernels, compiled_alone, first_call
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
 from sparsify.bench.models import Example, ModelCase
-from sparsify.bench.report import json_path, machine, write
+from sparsify.bench.report import json_path, machine, read, write
 from sparsify.bench.tables import SHORT
+from sparsify.errors import InputError
 from sparsify.explanation import explain
 
 BACKENDS = ("sparsify", "inductor")
@@ -50,9 +48,15 @@ class Lossless:
         return self.timings["inductor"].median / self.timings["sparsify"].median if self.right else None
 
     @property
-    def holds(self) -> bool:
-        """Whether the case is right and as fast as it has to be."""
-        return self.ratio is not None and self.ratio >= (FLOOR if self.case.zoo else 1.0)
+    def complaint(self) -> str:
+        """What is wrong with the case: its outputs, or that it is slower than it has to be; else nothing."""
+        least = FLOOR if self.case.zoo else 1.0
+        if self.ratio is None:
+            errors = ", ".join(f"{name}'s {error:.1e}" for name, error in self.error.items())
+            return f"{self.case.name}: WRONG: the largest errors over the output's scale are {errors}"
+        if self.ratio < least:
+            return f"{self.case.name}: {self.ratio:.2f}x as fast as inductor, and {least:g}x is the least wanted"
+        return ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,7 +71,7 @@ class Lossless:
             "peak_bytes": dict(self.peak),
             "sites": self.sites,
             "rewritten": self.rewritten,
-            "seconds": {name: asdict(found) for name, found in self.timings.items()},
+            "seconds": {name: found.as_dict() for name, found in self.timings.items()},
         }
 
 
@@ -80,17 +84,15 @@ def measure(case: ModelCase, dtype: str, repeats: int, seconds: float, tell: Cal
     """Compiles the model with both backends, checks the outputs, and times both in turn."""
     tell(f"{case.name}: making the model")
     example = _in_dtype(case.make(case.length), dtype)
-    torch._dynamo.reset()
-    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=64):
+    many = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=64)
+    with torch.inference_mode(), cold_kernels(), many:
         report = explain(example.model, **example.inputs)
         truth = example.model(**example.inputs)[0]
         runs, outputs, first = {}, {}, {}
         for backend in BACKENDS:
             tell(f"{case.name}: compiling with {backend}")
-            runs[backend] = _compiled(example, backend)
-            start = time.perf_counter()
-            outputs[backend] = runs[backend]()
-            first[backend] = time.perf_counter() - start
+            runs[backend] = _run(example, backend)
+            outputs[backend], first[backend] = first_call(runs[backend])
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
         peak = {name: peak_bytes(run) for name, run in runs.items()}
@@ -108,12 +110,9 @@ def _in_dtype(example: Example, dtype: str) -> Example:
     return Example(example.model.to(kind), floats, example.rows)
 
 
-def _compiled(example: Example, backend: str) -> Callable[[], torch.Tensor]:
-    """A call of the model under a backend, on a copy of its own: neither's compiled code is looked at by the other."""
-    model = copy.deepcopy(example.model)
-    alone = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    run = torch.compile(model, backend=backend, **alone)
-    return lambda: run(**example.inputs)[0]
+def _run(example: Example, backend: str) -> Callable[[], torch.Tensor]:
+    model = compiled_alone(example.model, backend=backend)
+    return lambda: model(**example.inputs)[0]
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor | None = None) -> float:
@@ -147,15 +146,22 @@ def table(results: Sequence[Lossless]) -> Table:
 
 def write_json(results: Sequence[Lossless], path: Path) -> Path:
     """Writes machine and results; cases of the same machine that are in the file already and were not run stay."""
-    about = machine("cpu")
-    path = json_path(path, about["machine"] + " lossless")
-    rows = {(row["case"], row["dtype"]): row for row in _kept(path, about["machine"])}
+    about, path = machine("cpu"), file_of(path)
+    rows = {(row["case"], row["dtype"]): row for row in kept(path)}
     rows |= {(result.case.name, result.dtype): result.as_dict() for result in results}
     return write({"machine": about, "results": list(rows.values())}, path)
 
 
-def _kept(path: Path, name: str) -> list[dict[str, Any]]:
+def file_of(path: Path) -> Path:
+    """The file of results at a path, or in a folder."""
+    return json_path(path, machine("cpu")["machine"] + " lossless")
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that are of this machine, none if there is no file. Raises InputError for other results."""
     if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    return found["results"] if found["machine"]["machine"] == name else []
+    about, rows = read(path, "--json")
+    if not all({"case", "dtype"} <= row.keys() for row in rows):
+        raise InputError(f"bench: --json: {path} holds results of something else than --lossless; give another file")
+    return rows if about.get("machine") == machine("cpu")["machine"] else []

@@ -26,12 +26,17 @@ PEER_SLACK = 4  # a peer whose error is more than so many bounds has other numbe
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one peer: the median of the repeats, the quartiles, and the first call (compilation included)."""
+    """Seconds of one peer: the median of the repeats, the quartiles, and the first call (compilation included), None
+    where that was not measured."""
 
     median: float
     low: float
     high: float
-    first: float
+    first: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain data for JSON, of what was measured."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Result:
             "useful_flops": self.rate,
             "of_gemm": self.of_gemm,
             "of_ideal": self.of_ideal,
-            "seconds": {peer: asdict(timing) for peer, timing in self.timings.items()},
+            "seconds": {peer: timing.as_dict() for peer, timing in self.timings.items()},
             "memory": {peer: asdict(memory) for peer, memory in self.memory.items()},
             "failures": dict(self.failures),
             "ratios": {peer: self.ratio(peer) for peer in self.timings} if self.right else {},
@@ -248,8 +253,8 @@ def _wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def timing(samples: list[float], first: float) -> Timing:
-    """Median and quartiles of seconds, with those of the first call."""
+def timing(samples: list[float], first: float | None = None) -> Timing:
+    """Median and quartiles of seconds, with those of the first call if it was measured."""
     ordered = sorted(samples)
     quarter = len(ordered) // 4
     return Timing(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], first)

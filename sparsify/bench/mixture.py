@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ class Parts:
             "bound": self.checked.bound,
             "right": self.right,
             "of_parts": self.ratio,
-            "seconds": {name: asdict(found) for name, found in self.timings.items()},
+            "seconds": {name: found.as_dict() for name, found in self.timings.items()},
         }
 
 
@@ -81,7 +80,7 @@ def measure(inputs: Inputs, repeats: int, seconds: float, tell: Callable[[str], 
         found = check(inputs, {TOGETHER: made[TOGETHER], "apart": parts})
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
-    return Parts(inputs, {name: timing(taken, statistics.median(taken)) for name, taken in samples.items()}, found)
+    return Parts(inputs, {name: timing(taken) for name, taken in samples.items()}, found)
 
 
 def table(results: Sequence[Parts]) -> Table:

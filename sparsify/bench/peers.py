@@ -189,7 +189,7 @@ def natten(inputs: Inputs) -> Run:
     q, k, v = (t.transpose(1, 2).contiguous().unflatten(1, one.shape) for t in (inputs.q, inputs.k, inputs.v))
     call = getattr(library, f"na{len(one.shape)}d")
     rule = {"kernel_size": one.window, "stride": one.stride, "dilation": one.dilation, "is_causal": one.causal}
-    return lambda: call(q, k, v, **rule)
+    return lambda: call(q, k, v, **rule).flatten(1, -3).transpose(1, 2)
 
 
 @functools.cache
@@ -220,7 +220,7 @@ def mask_mod(heads: Sequence[Pattern], length: int) -> Mask:
 PEERS: dict[str, Callable[[Inputs], Run]] = {
     "sparsify": sparsify, "dense": dense, "cudnn": cudnn, "full": full, "mask": masked, "flex": flex, "natten": natten,
 }  # fmt: skip
-SAME = ("sparsify", "mask", "flex")  # those that have the same mask and layout: their numbers are compared
+SAME = ("sparsify", "mask", "flex", "natten")  # those that have the same mask: their numbers are compared
 
 
 def peers_of(case: Case, device: str = "cpu") -> dict[str, Callable[[Inputs], Run]]:

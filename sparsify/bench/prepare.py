@@ -30,6 +30,7 @@ class Preparation:
 
 def prepare_sparsify(heads: Sequence[Pattern], length: int) -> None:
     """All that happens for a new pattern and length, but for compiling: text, parsing, tile rules, sizes."""
+    Program.forget_parsed()
     analyse.cache_clear()
     program = Program.parse(Program.of([pattern.keep() for pattern in heads]).text())
     for rule in program.keep:

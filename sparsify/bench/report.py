@@ -19,7 +19,7 @@ from sparsify.bench.cases import Case
 from sparsify.bench.measure import Result
 from sparsify.bench.summary import Summary
 from sparsify.bench.tables import SHORT, new_table, short
-from sparsify.errors import SparsifyError
+from sparsify.errors import InputError, SparsifyError
 from sparsify.files import write_whole
 from sparsify.runtime import machine_isa
 from sparsify.runtime.machine import cpu_name
@@ -179,5 +179,28 @@ def stem(name: str) -> str:
 
 def write(value: dict[str, Any], path: Path) -> Path:
     """Writes JSON, whole or not at all. Raises InputError."""
-    write_whole(path, json.dumps(value, indent=1) + "\n", "--json")
+    write_whole(path, json.dumps(value, indent=1) + "\n", "bench: --json")
     return path
+
+
+def read(path: Path, option: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The machine and the rows of a file of results that `option` names. Raises InputError."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"bench: {option}: {path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"bench: {option}: {path} is no JSON: {error}") from None
+    about, rows = (found.get(part) for part in ("machine", "results")) if isinstance(found, dict) else (None, None)
+    if not isinstance(about, dict) or not isinstance(rows, list):
+        raise InputError(f"bench: {option}: {path} holds no results of `sparsify bench --json`: no machine or results")
+    for number, row in enumerate(rows):
+        seconds = row.get("seconds") if isinstance(row, dict) else None
+        if not isinstance(seconds, dict) or not all(map(_is_timing, seconds.values())):
+            raise InputError(f"bench: {option}: {path}: results[{number}] has no seconds with median, low and high")
+    return about, rows
+
+
+def _is_timing(value: Any) -> bool:
+    parts = ("low", "median", "high")
+    return isinstance(value, dict) and all(isinstance(value.get(part), int | float) for part in parts)

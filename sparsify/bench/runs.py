@@ -176,12 +176,15 @@ def lossless(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
             lossless.write_json([found], how.json)
         return found
 
+    if how.json is not None:
+        lossless.kept(lossless.file_of(how.json))  # what it refuses is refused before anything is measured
     results = _each(jobs, measured)
     console = Console(highlight=False)
     console.print(lossless.table(results))
-    for result in results:
-        if not result.holds:
-            console.print(f"{result.case.name}: not what it has to be", style="red")
+    for text in filter(None, (result.complaint for result in results)):
+        console.print(text, style="red", markup=False)
+    if how.json is not None:
+        _written(lossless.file_of(how.json))
     return all(result.right for result in results)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparsify import patterns as p
 from sparsify.bench.cases import pick
-from sparsify.bench.check import compared
+from sparsify.bench.check import compared, within
 from sparsify.bench.choice import Choice
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.report import json_path, machine, write
@@ -105,7 +105,7 @@ class Selected:
     @property
     def right(self) -> bool:
         """Whether the numbers are within the bound; a wrong case gets no speed."""
-        return self.error <= self.bound + 1e-7
+        return within(self.error, self.bound)
 
     @property
     def ratio(self) -> float | None:
@@ -130,7 +130,7 @@ class Selected:
             "right": self.right,
             "ratio": self.ratio,
             "selection_share": self.choosing,
-            "seconds": {name: asdict(found) for name, found in self.timings.items()},
+            "seconds": {name: found.as_dict() for name, found in self.timings.items()},
         }
 
 
@@ -164,7 +164,7 @@ def measure(case: SelectionCase, dtype: str, repeats: int, seconds: float, tell:
         share, error, bound = _checked(launch, runs["whole"]())
         tell(f"{case.name}: timing")
         samples = interleaved(runs, "cpu", repeats, seconds)
-    timings = {name: timing(found, statistics.median(found)) for name, found in samples.items()}
+    timings = {name: timing(found) for name, found in samples.items()}
     return Selected(case, dtype, timings, share, error, bound)
 
 
