@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparsify.bench import end_to_end, runs
+from sparsify.bench import cold, end_to_end, runs
 from sparsify.bench.end_to_end import measure, remarks, table, write_json
 from sparsify.errors import InputError
 from sparsify.models import Wanted
