@@ -12,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SPARSIFY_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sparsify-tests-{os.getuid()}"))
 # Tests are about what is rewritten; at their tiny sizes dense attention would win nearly everywhere.
 os.environ.setdefault("SPARSIFY_CROSSOVER", "0")
+# Tests run in a process a core: a thread that waits for others must not keep its core from another process, which
+# takes a third of all CPU time where threads spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A pass that fails is a failing test.
 os.environ.setdefault("SPARSIFY_NET", "0")
 

@@ -19,6 +19,7 @@ CPP = target("cpp")
 ISAS = ["avx512", "avx2", "portable"]
 BEST = tools.machine_isa().name
 BEST_ALONE = [pytest.param(isa, marks=() if isa == BEST else pytest.mark.slow) for isa in ISAS]
+OTHERS_ALONE = [pytest.param(isa, marks=pytest.mark.slow if isa == BEST else ()) for isa in ISAS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -101,14 +101,14 @@ def spec_of(**pattern) -> dict:
 @torch.no_grad()
 def test_patterns_over_a_cache_that_rolls(cache):
     """A window means the same wherever the keys begin. Sinks don't: right while nothing was dropped, refused after."""
-    made = model("mistral", "sdpa")
-    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(3))
+    made = model("mistral", "sdpa")  # a cache of 6
+    ids = torch.randint(0, 64, (1, 10), generator=torch.Generator().manual_seed(3))
     for pattern in ({"window": 3}, {"sinks": 1, "window": 3}):
         past = transformers.DynamicCache(config=made.config)
         if cache == "static":
             past = transformers.StaticCache(config=made.config, max_cache_len=24)
         run, recorded = compiled(made, spec=spec_of(**pattern))
-        parts = [run(part, past_key_values=past).logits for part in ids.split([4, *[1] * 8], 1)]
+        parts = [run(part, past_key_values=past).logits for part in ids.split([5, *[1] * 5], 1)]
         refused = {site.refusal.reason for site in recorded.sites if site.refusal is not None}
         if "sinks" in pattern:
             assert refused == {"the spec's pattern depends on absolute positions, and the cache drops its oldest keys"}

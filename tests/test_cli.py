@@ -224,11 +224,12 @@ def test_explain_reads_a_folder_with_a_config(run, llama):
     assert all(site["patterns"] == ["sinks(4) | window(1024)"] * 4 and not site["refusal"] for site in report["sites"])
 
 
-# What these show is in the others, too: a causal model, a spec on a window, a model of eager attention.
+# What these show is in the others, too: a causal model, a spec on a window, a model of eager attention, padding.
 SLOW = (
     "explain llama --length 40",
     "explain mistral --attn eager --length 320 --spec specs/streaming.yaml --target null",
     "explain gpt2 --attn eager --length 96 --target null",
+    "explain mistral --length 320 --padding --batch 2 --target null",
 )
 EXPLAINED = [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in golden.cases("explain")]
 
@@ -252,7 +253,14 @@ CONFIGS = {
     "mistral": SMALL | {"num_key_value_heads": 2, "sliding_window": 16},
     "bert": SMALL,
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 64},
-    "gemma3_text": SMALL | {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 7, "num_key_value_heads": 2},
+    "gemma3_text": SMALL
+    | {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+    },
 }
 
 

@@ -209,7 +209,9 @@ def generated(made: nn.Module, cache: str | None, padded: bool) -> tuple[torch.T
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize(("cache", "padded"), [(None, True), ("static", False)])
+@pytest.mark.parametrize(  # a cache that grows is test_it_compiles_to_one_graph_for_all_lengths', too
+    ("cache", "padded"), [("static", True), pytest.param(None, True, marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_a_model_decodes_by_the_rule(cache, padded):
     ALL_ATTENTION_FUNCTIONS.register("razor", attend)

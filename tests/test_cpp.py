@@ -4,7 +4,22 @@ import itertools
 
 import pytest
 import torch
-from cpp_checks import BEST, CPP, DRAWN, DTYPES, FEW, ISAS, SHAPES, bf16_pairs, check, isa, launch, poisoned
+from cpp_checks import (
+    BEST,
+    BEST_ALONE,
+    CPP,
+    DRAWN,
+    DTYPES,
+    FEW,
+    ISAS,
+    OTHERS_ALONE,
+    SHAPES,
+    bf16_pairs,
+    check,
+    isa,
+    launch,
+    poisoned,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BIASES, SINKS, term
@@ -45,8 +60,9 @@ GRIDS = [
     P.neighborhood(60, 8, 4, border="truncate", start=7),
     big_bird(block=8),
 ]
-PATTERNS = Program.of([p.keep() for p in (*BANDS, *STRIDED)])
+PATTERNS = Program.of([*(p.keep() for p in (*BANDS, *STRIDED, P.window(1) & P.causal())), FALSE])
 MIXED = [p.keep() for p in (*BANDS[:3], STRIDED[1])]
+PAIR = MIXED[1:3]  # one by sinks and a window, one whose bounds follow the length: builds take time by the rule
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 130, 130), (2, 2, 9, 200)], ids=str)
@@ -54,9 +70,9 @@ def test_grids(shape):
     check(launch(Program.of([pattern.keep() for pattern in GRIDS]), shape, torch.float32))
 
 
-# Half precision runs on the best instruction set, and on the others for test_head_sizes_elsewhere.
+# All rules run in float32 on each instruction set; half precision runs for the head sizes, here and elsewhere.
 BY_ISA = [
-    pytest.param(isa, dtype, marks=pytest.mark.slow if dtype != torch.float32 and isa != BEST else ())
+    pytest.param(isa, dtype, marks=pytest.mark.slow if dtype != torch.float32 else ())
     for isa, dtype in itertools.product(ISAS, DTYPES)
 ]
 
@@ -69,22 +85,28 @@ def test_patterns(isa, dtype, shape, offset, seed):
 
 
 HEADS = [(1, 1), (3, 7), (17, 130), (64, 64), (80, 33), (127, 65), (256, 256)]
+SIZES = [  # one element, sizes above and below whole vectors in both half precisions, and the largest tile
+    pytest.param(head, dtype, marks=pytest.mark.slow if head in ((3, 7), (64, 64), (127, 65)) else ())
+    for head, dtype in zip(HEADS, itertools.cycle(DTYPES), strict=False)
+]
 
 
-@pytest.mark.parametrize(("head", "dtype"), list(zip(HEADS, itertools.cycle(DTYPES), strict=False)), ids=str)
+@pytest.mark.parametrize(("head", "dtype"), SIZES, ids=str)
 @DRAWN
 @given(shape=SHAPES, seed=st.integers(0, 99), scale=st.sampled_from([None, 0.0, -0.7]))
 def test_head_sizes(head, dtype, shape, seed, scale):
     check(launch(Program.of(MIXED[:2]), shape, dtype, head, seed=seed, scale=scale))
 
 
+@pytest.mark.parametrize("isa", OTHERS_ALONE, indirect=True)
 def test_head_sizes_elsewhere(isa):
     for dtype in (torch.bfloat16, torch.float16):
         check(launch(Program.of(MIXED[:2]), (1, 1, 150, 170), dtype, (45, 83)))
 
 
+@pytest.mark.slow  # lists and few queries have them, too
 def test_bf16_products(bf16_pairs):
-    call = launch(Program.of(MIXED), (1, 2, 150, 170), torch.bfloat16, (45, 83))
+    call = launch(Program.of(PAIR), (1, 2, 150, 170), torch.bfloat16, (45, 83))
     assert "#define PACKED_BF16 1" in CPP.source(call.program, torch.bfloat16, 45, 83)
     check(call)
 
@@ -114,8 +136,9 @@ def mask_of(kind, letters, shape, heads, dtype, generator):
     return torch.where((drawn > 0.4) & (drawn < 0.6), torch.full_like(mask, lowest), mask)
 
 
+# Elsewhere, what is loaded and added is test_biases_and_sinks_elsewhere's.
 KINDS = [
-    pytest.param(isa, kind, dtype, marks=pytest.mark.slow if kind == "bool" and isa != BEST else ())
+    pytest.param(isa, kind, dtype, marks=pytest.mark.slow if isa != BEST else ())
     for isa, (kind, dtype) in itertools.product(ISAS, [("bool", torch.bfloat16), ("add", torch.float32)])
 ]
 
@@ -195,7 +218,7 @@ def bias_loads(shape, heads, dtype, generator):
 
 
 def check_bias(terms, sink, dtype, shape, seed, loads, cap=None):
-    program = Program.of(MIXED, bias=terms, sink=sink, loads=len(loads), softcap=cap)
+    program = Program.of(PAIR, bias=terms, sink=sink, loads=len(loads), softcap=cap)
     check(launch(program, shape, dtype, loads=loads, offset=0, seed=seed))
 
 
@@ -203,14 +226,18 @@ ALL_BIASES = list(zip({**BIASES, **OTHERS}, itertools.cycle(SINKS), itertools.cy
 LOAD_DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 
 
-@pytest.mark.parametrize(  # a build each: every other one waits for `make test-slow`
+# A build each: the others wait for `make test-slow`; test_biases_and_sinks_elsewhere has "sum" and "key in part".
+SOON = ("alibi", "relative", "steps", "lookup")
+
+
+@pytest.mark.parametrize(
     ("name", "sink", "dtype"),
-    [pytest.param(*one, marks=pytest.mark.slow if i % 2 else ()) for i, one in enumerate(ALL_BIASES)],
+    [pytest.param(*one, marks=() if one[0] in SOON else pytest.mark.slow) for one in ALL_BIASES],
 )
 @FEW
 @given(shape=SHAPES, seed=st.integers(0, 99), other=LOAD_DTYPES)
 def test_biases(name, sink, dtype, shape, seed, other):
-    loads = bias_loads(shape, len(MIXED), other, torch.Generator().manual_seed(seed))
+    loads = bias_loads(shape, len(PAIR), other, torch.Generator().manual_seed(seed))
     if name == "product":
         loads[2] = loads[2].clamp(min=-5)  # 0 times -inf is nothing to test
     check_bias((BIASES | OTHERS)[name], SINKS[sink], dtype, shape, seed, loads)
@@ -219,18 +246,20 @@ def test_biases(name, sink, dtype, shape, seed, other):
 @FEW
 @given(shape=SHAPES, seed=st.integers(0, 99), size=st.sampled_from([1.0, 30.0, torch.inf]))
 def test_biases_and_sinks_elsewhere(isa, shape, seed, size):
-    loads = bias_loads(shape, len(MIXED), torch.float32, torch.Generator().manual_seed(seed))
+    loads = bias_loads(shape, len(PAIR), torch.float32, torch.Generator().manual_seed(seed))
     loads[0] = torch.full_like(loads[0], -size) if size == torch.inf else loads[0] * size
     terms = (*BIASES["sum"], *BIASES["key in part"])
     check_bias(terms, SINKS["by head"], torch.float32, shape, seed, loads, cap=5.0)
 
 
+@pytest.mark.parametrize("isa", BEST_ALONE, indirect=True)
 @DRAWN
 @given(shape=SHAPES, seed=st.integers(0, 99), cap=st.sampled_from([0.7, 5.0, 50.0]))
 def test_softcap(isa, shape, seed, cap):
-    check(launch(Program.of(MIXED, softcap=cap), shape, torch.float32, seed=seed, scale=1.5))
+    check(launch(Program.of(PAIR, softcap=cap), shape, torch.float32, seed=seed, scale=1.5))
 
 
+@pytest.mark.slow  # test_cpp_decode.py has another
 def test_decode_reads_only_what_is_kept():
     """Keys and values outside the window are NaN: reading one would show in the output."""
     program = Program.of([(P.window(100) & P.causal()).keep()] * 8)
@@ -265,7 +294,7 @@ def test_empty_sizes():
 
 
 def test_a_rule_that_keeps_nothing_gives_zeros():
-    assert (CPP.run(launch(Program.of([FALSE]), (1, 1, 100, 100), torch.bfloat16)) == 0).all()
+    assert (CPP.run(launch(PATTERNS, (1, 1, 100, 100), torch.float32))[:, -1] == 0).all()
 
 
 def test_nan_stays_visible():
@@ -276,7 +305,7 @@ def test_nan_stays_visible():
 
 
 def test_one_thread_gives_the_same():
-    call = launch(Program.of(MIXED), (1, 2, 500, 500), torch.float32)
+    call = launch(PATTERNS, (1, 1, 500, 500), torch.float32)
     many, threads = CPP.run(call), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -88,7 +88,7 @@ def test_half_precision(threads, dtype, head, shape, count, seed, scale):
 @given(shape=DECODE, count=THREADS, seed=st.integers(0, 99))
 def test_bf16_in_pairs(bf16_pairs, threads, shape, count, seed):
     threads(count)
-    check(launch(Program.of(KEEPS), shape, torch.bfloat16, (64, 64), seed=seed))
+    check(launch(Program.of(KEEPS[1:3] * 2), shape, torch.bfloat16, (64, 64), seed=seed))
 
 
 @DRAWN

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.un
 NEAR = (P.sinks(3) | P.window(37)) & P.causal()
 ELASTIC = P.window("N/4 + 1") & P.causal()
 EACH = [P.dense(), ELASTIC, NEAR, ~NEAR]
-RULES = (NEAR, P.causal(), ELASTIC, EACH, tuple(EACH))
+OTHER = [NEAR, NEAR, P.causal(), NEAR]
+RULES = (NEAR, OTHER, ELASTIC, EACH, tuple(EACH))
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +95,10 @@ def test_many_queries_have_another_kernel():
     assert is_ready(q, k, v, NEAR) and told(q[:, :, 1:], k, v, NEAR) is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_other_value_sizes(dtype):
-    q, k, _ = draw(1, 4, 2, 1, 70, 16, dtype)
-    assert is_ready(q, k, draw(1, 4, 2, 1, 70, 24, dtype)[2], NEAR)
+def test_half_precision_and_other_value_sizes():
+    """Beside what test_another_call_is_not_taken_for_it has."""
+    q, k, _ = draw(1, 4, 2, 1, 70, 16, torch.bfloat16)
+    assert is_ready(q, k, draw(1, 4, 2, 1, 70, 24, torch.bfloat16)[2], NEAR)
 
 
 @pytest.mark.parametrize("rules", [NEAR, ELASTIC], ids=["any length", "each length"])
@@ -116,7 +117,7 @@ def test_strides_and_numbers_change():
         [t.contiguous() for t in (q, k, v)],
         [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)],
         [q, k[:, :1].expand(-1, 2, -1, -1), v[:, :, :1].expand(-1, -1, 80, -1)],
-        [q[..., ::2], k[..., ::2], v[..., ::2]],
+        [q[..., ::2], k[..., ::2], v],
     )
     for tensors in lying:
         assert is_ready(*tensors, NEAR)
@@ -129,7 +130,7 @@ def test_threads_change():
     q, k, v = draw(2, 4, 2, 2, 5000, 16)
     for count in (1, 2, 3, 1):
         torch.set_num_threads(count)
-        assert is_ready(q, k, v, P.causal())
+        assert is_ready(q, k, v, ELASTIC)
 
 
 def test_threads_call_at_once():
@@ -157,7 +158,7 @@ def test_a_list_of_patterns_changes():
     q, k, v = draw(1, 4, 2, 1, 80, 16)
     rules = [NEAR] * 4
     assert is_ready(q, k, v, rules)
-    rules[2] = P.causal()
+    rules[2] = OTHER[2]
     assert told(q, k, v, rules) is None
     assert is_ready(q, k, v, rules)
     rules.pop()

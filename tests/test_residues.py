@@ -237,7 +237,7 @@ def test_kernels_read_tokens_where_they_are(patterns, kv_heads, n, kind, monkeyp
     torch.testing.assert_close(found.double(), truth_of(q, k, v, patterns, mask), atol=3e-6, rtol=3e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_kernels_keep_the_oracles_bound(dtype):
     n, (patterns, kv_heads, _) = 700, LAID[1]
     program = laid_program(patterns, kv_heads, "cpp")
