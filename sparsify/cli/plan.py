@@ -120,8 +120,9 @@ def plan(
 ) -> None:
     """Choose a pattern for every head of a model, by predicted cost and measured quality, and write the spec.
 
-    Its attentions are caught, candidates are profiled on the text, a budget is spent on the heads that need it, and the
-    choice is validated on text and at a length that no profile saw. A run that was killed goes on where it was.
+    Its attentions are caught, candidates are profiled on the text, and a budget is spent on the heads that need it: at
+    several shares, of which the one within the budget is taken that does best on text and at a length that no profile
+    saw. A run that was killed goes on where it was.
     """
     settings = {
         "lengths": _numbers("lengths", lengths), "budget": budget, "of": of, "profile": profile, "samples": samples,

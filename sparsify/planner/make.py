@@ -150,7 +150,7 @@ class Planner:
         rig, settings = self.rig, self.settings
         self._check_budget()
         profile = profiled(rig, self.readings.profile, settings, self.state, self.progress)
-        points, profile, solution = self._front(profile)
+        points, profile, solution, solved = self._front(profile)
         front = [
             *points,
             *uniforms(rig, self.costs, self.measure.uniform, [point.cost for point in points], self.progress),
@@ -179,6 +179,7 @@ class Planner:
             validation=tuple(rows),
             bound=solution.bound,
             gap=solution.gap,
+            solved=solved,
             retrieval=tuple(profile.retrieval(rig.heads)),
             missed=missed(tried, limit, rig.objective.unit, front[chosen]) if lost else "",
         )
@@ -218,13 +219,14 @@ class Planner:
         found = [(place, layers.get(reuse.source_of(layer))) for layer, place in layers.items()]
         return tuple((place, source, one) for place, source in found if source is not None for one in chosen)
 
-    def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution]:
-        """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget."""
+    def _front(self, profile: Profile) -> tuple[list[Point], Profile, Solution, str]:
+        """A point for each budget that can be met, the cheapest first; the last profile; the solution of the budget,
+        and the name of its point."""
         share = self.settings.budget.share
         steps = list(refined(self, profile, self.settings.budgets()))
         points = [self._point(f"plan at {budget:.4g}", chosen, found) for budget, chosen, found, _ in steps]
-        solution = next((found for budget, _, found, _ in steps if budget == share), steps[-1][2])
-        return points[::-1], steps[-1][3], solution
+        own = next((number for number, (budget, *_) in enumerate(steps) if budget == share), -1)
+        return points[::-1], steps[-1][3], steps[own][2], points[own].name
 
     def _between(
         self, front: list[Point], rows: list[Validation], profile: Profile, limit: float

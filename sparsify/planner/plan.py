@@ -122,8 +122,9 @@ class Plan:
     machine: the name of the machine whose time was predicted. lengths: those of the profile, in tokens. of: what the
     budget is a share of (time, tiles, pairs or memory). budget: as the user gave it. profile: the kind of profile;
     unit: of its losses and of all others. front: one point a budget, the cheapest first, then the uniform ones they
-    were compared with; chosen: the index in `front` of this plan. bound: what no choice can be better than by the
-    solver's model, in `unit`; gap: how far the solver's choice is from it at most, as a share. retrieval: the heads
+    were compared with; chosen: the index in `front` of this plan. solved: the name of the point that the solver
+    found for the budget, which the validation may not have chosen. bound: what no choice of its cost can be better than
+    by the solver's model, in `unit`; gap: how far it is from that at most, as a share. retrieval: the heads
     that far information goes through, as (site, head), the most important first. missed: what to know where no share
     of the front kept the bound on the loss, else nothing. seconds: how long it took.
     """
@@ -145,6 +146,7 @@ class Plan:
     retrieval: tuple[tuple[int, int], ...] = ()
     seconds: float = 0.0
     missed: str = ""
+    solved: str = ""
     version: int = VERSION
 
     def choices(self) -> tuple[tuple[int, ...], ...]:
@@ -160,6 +162,20 @@ class Plan:
     def total(self, length: int) -> tuple[float, float]:
         """Seconds of all sites at the `length`-th of the lengths: the plan's, and dense attention's."""
         return sum(site.seconds[length] for site in self.sites), sum(site.dense_seconds[length] for site in self.sites)
+
+    @property
+    def optimum(self) -> str:
+        """How near the solver's choice is to the best by its own model, and whether it is this plan; else nothing."""
+        if self.bound is None or self.gap is None or self.chosen is None:
+            return ""
+        chosen = self.front[self.chosen].name
+        within = "is that best" if self.gap < 5e-5 else f"is within {100 * self.gap:.2g} % of that"
+        told = f"by the profiled losses no choice at this cost has less than {self.bound:.4g}; {self.solved} {within}"
+        return told if chosen == self.solved else f"{told}, and validated worse than {chosen}"
+
+    def cost_validated(self, name: str) -> float | None:
+        """The share of the dense cost that a point of the front has at the length of its validation."""
+        return next((row.cost for row in self.validation if row.name == name), None)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -35,13 +35,17 @@ def _heads(found: Plan, site: SitePlan) -> str:
 
 
 def _front(found: Plan) -> Table:
-    table = Table(title=f"validated: {found.unit} above dense attention", title_justify="left")
-    for column in ("", "cost", "loss", ""):
+    """The points; of those within the budget the one that validates best is the plan."""
+    length = next((row.length for row in found.validation), None)
+    table = Table(title=f"validated at {length} tokens: {found.unit} above dense attention", title_justify="left")
+    for column in ("", "cost", f"at {length}", "loss", ""):
         table.add_column(column, justify="right" if column else "left")
     worst = max((point.validated or 0.0 for point in found.front), default=0.0)
     for number, point in enumerate(found.front):
         name = f"> {point.name}" if number == found.chosen else point.name
-        table.add_row(name, f"{point.cost:.1%}", f"{point.validated:.4g}", _line(point, worst))
+        there = found.cost_validated(point.name)
+        shares = (f"{point.cost:.1%}", "" if there is None else f"{there:.1%}")
+        table.add_row(name, *shares, f"{point.validated:.4g}", _line(point, worst))
     return table
 
 
@@ -53,12 +57,13 @@ def _line(point: Point, worst: float) -> str:
 
 def _closing(found: Plan) -> str:
     heads = ", ".join(f"{found.sites[site].address} head {head}" for site, head in found.retrieval[:8])
-    said = [f"cost: share of dense {found.of}, on {found.machine}; lengths {', '.join(map(str, found.lengths))}"]
+    lengths = ", ".join(map(str, found.lengths))
+    said = [f"cost: the largest share of dense {found.of} at the profiled lengths {lengths}, on {found.machine}"]
     if found.timed:
         mine, dense = found.total(-1)
         said.append(f"predicted time: {mine * 1e3:.3g} ms of {dense * 1e3:.3g} at {found.lengths[-1]} tokens")
-    if found.gap is not None and found.bound is not None:
-        said.append(f"profiled losses: no choice has less than {found.bound:.4g}; this one is within {found.gap:.2%}")
+    if found.optimum:
+        said.append(found.optimum)
     if heads:
         said.append(f"heads that information from far back goes through: {heads}")
     return "\n".join(said)
