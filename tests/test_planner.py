@@ -76,7 +76,7 @@ def test_it_is_shown_and_saved(made, tmp_path):
     console.print(summary(made))
     shown = console.export_text()
     assert "what each head of tiny gets" in shown and "> plan at 0.5" in shown
-        assert " ".join(made.optimum.split()) in " ".join(shown.split())
+    assert " ".join(made.optimum.split()) in " ".join(shown.split())
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
