@@ -19,7 +19,7 @@ struct Plan {
     I next, worker, stored; // atomic
 };
 
-static Queries queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
+static QueryTile queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
     I count = least(rows, c.q_slots - item.first);
     return {item.batch, item.kv_head, head, heads, item.first, count, c.rules + head, nullptr};
 }
@@ -34,7 +34,7 @@ static void work_items(Plan& plan, Worker& w) {
             const Item& item = plan.items[i];
             I first = item.kv_head * group;
             for (I h = first; h < first + group; h += plan.item_heads) {
-                Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+                QueryTile t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
                 meet_part(c, w, t, {0, FAR});
                 store_rows(c, w, w.rows, t);
             }
@@ -78,7 +78,7 @@ static int longest_first(const void* a, const void* b) {
 static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* spans, List* lists, I* facts) {
     I group = c.heads / c.kv_heads, first = item.kv_head * group, tiles = 0;
     for (I h = first; h < first + group; h += plan.item_heads) {
-        Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+        QueryTile t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
         if (SUMMARIES) ask(c, t, facts);
         I count = spans_of(c, t, spans);
         for (I i = 0; i < count; i++) {
