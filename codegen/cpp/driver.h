@@ -71,7 +71,10 @@ static void work(void* argument) {
 static int longest_first(const void* a, const void* b) {
     const Item &x = *(const Item*)a, &y = *(const Item*)b;
     if (x.cost != y.cost) return x.cost > y.cost ? -1 : 1;
-    return a < b ? -1 : 1; // items of one cost stay in order, so neighbours share packed tiles
+    // Items of one cost stay in order, so neighbours share packed tiles.
+    if (x.batch != y.batch) return x.batch < y.batch ? -1 : 1;
+    if (x.kv_head != y.kv_head) return x.kv_head < y.kv_head ? -1 : 1;
+    return x.first < y.first ? -1 : x.first > y.first;
 }
 
 // About how many key tiles an item's queries meet: those in its spans, less those that data empties, and its lists'.
