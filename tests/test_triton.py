@@ -321,8 +321,9 @@ def test_refusals_say_what_and_what_to_do():
         "the triton target can't run float64 (use float32, bfloat16 or float16)"
     )
     assert str(target.refuse(program, torch.float32, 64, 257)) == (
-        "head size 257 is above the 256 that the triton target can hold (use the cpp target)"
+        "value size 257 is outside the triton target's 1 to 256 (use the cpp target)"
     )
+    assert str(target.refuse(program, torch.float32, 0, 64)) == "head size 0 is outside the triton target's 1 to 256"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
