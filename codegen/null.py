@@ -14,6 +14,7 @@ from sparsify import bias
 from sparsify.codegen.slots import asked, gathered, scattered, tokens
 from sparsify.codegen.target import Launch
 from sparsify.expr import TRUE, Listed, constant
+from sparsify.patterns.layouts.boxes import TILE as BOX
 from sparsify.patterns.lists import passes, tile_rows
 from sparsify.patterns.tiles import Band, TileRule, analyse
 from sparsify.ranges import text_of
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from sparsify.program import Layout, Program
 
 BLOCK_M, BLOCK_N = 32, 32
-BOX = 64  # slots of a tile where there is a layout: a box
 
 
 class NullTarget:

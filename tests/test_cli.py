@@ -173,8 +173,9 @@ def test_doctor_tells_a_wrong_kernel(monkeypatch):
 
 def test_doctor_prints_the_table_of_kernels(run, monkeypatch):
     resources = pytest.importorskip("sparsify.codegen.triton.resources")
-    rows = [resources.Row("causal__bfloat16__d64__m128n64w4s3", "sm_90", 168, 0, 49152, "wgmma+tma")]
-    rows += [resources.Row("expr__float32__d128__m64n32w4s2", "gfx942", 255, 64, 65536)]
+    taken = resources.Resources(168, 0, 49152, "wgmma+tma"), resources.Resources(255, 64, 65536)
+    rows = [resources.Row("causal__bfloat16__d64__m128n64w4s3", "sm_90", taken[0])]
+    rows += [resources.Row("expr__float32__d128__m64n32w4s2", "gfx942", taken[1])]
     monkeypatch.setattr(resources, "kernel_resources", lambda progress: rows)
     code, out, err = run("doctor --kernels")
     titles = ["kernel", "chip", "registers", "spills", "shared", "matrix"]

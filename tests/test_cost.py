@@ -142,7 +142,7 @@ def test_the_drivers_numbers_are_those_of_its_headers():
     text = "\n".join((CPP / name).read_text() for name in ("parts.h", "worker.h", "driver.h"))
     found = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([^,;]+)[,;]", text))
     for module in (nests, schedule):
-        for name in ("TOTAL_CACHE_BYTES", "MANY_ITEMS", "WORTH_A_SPLIT", "WORTH_A_THREAD", "DIRECT_WORK"):
+        for name in ("TOTAL_CACHE_BYTES", "MANY_ITEMS", "WORTH_A_SPLIT", "WORTH_A_THREAD", "DIRECT_WORK", "TILE_WORK"):
             if name in vars(module):
                 assert eval(found[name]) == getattr(module, name), name
 

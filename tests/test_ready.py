@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsify
-from sparsify import errors, op
+from sparsify import errors, op, runtime
 from sparsify import patterns as P
 from sparsify.codegen import Launch
 from sparsify.codegen.cpp import launch as launching
+from sparsify.codegen.cpp import ready as holder
 from sparsify.functional_plan import plan
 from sparsify.patterns import Pattern
 from sparsify.program import Program
@@ -152,6 +156,35 @@ def test_threads_call_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_a_call_points_to_stays_while_it_is_used(monkeypatch):
+    """Whatever runs between a ready call's look-up and its kernel may have all of them forgotten."""
+    monkeypatch.setattr(launching, "_BUILT", {})
+    ready.forget()
+    q, k, v = draw(1, 4, 2, 1, 80, 16)
+    first = sparsify.attention(q, k, v, NEAR)
+    kernel, alive = weakref.ref(*launching._BUILT.values()), []
+
+    def threads():
+        launching._BUILT.clear()
+        ready.forget()
+        gc.collect()
+        alive.append(kernel() is not None)
+        return 1
+
+    def set_up(objects):
+        given = holder._tensor_of(), runtime.parallel_function(), os.getpid(), *map(id, objects)
+        holder._library().ready_setup(holder.SETUP.pack(*given))
+
+    objects = [threads if one is torch.get_num_threads else one for one in holder._OBJECTS]
+    set_up(objects)
+    try:
+        assert torch.equal(told(q, k, v, NEAR), first)
+    finally:
+        set_up(holder._OBJECTS)
+    gc.collect()
+    assert alive == [True] and kernel() is None and told(q, k, v, NEAR) is None
 
 
 def test_a_list_of_patterns_changes():

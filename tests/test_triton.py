@@ -124,7 +124,7 @@ def _rows(**options):
 
 def _spilled(rows):
     """What spills. Beside the loops of lists, the compiler may keep a few numbers on the stack to run more warps."""
-    return [row for row in rows if row.spills > 64 * (row.kernel.split("__")[0] in LISTED)]
+    return [row for row in rows if row.takes.spills > 64 * (row.kernel.split("__")[0] in LISTED)]
 
 
 def test_builds_for_every_chip_without_spills():
@@ -133,21 +133,31 @@ def test_builds_for_every_chip_without_spills():
     some += [found["blocks64", "float16", 64], found["neighborhood", "bfloat16", 64], found["skip", "bfloat16", 128]]
     seen: list[tuple[int, int]] = []
     rows = _rows(catalogue=some, progress=lambda done, total: seen.append((done, total)))
-    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 6
     assert not _spilled(rows)
-    assert all(row.registers > 0 and row.shared > 0 for row in rows)
+    assert all(row.takes.registers > 0 and row.takes.shared > 0 for row in rows)
+    merges = [row for row in rows if row.kernel.endswith("_merge")]
+    assert [row.kernel.split("__")[0] for row in merges] == ["pages"] * 4  # one query, whose keys are split
+    rows = [row for row in rows if row not in merges]
+    assert [row.arch for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"] * 6
     assert seen == [(done, 24) for done in range(1, 25)]
     assert rows[0].kernel == "streaming__bfloat16__d128__m64n64w8s2"
-    matrix = [row.matrix for row in rows]
+    matrix = [row.takes.matrix for row in rows]
     assert matrix[:4] == ["mma.sync", "wgmma+tma", "tcgen05+tma", "mfma"]
     assert matrix[4:8] == ["mma.sync", "mma.sync", "mma.sync", "mfma"]  # few rows, pages of 16 keys
     assert matrix[8:12] == [""] * 3 + ["mfma"]  # float32 in float32
 
 
+def test_what_merges_split_keys_is_built_too():
+    decode = next(entry for entry in entries() if entry.name == "decode_lse")
+    attend, merge = _rows(catalogue=[decode], archs=(90,))
+    assert merge.kernel == f"{attend.kernel}_merge" and merge.arch == attend.arch == "sm_90"
+    assert merge.takes.registers > 0 and (merge.takes.spills, merge.takes.matrix) == (0, "")
+
+
 @pytest.mark.slow
 def test_the_whole_catalogue_builds_without_spills():
     rows = _rows()
-    assert len(rows) == len(list(entries())) * len(ARCHS)
+    assert len([row for row in rows if not row.kernel.endswith("_merge")]) == len(list(entries())) * len(ARCHS)
     assert not _spilled(rows)
 
 
@@ -337,8 +347,9 @@ def test_refusals_say_what_and_what_to_do():
         "the triton target can't run float64 (use float32, bfloat16 or float16)"
     )
     assert str(target.refuse(program, torch.float32, 64, 257)) == (
-        "head size 257 is above the 256 that the triton target can hold (use the cpp target)"
+        "value size 257 is outside the triton target's 1 to 256 (use the cpp target)"
     )
+    assert str(target.refuse(program, torch.float32, 0, 64)) == "head size 0 is outside the triton target's 1 to 256"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -82,8 +82,8 @@ static inline __attribute__((always_inline)) Floats sums_of(Floats* rows) {
 #define HOLD(x)
 #endif
 
-// The products of R rows with W keys, row r's in scores[r * KV]. With FETCHES the keys' values are fetched meanwhile.
-template <int R, bool FETCHES>
+// The products of R rows with W keys, row r's in scores[r * KV]. With PREFETCH the keys' values are fetched meanwhile.
+template <int R, bool PREFETCH>
 static inline __attribute__((always_inline)) void
 multiply_keys(Floats* scores, const float* const* q, const Element* const* keys, const Element* const* values) {
     constexpr int AT_ONCE = 8 / R < W ? 8 / R : W, STEP = HALVES * W;
@@ -91,7 +91,7 @@ multiply_keys(Floats* scores, const float* const* q, const Element* const* keys,
     for (int j = 0; j < W; j += AT_ONCE) {
         Floats acc[R][AT_ONCE] = {};
         for (int i = 0; i < D; i += STEP) {
-            if (FETCHES) fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
+            if (PREFETCH) fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
             Floats x[AT_ONCE][HALVES];
 #pragma GCC unroll 8
             for (int n = 0; n < AT_ONCE; n++) read(x[n], keys[j + n] + i);
@@ -119,8 +119,8 @@ struct Kept {
 };
 
 // Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys. With
-// FETCHES as many of the next keys are fetched meanwhile.
-template <int R, int NV, bool FETCHES>
+// PREFETCH as many of the next keys are fetched meanwhile.
+template <int R, int NV, bool PREFETCH>
 static inline __attribute__((always_inline)) void
 add_columns(float* sums, int first, const float* weights, const Kept& kept, int start, int count) {
     Floats acc[R][NV];
@@ -129,7 +129,7 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
     for (int i = 0; i < count; i++) {
-        if (FETCHES) fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
+        if (PREFETCH) fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
         Floats x[NV];
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n += HALVES) read(x + n, kept.value[start + i] + (first + n) * W);
@@ -146,16 +146,16 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
 
 // out += weights * values for R rows, of the kept keys: some keys after the other, all columns of each. The sum over
 // one tile is made apart, as in weigh_values.
-template <int R, bool FETCHES>
+template <int R, bool PREFETCH>
 static inline __attribute__((always_inline)) void
 add_values(float* const* out, const float* weights, const Kept& kept) {
     constexpr int NV = 8 / R < DVV ? 8 / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
     float sums[R * DVP] __attribute__((aligned(64))) = {};
     for (int i = 0; i < kept.count; i += AT_ONCE) {
         int some = least(AT_ONCE, kept.count - i);
-        for (int v = 0; v < DONE; v += NV) add_columns<R, NV, FETCHES>(sums, v, weights, kept, i, some);
+        for (int v = 0; v < DONE; v += NV) add_columns<R, NV, PREFETCH>(sums, v, weights, kept, i, some);
         for (int v = DONE; v < DVV; v += HALVES)
-            add_columns<R, HALVES, FETCHES>(sums, v, weights, kept, i, some);
+            add_columns<R, HALVES, PREFETCH>(sums, v, weights, kept, i, some);
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < DVV; v++) {

@@ -2,6 +2,7 @@
 
 constexpr I WORTH_A_THREAD = 64; // blocks of work, a quarter of a microsecond each
 constexpr I DIRECT_WORK = 12; // of a tile that few rows meet, which waits for memory
+constexpr I TILE_WORK = 4; // of a packed tile beside its blocks: its keys are classed, and packed or fetched
 constexpr I MANY_ITEMS = 32; // for one thread
 constexpr I TOTAL_CACHE_BYTES = 64 << 20;
 constexpr I FRESH_BYTES = 32 << 20; // from so many on an allocator takes new memory each time
@@ -9,17 +10,26 @@ constexpr uintptr_t HUGE = 2 << 20; // bytes of a large page
 
 struct Plan {
     const Call* call;
-    const Item* items;
-    I count, work, step, slots, item_heads, item_rows, blocks; // work: blocks of rows that meet a tile, about
-    I longest; // key tiles that an item meets, at most
-    char* memory;
-    I worker_bytes;
-    Split split;
-    bool direct; // whether keys are read where they lie
-    I next, worker, stored; // atomic
+    const Item* items; // query tiles, in the order in which threads take them
+    I count;           // of the items
+    I work;            // of all items: blocks of rows that meet a tile, about
+    I longest;         // key tiles that an item meets, at most
+    I step;            // items that a thread takes at once
+    I item_heads;      // query heads of an item
+    I item_rows;       // queries of each of these heads
+    I blocks;          // of MR rows in an item
+    I slots;           // packed key tiles that a thread keeps
+    char* memory;      // of all workers, one behind the other
+    I worker_bytes;    // of each
+    Split split;       // into equal parts; of 0 parts where threads take whole items
+    bool once;         // whether no two items share keys, as in decoding
+    bool direct;       // whether keys are read where they lie
+    I next;            // the first item or part that no thread has taken: atomic
+    I worker;          // how many workers have begun: atomic
+    I stored;          // rows of the output that were written, counted with a layout of queries: atomic
 };
 
-static Queries queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
+static QueryTile queries_of(const Call& c, const Item& item, I head, I heads, I rows) {
     I count = least(rows, c.q_slots - item.first);
     return {item.batch, item.kv_head, head, heads, item.first, count, c.rules + head, nullptr};
 }
@@ -34,7 +44,7 @@ static void work_items(Plan& plan, Worker& w) {
             const Item& item = plan.items[i];
             I first = item.kv_head * group;
             for (I h = first; h < first + group; h += plan.item_heads) {
-                Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+                QueryTile t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
                 meet_part(c, w, t, {0, FAR});
                 store_rows(c, w, w.rows, t);
             }
@@ -71,14 +81,17 @@ static void work(void* argument) {
 static int longest_first(const void* a, const void* b) {
     const Item &x = *(const Item*)a, &y = *(const Item*)b;
     if (x.cost != y.cost) return x.cost > y.cost ? -1 : 1;
-    return a < b ? -1 : 1; // items of one cost stay in order, so neighbours share packed tiles
+    // Items of one cost stay in order, so neighbours share packed tiles.
+    if (x.batch != y.batch) return x.batch < y.batch ? -1 : 1;
+    if (x.kv_head != y.kv_head) return x.kv_head < y.kv_head ? -1 : 1;
+    return x.first < y.first ? -1 : x.first > y.first;
 }
 
 // About how many key tiles an item's queries meet: those in its spans, less those that data empties, and its lists'.
 static I cost_of(const Call& c, const Plan& plan, const Item& item, Interval* spans, List* lists, I* facts) {
     I group = c.heads / c.kv_heads, first = item.kv_head * group, tiles = 0;
     for (I h = first; h < first + group; h += plan.item_heads) {
-        Queries t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
+        QueryTile t = queries_of(c, item, h, least(plan.item_heads, first + group - h), plan.item_rows);
         if (SUMMARIES) ask(c, t, facts);
         I count = spans_of(c, t, spans);
         for (I i = 0; i < count; i++) {
@@ -124,16 +137,16 @@ static void fill_items(const Call& c, Plan& plan, Item* items) {
         }
     free(spans);
     for (I i = 0; i < plan.count; i++) {
-        plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : 4 + plan.blocks);
+        plan.work += items[i].cost * (plan.direct ? DIRECT_WORK : TILE_WORK + plan.blocks);
         plan.longest = most(plan.longest, items[i].cost);
     }
 }
 
 // Decides how many threads take part, and whether items are split between them, which is for query tiles that share no
 // keys; else puts the longest first. Returns false if memory ran out.
-static bool share_out(Call& c, Plan& plan, Item* items, bool once) {
+static bool share_out(Call& c, Plan& plan, Item* items) {
     I worth = c.parallel ? most(1, least(c.threads, plan.work / WORTH_A_THREAD)) : 1;
-    if (once && worth_a_split(items, plan.count, worth)) {
+    if (plan.once && worth_a_split(items, plan.count, worth)) {
         c.threads = worth;
         return split(plan.split, items, plan.count, worth * PARTS_A_THREAD, plan.blocks);
     }
@@ -154,6 +167,58 @@ static void use_large_pages(const Call& c) {
 #endif
 }
 
+// How a launch is cut into items, which are yet to be filled in.
+static Plan plan_of(const Call& c) {
+    I group = c.heads / c.kv_heads;
+    Plan plan = {};
+    plan.call = &c;
+    plan.item_rows = least(TILE_ROWS, c.q_slots);
+    plan.item_heads = most(1, least(group, BM / plan.item_rows));
+    plan.count = c.b * c.kv_heads * ((c.q_slots + plan.item_rows - 1) / plan.item_rows);
+    plan.blocks = (plan.item_rows * plan.item_heads + MR - 1) / MR;
+    plan.once = plan.item_rows == c.q_slots && plan.item_heads == group;
+    plan.direct = READS && plan.once && c.q_slots * group <= DIRECT_ROWS && c.ks[3] == 1 && c.vs[3] == 1;
+    return plan;
+}
+
+// How many packed key tiles a thread keeps: twice what an item meets, which stays in a near cache. An odd number:
+// strides don't meet in a few slots.
+static I slots_of(const Call& c, const Plan& plan) {
+    if (plan.once) return 1;
+    I tiles = most(1, (c.k_slots + KB - 1) / KB), near = 2 * plan.longest + 1;
+    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE));
+    return most(1, least(tiles, least(budget, LISTS || SUMMARIES ? budget : near)));
+}
+
+// Has the threads do what was shared out. Returns false if memory ran out.
+static bool run_plan(const Call& c, Plan& plan) {
+    plan.slots = slots_of(c, plan);
+    plan.worker_bytes = worker_bytes(plan.slots);
+    plan.memory = (char*)aligned_alloc(64, plan.worker_bytes * c.threads);
+    if (!plan.memory) return false;
+    if (c.threads == 1) work(&plan);
+    else c.parallel(work, &plan, (unsigned)c.threads, 0);
+    free(plan.memory);
+#if QUERY_LAYOUT
+    if (plan.stored < c.b * c.heads * c.q_len) return store_nothing(c);
+#endif
+    return true;
+}
+
+// Plans a launch whose data are summarised, and runs it. Returns false if memory ran out.
+static bool attend(Call& c) {
+    Plan plan = plan_of(c);
+    Item* items = (Item*)malloc(sizeof(Item) * plan.count);
+    if (!items) return false;
+    plan.items = items;
+    fill_items(c, plan, items);
+    bool done = share_out(c, plan, items) && run_plan(c, plan);
+    free(items);
+    free(plan.split.starts);
+    free(plan.split.states);
+    return done;
+}
+
 // Runs a launch. Returns 0, or 1 if memory ran out (then nothing useful is in the output).
 extern "C" int sparsify_run(const Call* call) {
     Call c = *call;
@@ -162,44 +227,11 @@ extern "C" int sparsify_run(const Call* call) {
     if (c.q_slots == 0) return !store_nothing(c);
 #endif
     use_large_pages(c);
-    I group = c.heads / c.kv_heads, tiles = most(1, (c.k_slots + KB - 1) / KB);
     Summary summaries[SUMMARIES + 1];
     I* summary = summarise(c.loads, summaries);
     if (!summary) return 1;
     c.summaries = summaries;
-    Plan plan = {};
-    plan.call = &c;
-    plan.item_rows = least(TILE_ROWS, c.q_slots);
-    plan.item_heads = most(1, least(group, BM / plan.item_rows));
-    plan.count = c.b * c.kv_heads * ((c.q_slots + plan.item_rows - 1) / plan.item_rows);
-    Item* items = (Item*)malloc(sizeof(Item) * plan.count);
-    if (!items) {
-        free(summary);
-        return 1;
-    }
-    plan.items = items;
-    plan.blocks = (plan.item_rows * plan.item_heads + MR - 1) / MR;
-    bool once = plan.item_rows == c.q_slots && plan.item_heads == group; // no query tiles share keys, as in decoding
-    plan.direct = READS && once && c.q_slots * group <= DIRECT_ROWS && c.ks[3] == 1 && c.vs[3] == 1;
-    fill_items(c, plan, items);
-    bool shared = share_out(c, plan, items, once);
-    // Twice what an item meets, which stays in a near cache. An odd number: strides don't meet in a few slots.
-    I budget = least(CACHE_BYTES, TOTAL_CACHE_BYTES / c.threads) / (4 * (K_TILE + V_TILE)), near = 2 * plan.longest + 1;
-    plan.slots = once ? 1 : most(1, least(tiles, least(budget, LISTS || SUMMARIES ? budget : near)));
-    plan.worker_bytes = worker_bytes(plan.slots);
-    plan.memory = shared ? (char*)aligned_alloc(64, plan.worker_bytes * c.threads) : nullptr;
-    if (plan.memory) {
-        if (c.threads == 1) work(&plan);
-        else c.parallel(work, &plan, (unsigned)c.threads, 0);
-    }
-    bool failed = !plan.memory;
-#if QUERY_LAYOUT
-    if (!failed && plan.stored < c.b * c.heads * c.q_len) failed = !store_nothing(c);
-#endif
-    free(items);
+    bool done = attend(c);
     free(summary);
-    free(plan.memory);
-    free(plan.split.starts);
-    free(plan.split.states);
-    return failed;
+    return !done;
 }

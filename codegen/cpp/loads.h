@@ -219,11 +219,11 @@ static I bound_of(const Source& from, const Summary& by, int axis, I at, I line,
 }
 
 #if BIAS
-// Where bit v * W + i of `bits` is set, x, else 0.
-static inline Floats chosen(Floats x, uint64_t bits, int v) {
+// Lane i is x's where bit first + i of `bits` is set, else 0.
+static inline Floats chosen(Floats x, uint64_t bits, int first) {
     Ints lane;
     for (int i = 0; i < W; i++) lane[i] = 1 << i;
-    return (lane & (int32_t)(uint32_t)(bits >> v)) != 0 ? x : Floats{};
+    return (lane & (int32_t)(uint32_t)(bits >> first)) != 0 ? x : Floats{};
 }
 
 // Multiplies a row of what is added by its unit. Finite values stay finite also in units of log2, and the keys at -inf

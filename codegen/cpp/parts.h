@@ -68,7 +68,7 @@ static Rows* join(const Split& s, I start, I first, I last) {
 }
 
 // Takes an item through a part, and stores its rows if all of it is done. `queries` are those of the item.
-static void work_item(const Call& c, Split& s, Worker w, const Queries& queries, I item, I part) {
+static void work_item(const Call& c, Split& s, Worker w, const QueryTile& queries, I item, I part) {
     I start = s.starts[item], end = s.starts[item + 1], first = part_of(s, start), last = part_of(s, end - 1);
     if (first < last) w.rows = state_of(s, start, part);
     I from = most(0, start_of(s, part) - start), to = part < last ? start_of(s, part + 1) - start : FAR;

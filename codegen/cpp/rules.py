@@ -129,8 +129,8 @@ def facts_of(rule: TileRule) -> dict[Bound, int]:
 def print_rules(program: Program, names: Names) -> str:
     """All functions that the driver calls on a rule's number.
 
-    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of those of heads; rows_of those that
-    have tiles of keys in a row, and listed_rows_of those that gather their keys.
+    full_of, empty_of, ask_of and prepare_of know all rules; bands_of and lists_of_rule those of heads; keep_rows_of
+    those that have tiles of keys in a row, and keep_listed_rows_of those that gather their keys.
     """
     parts, found = names.functions(), steps(program)
     parts += [_rule(number, step, names) for number, step in enumerate(found)]
@@ -143,11 +143,11 @@ def print_rules(program: Program, names: Names) -> str:
         _dispatch("bool", "full_of", TILE_PARAMETERS, everything),
         _dispatch("bool", "empty_of", TILE_PARAMETERS, everything),
         _dispatch("int", "bands_of", f"{PARAMETERS}, Interval* to", kept),
-        _dispatch("int", "lists_of", f"{LIST_PARAMETERS}, List* to", kept),
+        _dispatch("int", "lists_of_rule", f"{LIST_PARAMETERS}, List* to", kept),
         _dispatch("void", "ask_of", f"{PARAMETERS}, I* facts", everything),
         _dispatch("void", "prepare_of", PREPARE_PARAMETERS, everything),
-        _dispatch("void", "rows_of", KEEP_PARAMETERS, (n for n in everything if not found[n].gathers)),
-        _dispatch("void", "listed_rows_of", KEEP_LISTED_PARAMETERS, (n for n in everything if found[n].gathers)),
+        _dispatch("void", "keep_rows_of", KEEP_PARAMETERS, (n for n in everything if not found[n].gathers)),
+        _dispatch("void", "keep_listed_rows_of", KEEP_LISTED_PARAMETERS, (n for n in everything if found[n].gathers)),
     ]
     return "\n\n".join(parts)
 
@@ -198,7 +198,7 @@ def _bound(number: int, source: str, axis: int, rank: int) -> str:
 
 
 def _dispatch(result: str, name: str, parameters: str, numbers: Iterable[int]) -> str:
-    stem = name.removesuffix("_of")
+    stem = name.partition("_of")[0]
     arguments = ", ".join(part.split()[-1] for part in parameters.split(","))
     cases = "".join(f"        case {n}: return {stem}{n}({arguments});\n" for n in numbers)
     last = "    __builtin_unreachable();\n"
@@ -220,7 +220,7 @@ def _rule(number: int, step: Step, names: Names) -> str:
         text += f"static int bands{number}({PARAMETERS}, Interval* to) {{\n    int n = 0;\n{bands}    return n;\n}}\n"
     rows, kept = step.rows(names)
     text += f"static void prepare{number}({PREPARE_PARAMETERS}) {{\n{rows.prepare()}}}\n"
-    name, parameters = ("listed_rows", KEEP_LISTED_PARAMETERS) if step.gathers else ("rows", KEEP_PARAMETERS)
+    name, parameters = ("keep_listed_rows", KEEP_LISTED_PARAMETERS) if step.gathers else ("keep_rows", KEEP_PARAMETERS)
     return f"{text}static void {name}{number}({parameters}) {{\n{rows.loop(f'keep[n] = {kept};')}}}"
 
 

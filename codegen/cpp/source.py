@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import meta
 
 from sparsify.codegen.cpp.biases import print_biases
+from sparsify.codegen.cpp.rows import KEYS
 from sparsify.codegen.cpp.rules import (
     Names,
     gathers,
@@ -25,6 +26,7 @@ from sparsify.codegen.cpp.rules import (
 from sparsify.codegen.cpp.tuning import Tuning, reads_in_place
 from sparsify.codegen.names import program_name, size_name
 from sparsify.codegen.target import DTYPES, dtype_name
+from sparsify.patterns.layouts.boxes import TILE
 from sparsify.patterns.lists import tile_rows
 from sparsify.patterns.tiles import BLOCK
 from sparsify.runtime import Isa
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from sparsify.program import Program
 
 SKELETON = "kernel.cpp.jinja"
-SLOTS = 64  # of a query tile in a layout of queries: as many as in a key tile, so both can be a box of space
+SLOTS = TILE  # of a query tile in a layout of queries: as many as in a key tile, so both can be a box of space
 
 # 2**f for |f| <= 1/2, minimax in relative error with the constant fixed at 1: to 1.0e-4, 2.8e-6 and 9.1e-8.
 EXP2 = {
@@ -84,6 +86,7 @@ def render(program: Program, shape: Shape, isa: Isa) -> tuple[str, str]:
         use_head=uses_head(program),
         lists=max_lists(program),
         gathers=gathers(program),
+        whole=KEYS,
         skips=any(program.skips),
         query_layout=program.queries is not None,
         key_layout=program.keys is not None,

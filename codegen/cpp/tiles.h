@@ -2,7 +2,7 @@
 // order by its rules' bands and then those of its lists. Positions are slots; without a layout these are tokens.
 
 // Where the rows of a tile's keys and values lie.
-static Direct rows_of(const Call& c, const Queries& t, const Keys& keys) {
+static Direct addresses_of(const Call& c, const QueryTile& t, const KeyTile& keys) {
     Direct rows = {};
     rows.ahead = keys.at || KEY_LAYOUT || keys.last + 1 >= c.k_slots ? 0 : KB * c.ks[2];
     const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
@@ -19,21 +19,21 @@ static Direct rows_of(const Call& c, const Queries& t, const Keys& keys) {
 }
 
 // The slot of a packed tile of keys and values, packed now unless it is there.
-static I packed(const Call& c, Worker& w, const Queries& t, const Keys& keys) {
+static I packed(const Call& c, Worker& w, const QueryTile& t, const KeyTile& keys) {
     I tile = keys.first / KB, slot = keys.at ? w.slots : tile % w.slots;
     if (!keys.at) {
         Tag& tag = w.tags[slot];
         if (tag.batch == t.batch && tag.kv_head == t.kv_head && tag.tile == tile) return slot;
         tag = {t.batch, t.kv_head, tile};
     }
-    Direct rows = rows_of(c, t, keys);
+    Direct rows = addresses_of(c, t, keys);
     pack_keys(w.keys + slot * K_TILE, rows.key, c.ks[3], rows.value);
     pack_values(w.values + slot * V_TILE, rows.value, c.vs[3]);
     return slot;
 }
 
 // The spans of key tiles that the bands of a query tile meet, in order and apart; returns how many.
-static I spans_of(const Call& c, const Queries& t, Interval* spans) {
+static I spans_of(const Call& c, const QueryTile& t, Interval* spans) {
     I count = 0, q0 = t.first + c.offset;
     for (I h = t.head; h < t.head + t.heads; h++) {
         if (t.as_before(h)) continue;
@@ -59,10 +59,10 @@ static I spans_of(const Call& c, const Queries& t, Interval* spans) {
 }
 
 // The lists of a query tile's heads, each head's own; returns how many.
-static I lists_of(const Call& c, const Queries& t, List* lists) {
+static I lists_of(const Call& c, const QueryTile& t, List* lists) {
     I count = 0;
     for (I h = t.head; LISTS && h < t.head + t.heads; h++)
-        count += lists_of(t.rule_of(h), c, t.batch, h, t.first + c.offset, lists + count);
+        count += lists_of_rule(t.rule_of(h), c, t.batch, h, t.first + c.offset, lists + count);
     return count;
 }
 
@@ -74,7 +74,7 @@ static bool met_before(const List* lists, I i) {
 }
 
 // Asks what rules want to know of data for these queries, whatever the keys.
-static void ask(const Call& c, Queries& t, I* facts) {
+static void ask(const Call& c, QueryTile& t, I* facts) {
     I q0 = t.first + c.offset;
     t.facts = facts;
     for (I h = t.head; FACTS && h < t.head + t.heads; h++, facts += FACTS) {
@@ -84,13 +84,13 @@ static void ask(const Call& c, Queries& t, I* facts) {
 }
 
 // Begins to go through keys by a tile's rules: asks what these want to know of data, whatever the keys.
-static void begin(const Call& c, Worker& w, Queries& t) {
+static void begin(const Call& c, Worker& w, QueryTile& t) {
     memset(w.prepared, 0, t.heads);
     ask(c, t, w.facts);
 }
 
 // Which keys of a tile each row keeps.
-static void fill_keep(const Call& c, const Worker& w, const Queries& t, const Keys& keys) {
+static void fill_keep(const Call& c, const Worker& w, const QueryTile& t, const KeyTile& keys) {
     I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last, *y = w.row_facts;
     uint64_t inside = first_keys(keys.count), *keep = w.keep;
     for (I h = t.head; h < t.head + t.heads; h++, keep += t.count, y += t.count * ROW_FACTS) {
@@ -103,8 +103,8 @@ static void fill_keep(const Call& c, const Worker& w, const Queries& t, const Ke
             bool& prepared = w.prepared[h - t.head];
             if (!prepared) prepare_of(rule, c, t.batch, h, q0, t.count, y);
             prepared = true;
-            if (keys.at) listed_rows_of(rule, c, t.batch, h, q0, t.count, keys.at, keys.count, y, keep);
-            else rows_of(rule, c, t.batch, h, q0, t.count, k0, keys.count, y, keep);
+            if (keys.at) keep_listed_rows_of(rule, c, t.batch, h, q0, t.count, keys.at, keys.count, y, keep);
+            else keep_rows_of(rule, c, t.batch, h, q0, t.count, k0, keys.count, y, keep);
             for (I i = 0; i < t.count; i++) keep[i] &= inside;
         }
     }
@@ -112,7 +112,7 @@ static void fill_keep(const Call& c, const Worker& w, const Queries& t, const Ke
 }
 
 // A tile's place: 0 nothing is kept, 1 some, 2 all of it.
-static int class_of(const Call& c, const Queries& t, const Keys& keys) {
+static int class_of(const Call& c, const QueryTile& t, const KeyTile& keys) {
     I q0 = t.first + c.offset, q1 = q0 + t.count - 1, k0 = keys.first, k1 = keys.last;
     bool all = keys.count == KB, none = true;
     for (I h = t.head; h < t.head + t.heads && (all || none); h++) {
@@ -126,7 +126,7 @@ static int class_of(const Call& c, const Queries& t, const Keys& keys) {
 }
 
 #if BIAS
-static void add_biases(const Call& c, Worker& w, const Queries& t, const Keys& keys) {
+static void add_biases(const Call& c, Worker& w, const QueryTile& t, const KeyTile& keys) {
     I q0 = t.first + c.offset;
     for (I i = 0; i < t.heads; i++) {
         I h = t.head + i, row = i * t.count;
@@ -144,7 +144,7 @@ static void add_biases(const Call& c, Worker& w, const Queries& t, const Keys& k
 #endif
 
 // What a block of rows drops of a tile, and adds to it; all is kept where `marked` is false.
-static Masks masks_of(const Worker& w, const Queries& t, I block, bool marked) {
+static Masks masks_of(const Worker& w, const QueryTile& t, I block, bool marked) {
     const uint64_t* keep = w.keep + block * MR;
     uint64_t any = 0, all = ~0ull;
     for (int r = 0; r < MR && marked; r++) {
@@ -157,18 +157,18 @@ static Masks masks_of(const Worker& w, const Queries& t, I block, bool marked) {
 
 // Meets a tile whose keys are read where they lie.
 static void meet_lying(
-    const Call& c, Worker& w, const Queries& t, const Keys& keys, bool marked, const Scoring& scoring) {
+    const Call& c, Worker& w, const QueryTile& t, const KeyTile& keys, bool marked, const Scoring& scoring) {
 #if READS
     Masks masks[DIRECT_BLOCKS];
     uint64_t any = 0;
     for (I block = 0; block * MR < t.rows(); block++) any |= (masks[block] = masks_of(w, t, block, marked)).any;
-    if (any) meet_direct(w.rows, t.rows(), rows_of(c, t, keys), scoring, masks, any);
+    if (any) meet_direct(w.rows, t.rows(), addresses_of(c, t, keys), scoring, masks, any);
 #endif
 }
 
 // Meets a tile of class `kind`, which is not 0.
 static void meet_tile(
-    const Call& c, Worker& w, const Queries& t, const Keys& keys, int kind, const Scoring& scoring) {
+    const Call& c, Worker& w, const QueryTile& t, const KeyTile& keys, int kind, const Scoring& scoring) {
     bool marked = BIAS || kind == 1; // an added -inf drops a key of a full tile
     if (marked) fill_keep(c, w, t, keys);
 #if BIAS
@@ -186,7 +186,7 @@ static void meet_tile(
 }
 
 // Has a tile, if it is packed, on its way to the core while another one is met.
-static void fetch_packed(const Worker& w, const Queries& t, I tile) {
+static void fetch_packed(const Worker& w, const QueryTile& t, I tile) {
     I slot = tile % w.slots;
     const Tag& tag = w.tags[slot];
     if (tag.batch != t.batch || tag.kv_head != t.kv_head || tag.tile != tile) return;
@@ -196,16 +196,14 @@ static void fetch_packed(const Worker& w, const Queries& t, I tile) {
 
 static I tiles_of(const List& list) { return (list.count * list.unit + KB - 1) / KB; }
 
-static void meet_kept(const Call& c, Worker& w, const Queries& t, const Keys& keys, const Scoring& scoring) {
+static void meet_kept(const Call& c, Worker& w, const QueryTile& t, const KeyTile& keys, const Scoring& scoring) {
     int kind = class_of(c, t, keys);
     if (kind) meet_tile(c, w, t, keys, kind, scoring);
 }
 
-constexpr I WHOLE = 64; // units of lists that are multiples of it are whole tiles, as rules.py has it
-
 // Goes through a part of a list whose units are whole tiles.
 static void meet_whole(
-    const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
+    const Call& c, Worker& w, const QueryTile& t, const List& list, Part part, const Scoring& scoring) {
     I tiles = list.unit / KB;
     auto tile_at = [&](I i) { return list.first_key(i / tiles) / KB + i % tiles; };
     for (I i = part.from; i < part.to; i++) {
@@ -217,7 +215,7 @@ static void meet_whole(
 }
 
 // Goes through a part of a list whose units are gathered into tiles.
-static void gather(const Call& c, Worker& w, const Queries& t, const List& list, Part part, const Scoring& scoring) {
+static void gather(const Call& c, Worker& w, const QueryTile& t, const List& list, Part part, const Scoring& scoring) {
     int32_t at[KB];
     int count = 0;
     auto meet_gathered = [&] {
@@ -237,7 +235,7 @@ static void gather(const Call& c, Worker& w, const Queries& t, const List& list,
 }
 
 // Goes through a part of the lists of a query tile, each once for all heads that have it.
-static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Scoring& scoring) {
+static void meet_lists(const Call& c, Worker& w, QueryTile t, Part part, const Scoring& scoring) {
     I count = lists_of(c, t, w.lists), number = 0;
     t.rules = w.rules;
     for (I i = 0; i < count && number < part.to; i++) {
@@ -256,7 +254,7 @@ static void meet_lists(const Call& c, Worker& w, Queries t, Part part, const Sco
 }
 
 // The row of the tensors of queries where row r of a tile lies, -1 where a slot holds no token.
-static I token_of(const Call& c, const Queries& t, I r) {
+static I token_of(const Call& c, const QueryTile& t, I r) {
     I q = t.first + r % t.count;
 #if QUERY_LAYOUT
     q = query_token(c, t.batch, t.head + r / t.count, q);
@@ -265,7 +263,7 @@ static I token_of(const Call& c, const Queries& t, I r) {
 }
 
 // A row's sum starts at nothing, or in its first part with the weight of a logit that has no value.
-static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r, bool first) {
+static void start_row(const Call& c, Rows& rows, int i, const QueryTile& t, I r, bool first) {
     rows.sum[i] = Floats{};
     rows.reference[i] = NOTHING;
 #if SKIPS
@@ -281,12 +279,12 @@ static void start_row(const Call& c, Rows& rows, int i, const Queries& t, I r, b
 }
 
 // Has a row of the output on its way to the core that writes it when the tile's keys are through.
-static void fetch_output(const Call& c, const Queries& t, I head, I token) {
+static void fetch_output(const Call& c, const QueryTile& t, I head, I token) {
     const Element* to = (const Element*)c.out + t.batch * c.os[0] + head * c.os[1] + token * c.os[2];
     for (I i = 0; c.os[3] == 1 && i < DV; i += 64 / (I)sizeof(Element)) __builtin_prefetch(to + i, 1, 2);
 }
 
-static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
+static void start_rows(const Call& c, Worker& w, const QueryTile& t, bool first) {
     const Element* q = (const Element*)c.q + t.batch * c.qs[0];
     for (I block = 0; block * MR < t.rows(); block++) {
         Rows& rows = w.rows[block];
@@ -310,7 +308,7 @@ static void start_rows(const Call& c, Worker& w, const Queries& t, bool first) {
 }
 
 // Takes the rows of a query tile through a part of its key tiles: those of its spans, then those of its lists.
-static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
+static void meet_part(const Call& c, Worker& w, QueryTile t, Part part) {
     constexpr double UNIT = BIAS ? 1 : 1.4426950408889634;
     double scale = c.scale == 0 ? 1 : c.scale < 0 ? -c.scale : c.scale; // queries have the sign, and a zero
     Scoring scoring = {(float)((SOFTCAP ? c.softcap : scale) * UNIT), (float)(SOFTCAP ? scale / c.softcap : 0),
@@ -321,14 +319,14 @@ static void meet_part(const Call& c, Worker& w, Queries t, Part part) {
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high && number < part.to; tile++) {
             int kind = SUMMARIES || part.has(number) ? class_of(c, t, tile_of(c, tile)) : 0;
-            if (FETCHES && !w.direct && tile + 1 < w.spans[i].high) fetch_packed(w, t, tile + 1);
+            if (FETCH_NEXT_TILE && !w.direct && tile + 1 < w.spans[i].high) fetch_packed(w, t, tile + 1);
             if (kind && part.has(number)) meet_tile(c, w, t, tile_of(c, tile), kind, scoring);
             number += SUMMARIES ? kind != 0 : 1; // as costs are counted
         }
     if (LISTS) meet_lists(c, w, t, part.behind(number), scoring);
 }
 
-static void store_rows(const Call& c, const Worker& w, Rows* rows, const Queries& t) {
+static void store_rows(const Call& c, const Worker& w, Rows* rows, const QueryTile& t) {
     I stored = 0;
 #if READS
     for (I block = 0; w.direct && block * MR < t.rows(); block++) order_columns(rows[block]);

@@ -32,7 +32,7 @@ struct Worker {
 
 // A query tile: `heads` heads from `head` on, `count` queries each from `first` on. Row r is query first + r % count.
 // What it goes through keeps by rule rules[i] for its i-th head, nothing where that is -1.
-struct Queries {
+struct QueryTile {
     I batch, kv_head, head, heads, first, count;
     const int32_t* rules;
     const I* facts;
@@ -43,13 +43,13 @@ struct Queries {
 };
 
 // A key tile: `count` keys from first to last, those between them or, with `at`, some of them.
-struct Keys {
+struct KeyTile {
     I first, last;
     int count;
     const int32_t* at;
 };
 
-static Keys tile_of(const Call& c, I tile) {
+static KeyTile tile_of(const Call& c, I tile) {
     I first = tile * KB, count = least(KB, c.k_slots - first);
     return {first, first + count - 1, (int)count, nullptr};
 }

@@ -52,17 +52,11 @@ class Resources:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel as built for a chip. Registers and spills are per thread; spills and shared memory are in bytes.
-
-    matrix: what multiplies its tiles, "" for ordinary instructions.
-    """
+    """A kernel as built for a chip ("sm_90", "gfx942"), and what it takes there."""
 
     kernel: str
     arch: str
-    registers: int
-    spills: int
-    shared: int
-    matrix: str = ""
+    takes: Resources
 
 
 def kernel_resources(
@@ -71,9 +65,9 @@ def kernel_resources(
     catalogue: Iterable[Entry] | None = None,
     jobs: int | None = None,
 ) -> list[Row]:
-    """Builds the catalogue for each chip (CUDA capabilities such as 90, AMD names such as "gfx942").
+    """Builds the catalogue for each chip (CUDA capabilities such as 90, AMD names such as "gfx942"): rows by `build`.
 
-    `progress(done, all)` is called as kernels are finished. Builds run in processes of their own, so that a Triton
+    `progress(done, all)` is called as entries are finished. Builds run in processes of their own, so that a Triton
     imported here as an interpreter doesn't matter; Triton caches them on disk. Raises BuildError naming the kernel.
     """
     import multiprocessing
@@ -84,15 +78,18 @@ def kernel_resources(
         for done, _ in enumerate(as_completed(futures), start=1):
             if progress is not None:
                 progress(done, len(tasks))
-        return [future.result() for future in futures]
+        return [row for future in futures for row in future.result()]
 
 
 def _compile_mode() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def build(entry: Entry, arch: int | str) -> Row:
-    """One kernel for one chip. Needs a Triton that compiles (not one imported as an interpreter)."""
+def build(entry: Entry, arch: int | str) -> list[Row]:
+    """One kernel for one chip, and where its keys are split the one that merges what splits give, as `..._merge`.
+
+    Needs a Triton that compiles (not one imported as an interpreter).
+    """
     from sparsify.codegen.triton.kernels import interpreting
 
     if interpreting():
@@ -100,35 +97,55 @@ def build(entry: Entry, arch: int | str) -> Row:
     shape = tiled(entry.launch(), arch)[1]
     name = f"{entry.name}__{entry.dtype}__d{entry.head_dim}__{shape.tile}"
     try:
-        found = resources_of(entry.launch(), arch)
+        found = {name: resources_of(entry.launch(), arch)}
+        merge = compile_merge_for(entry.launch(), arch)
+        found |= {} if merge is None else {f"{name}_merge": _resources(merge, arch)}
     except Exception as error:
         raise BuildError(f"kernel {name} doesn't build for {arch}: {error}") from error
     chip = arch if isinstance(arch, str) else f"sm_{arch}"
-    return Row(name, chip, found.registers, found.spills, found.shared, found.matrix)
+    return [Row(kernel, chip, takes) for kernel, takes in found.items()]
 
 
 def resources_of(launch: Launch, arch: int | str) -> Resources:
     """What a launch's kernel takes on a chip, built now."""
-    compiled = compile_for(launch, arch)
+    return _resources(compile_for(launch, arch), arch)
+
+
+def _resources(compiled: Any, arch: int | str) -> Resources:
     registers, spills = _amd(compiled) if isinstance(arch, str) else _nvidia(compiled)
     return Resources(registers, spills, compiled.metadata.shared, _matrix(compiled))
 
 
 def compile_for(launch: Launch, arch: int | str) -> Any:
     """The compiled kernel of a launch (its tensors may be on the meta device) for a chip that need not be here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from sparsify.codegen.triton.arguments import arguments, empty_parts
     from sparsify.codegen.triton.kernels import kernel
 
     launch, shape = tiled(launch, arch)
     values = arguments(launch, launch.empty_output(), shape, False, empty_parts(launch, shape))
-    function = kernel(launch)
+    return _compile(kernel(launch), values, arch, num_warps=shape.num_warps, num_stages=shape.num_stages)
+
+
+def compile_merge_for(launch: Launch, arch: int | str) -> Any | None:
+    """The compiled kernel that merges what splits of a launch's keys give, as `compile_for`; None without splits."""
+    from sparsify.codegen.triton.arguments import empty_parts, merge_arguments
+    from sparsify.codegen.triton.kernels import merger
+
+    launch, shape = tiled(launch, arch)
+    parts = empty_parts(launch, shape)
+    if parts is None:
+        return None
+    return _compile(merger(launch), merge_arguments(launch, launch.empty_output(), shape, False, parts), arch)
+
+
+def _compile(function: Any, values: dict[str, Any], arch: int | str, **options: int) -> Any:
+    """A jitted function compiled for arguments like these, with Triton's options."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature, constants, attributes = _signature(function, values)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
 
 

@@ -45,11 +45,10 @@ class TritonTarget:
         """Why this program can't run: only the dtype and the head sizes have limits."""
         if dtype_name(dtype) not in DTYPES:
             return Refusal(f"the triton target can't run {dtype_name(dtype)}", hint="use float32, bfloat16 or float16")
-        if not 1 <= max(head_dim, value_dim) <= MAX_HEAD_DIM:
-            return Refusal(
-                f"head size {max(head_dim, value_dim)} is above the {MAX_HEAD_DIM} that the triton target can hold",
-                hint="use the cpp target",
-            )
+        for what, size in (("head", head_dim), ("value", value_dim)):
+            if not 1 <= size <= MAX_HEAD_DIM:
+                reason = f"{what} size {size} is outside the triton target's 1 to {MAX_HEAD_DIM}"
+                return Refusal(reason, hint="use the cpp target" if size > MAX_HEAD_DIM else "")
         return None
 
     def source(self, program: Program, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:

@@ -111,12 +111,6 @@ def launch_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: in
     return replace(shape, block_m=16 if q_len <= FEW else shape.block_m, described=described)
 
 
-def listed_shape(dtype: str, head_dim: int, value_dim: int, q_len: int, arch: int | str | None) -> Shape:
-    """`launch_shape` for a kernel with lists. Their tiles are no wider than a block of a summary (`list_rule`)."""
-    shape = launch_shape(dtype, head_dim, value_dim, q_len, arch)
-    return replace(shape, block_n=min(shape.block_n, BLOCK))
-
-
 def untuned(launch: Launch, arch: int | str | None) -> Shape:
     """The shape of a launch by default, before what its program asks of a tile."""
     return _shape(launch, arch, slots(launch)[0])
@@ -125,9 +119,9 @@ def untuned(launch: Launch, arch: int | str | None) -> Shape:
 def _shape(launch: Launch, arch: int | str | None, q_len: int) -> Shape:
     program = launch.program
     sizes = dtype_name(launch.q.dtype), launch.q.shape[3], launch.v.shape[3]
-    if rounds(program):
-        return listed_shape(*sizes, q_len, arch)
     shape, size = launch_shape(*sizes, q_len, arch), max(map(padded, sizes[1:]))
+    if rounds(program):
+        return shape
     plain = program.queries is None and program.keys is None and not program.skips
     if arch == 90 and shape.described and size in _LONG and plain and q_len > FEW:
         shape = _longer(program, launch.k.shape[2], shape, _LONG[size])

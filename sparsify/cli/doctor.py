@@ -217,13 +217,14 @@ def _kernels(as_json: bool) -> None:
         task = bar.add_task("building kernels", total=None)
         rows = kernel_resources(progress=lambda done, every: bar.update(task, completed=done, total=every))
     if as_json:
-        print_json([asdict(row) for row in rows])
+        print_json([{"kernel": row.kernel, "arch": row.arch, **asdict(row.takes)} for row in rows])
         return
     table = Table("kernel", "chip", box=None, padding=(0, 1, 0, 0))
     for title in ("registers", "spills", "shared"):
         table.add_column(title, justify="right")
     table.add_column("matrix")
     for row in rows:
-        spills = f"[red]{row.spills}[/]" if row.spills else "0"
-        table.add_row(_plain(row.kernel), row.arch, str(row.registers), spills, str(row.shared), row.matrix)
+        takes = row.takes
+        spills = f"[red]{takes.spills}[/]" if takes.spills else "0"
+        table.add_row(_plain(row.kernel), row.arch, str(takes.registers), spills, str(takes.shared), takes.matrix)
     console().print(table)

@@ -12,7 +12,7 @@ from sparsify.patterns.spans import Array, Pieces
 SIMULATED = 2048  # items that are handed out one by one, the last ones; before them all cores are busy
 
 # Work that a thread is worth, as in codegen/cpp/driver.h (a test reads it there).
-WORTH_A_THREAD, DIRECT_WORK = 64, 12
+WORTH_A_THREAD, DIRECT_WORK, TILE_WORK = 64, 12, 4
 
 
 def about(cost: Array, items_per_core: float) -> Array:
@@ -44,7 +44,7 @@ def makespan(times: Array, cores: int, step: int = 1) -> float:
 
 def cpp_threads(key_tiles: Array, nest: Nest, cores: int) -> int:
     """How many threads take part in a launch with so many key tiles in each item."""
-    blocks = DIRECT_WORK if nest.direct else 4 + -(-nest.rows * nest.heads // nest.block)
+    blocks = DIRECT_WORK if nest.direct else TILE_WORK + -(-nest.rows * nest.heads // nest.block)
     return max(1, min(cores, int(key_tiles.sum()) * blocks // WORTH_A_THREAD))
 
 
