@@ -316,8 +316,9 @@ class TileRule:
         return self._without(lambda node: bool(data_bounds(node)))
 
     def of_any_batch(self) -> TileRule:
-        """The rule for a reader that knows neither those nor the batch: tiles that depend on it are PARTIAL, too."""
-        return self._without(lambda node: bool(data_bounds(node)) or "b" in variables(node))
+        """The rule for a reader that has no tensors at all and doesn't know the batch: tiles that depend on them, be it
+        by one element for each head, are PARTIAL, too."""
+        return self._without(lambda node: bool(data_bounds(node) or loads(node)) or "b" in variables(node))
 
     def _without(self, unknown: Unknown) -> TileRule:
         if not loads(self.keep) and "b" not in variables(self.keep):  # so there is nothing to look for

@@ -48,8 +48,10 @@ def attention(
 
     A pattern that chooses keys from the data (`topk`, `select`, ...) chooses among those that the pattern's causal part
     and the mask let all queries see: combine it with `causal()`, as what a mask says of single queries is left out
-    after the choice. Its phase must be that of the call (one query is decode); it can't take part in `reuse`, nor be
-    `learned`, as both are between the layers of a model.
+    after the choice. Where it is causal, a query at the position of a key that the mask drops for all is taken for
+    padding: it has no part in the choice, and a block of such queries alone keeps no key. Its phase must be that of the
+    call (one query is decode); it can't take part in `reuse`, nor be `learned`, as both are between the layers of a
+    model.
 
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. With `return_lse` a pair: that, and float32
     (B, Hq, Nq), the natural logarithm of the sum of exp(score) over a query's kept keys, -inf where there are none; by

@@ -10,6 +10,7 @@ from strategies import composed, shapes
 
 from sparsify import patterns as p
 from sparsify.codegen.null import key_tiles
+from sparsify.expr import Load, Var, conjunction
 from sparsify.patterns.count import EMPTY, FULL, PARTIAL, tile_classes
 from sparsify.patterns.tiles import analyse
 from sparsify.sizes import size_values
@@ -189,3 +190,11 @@ def test_data_closes_bands():
     (band,) = analyse(parse_pred("k <= q and k < _0[b, q] and k >= _1[b]")).bands
     env = {"b": 0, "q0": 8, "q1": 11, "_0": np.array([[9] * 10 + [5, 10, 30]]), "_1": np.array([4])}
     assert (evaluate(band.low, env), evaluate(band.high, env)) == (4, 10)
+
+
+def test_a_condition_on_data_of_heads_alone_is_partial():
+    """One element for each head, as in a mask of shape (1, H, 1, 1): who counts tiles has no tensors."""
+    keep = conjunction([p.window(24).keep(), Load("_0", (Var("h"),)) > 0])
+    found, open_ = tile_classes(keep, 300, 300), tile_classes(p.window(24).keep(), 300, 300)
+    assert np.array_equal(found, np.where(open_ == EMPTY, EMPTY, PARTIAL)) and (open_ == FULL).sum() == 0
+    assert (tile_classes(keep, 300, 300, tile=(4, 4)) != FULL).all()

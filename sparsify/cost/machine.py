@@ -15,6 +15,7 @@ from sparsify.json_keys import each_once
 from sparsify.runtime.toolchain import ISAS
 
 VERSION = 1
+MOST_CORES = 2**16  # query tiles are handed out to each of them
 DECODE_BELOW = 8  # fewer queries than this are a decode step, which waits for memory
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
 
@@ -109,7 +110,7 @@ class Machine(_Strict):
     about: str
     target: Literal["cpp", "triton"]
     arch: str
-    cores: int = Field(ge=1)
+    cores: int = Field(ge=1, le=MOST_CORES)
     memory: float = _Positive
     launch: Cost = _Cost
     cold: Cost = _Cost

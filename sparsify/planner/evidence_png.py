@@ -116,7 +116,8 @@ class _Front:
         axes.set_yticks(ticks(*e.y, base=10.0), [f"{at:g}" for at in ticks(*e.y, base=10.0)])
         axes.minorticks_off()
         axes.grid(color=LINE, linewidth=0.5, alpha=0.7)
-        axes.set_xlabel(f"share of dense {COSTS.get(e.plan.of, e.plan.of)} at the profiled lengths", size=8.5, color=FAINT)
+        what = f"share of dense {COSTS.get(e.plan.of, e.plan.of)} at the profiled lengths"
+        axes.set_xlabel(what, size=8.5, color=FAINT)
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
 
     def points(self, marks: Any) -> tuple[list[float], list[float]]:

@@ -118,7 +118,8 @@ def tune(jobs: Sequence[Job], budget: float, resume: bool, device: str, file: Pa
     console.print(table(outcomes))
     for text in remarks(outcomes, len(jobs), run.interrupted):
         console.print(text, markup=False)
-    console.print(f"kept in {env.tuned()}", markup=False, soft_wrap=True)
+    if env.tuned().exists():  # it is made for the first candidate that was raced
+        console.print(f"kept in {env.tuned()}", markup=False, soft_wrap=True)
     if file is not None:
         write({"machine": machine(device)} | to_dict(outcomes), file)
         console.print(f"written to {file}", markup=False, soft_wrap=True)

@@ -39,9 +39,11 @@ def remarks(outcomes: Sequence[Outcome], jobs: int, interrupted: bool) -> Iterat
     """Sentences below the table."""
     mean, done = gain(outcomes), [one.last for one in outcomes if one.last is not None]
     if mean is not None:
-        kept = sum(not last.values for last in done)
+        kept = sum(not one.last.values for one in outcomes if one.last is not None and one.tried)
         stays = f"; of {kept} the default is the best that was found" if kept else ""
         yield f"{len(done)} kernels: {mean:.3f} times as fast as by default, in geometric mean{stays}"
+    if untried := sum(one.last is not None and not one.tried for one in outcomes):
+        yield f"of {untried} no candidate was tried in the time: give a longer --budget"
     for state, what in (("wrong", "had wrong numbers"), ("failed", "failed"), ("lost", "crashed or hung")):
         some = [trial for one in outcomes for trial in one.trials if trial.state == state]
         if some:
