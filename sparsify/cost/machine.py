@@ -174,8 +174,10 @@ class Machine(_Strict):
         rates = _at_size(found, dtype, head_dim)
         if self.target != "triton":
             return rates
-        padded = _at_size(found, dtype, max(16, 1 << (head_dim - 1).bit_length()))  # as Triton holds a head
-        return padded.model_copy(update={"head_dim": head_dim, "read": rates.read})
+        from sparsify.codegen.triton.tuning import padded
+
+        held = _at_size(found, dtype, padded(head_dim))
+        return held.model_copy(update={"head_dim": head_dim, "read": rates.read})
 
     def weight(self, entry: Rates, dtype: str, head_dim: int) -> float:
         """How much of an entry is in the rates for a dtype and head size: 1 where it is the only one."""
