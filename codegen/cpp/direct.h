@@ -2,30 +2,27 @@
 // Elements of 16 bits are read two in a lane: of each 2 * W columns first the even ones, then the odd ones. Queries are
 // laid out like that, and what is summed of the values is put in order at the end.
 
-// The rows of a tile's keys and values: null where there is none. The keys of the next tile are `ahead` elements on.
+// The rows of a tile's keys and values: null where there is none. Those of the tile that is met next lie so many
+// elements on; 0 where that isn't known.
 struct Direct {
     const Element *key[KB], *value[KB];
-    I ahead;
+    I keys_ahead, values_ahead;
 };
 
 #if READS
-// While keys are multiplied their values are fetched, and meanwhile the next keys. Line by line and evenly: a core has
-// few lines on their way at a time, and has more fetched by itself where it finds them in order.
-// fetch_lines has the next few lines of `count` rows of SIZE elements fetched: ROWS rows take STEPS calls, and `step` is
-// the number of the call, from 0 on.
-template <int SIZE, int ROWS, int STEPS>
-static inline __attribute__((always_inline)) void fetch_lines(const Element* const* rows, I count, I step) {
-    constexpr int LINE = 64 / sizeof(Element), LINES = (SIZE + LINE - 1) / LINE; // of a row
-    constexpr int EACH = (LINES * ROWS + STEPS - 1) / STEPS, EVERY = STEPS > LINES * ROWS ? STEPS / (LINES * ROWS) : 1;
-    if (step % EVERY) return;
-    for (I line = step / EVERY * EACH; line < step / EVERY * EACH + EACH && line < count * LINES; line++)
-        __builtin_prefetch(rows[line / LINES] + line % LINES * LINE);
+// While a row is read, the one in its place in the next tile is fetched, line by line and into the second cache: early
+// enough for memory, and so evenly that products go on meanwhile. Fetched into the first cache, or all while keys are
+// multiplied, lines of memory and those of products wait for each other.
+static inline __attribute__((always_inline)) void fetch_line(const Element* row, int column) {
+    constexpr int LINE = 64 / sizeof(Element);
+    if (column % LINE == 0) __builtin_prefetch(row + column, 0, 2);
 }
 
 template <int R> struct Count { static constexpr int rows = R; };
 
 template <bool ON> struct Flag { static constexpr bool on = ON; };
 constexpr int DIRECT_BLOCKS = DIRECT_ROWS ? (DIRECT_ROWS + MR - 1) / MR : 1;
+constexpr int SUMS = W == 16 ? 16 : 8; // that registers hold beside what is added to them
 
 static inline Floats halves_to_floats(Ints x) { // the lower 16 bits of each lane, the others being 0
 #if IO_FP16
@@ -82,26 +79,28 @@ static inline __attribute__((always_inline)) Floats sums_of(Floats* rows) {
 #define HOLD(x)
 #endif
 
-// The products of R rows with W keys, row r's in scores[r * KV]. With PREFETCH the keys' values are fetched meanwhile.
+// The products of R rows with W keys, row r's in scores[r * KV]. With PREFETCH rows that are needed soon are fetched.
 template <int R, bool PREFETCH>
 static inline __attribute__((always_inline)) void
-multiply_keys(Floats* scores, const float* const* q, const Element* const* keys, const Element* const* values) {
-    constexpr int AT_ONCE = 8 / R < W ? 8 / R : W, STEP = HALVES * W;
+multiply_keys(Floats* scores, const float* const* q, const Element* const* keys, const Element* const* soon) {
+    constexpr int AT_ONCE = SUMS / R < W ? SUMS / R : W, STEP = HALVES * W;
     Floats sums[R][W];
     for (int j = 0; j < W; j += AT_ONCE) {
         Floats acc[R][AT_ONCE] = {};
         for (int i = 0; i < D; i += STEP) {
-            if (PREFETCH) fetch_lines<DV, AT_ONCE, D / STEP>(values + j, AT_ONCE, i / STEP);
             Floats x[AT_ONCE][HALVES];
-#pragma GCC unroll 8
-            for (int n = 0; n < AT_ONCE; n++) read(x[n], keys[j + n] + i);
+#pragma GCC unroll 16
+            for (int n = 0; n < AT_ONCE; n++) {
+                if (PREFETCH) fetch_line(soon[j + n], i);
+                read(x[n], keys[j + n] + i);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
                 for (int half = 0; half < HALVES; half++) {
                     Floats y = *(const AnyFloats*)(q[r] + i + half * W);
                     HOLD(y);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int n = 0; n < AT_ONCE; n++) acc[r][n] += x[n][half] * y;
                 }
         }
@@ -111,15 +110,16 @@ multiply_keys(Floats* scores, const float* const* q, const Element* const* keys,
     for (int r = 0; r < R; r++) scores[r * KV] = sums_of<1>(sums[r]);
 }
 
-// The keys of a tile that some row keeps, one after the other: their numbers, values, and as many of the next keys.
+// The keys of a tile that some row keeps, one after the other: their numbers and values.
 struct Kept {
     int count;
     uint8_t number[KB];
-    const Element *value[KB], *next[KB];
+    const Element* value[KB];
+    I ahead; // the values of the next tile, as in Direct
 };
 
 // Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys. With
-// PREFETCH as many of the next keys are fetched meanwhile.
+// PREFETCH the values of the next tile are fetched meanwhile.
 template <int R, int NV, bool PREFETCH>
 static inline __attribute__((always_inline)) void
 add_columns(float* sums, int first, const float* weights, const Kept& kept, int start, int count) {
@@ -129,13 +129,16 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
     for (int i = 0; i < count; i++) {
-        if (PREFETCH) fetch_lines<D, 1, DVV / NV>(kept.next + start, count, first / NV * count + i);
         Floats x[NV];
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; n += HALVES) read(x + n, kept.value[start + i] + (first + n) * W);
+        const Element* value = kept.value[start + i];
+#pragma GCC unroll 16
+        for (int n = 0; n < NV; n += HALVES) {
+            if (PREFETCH && kept.ahead) fetch_line(value + kept.ahead, (first + n) * W);
+            read(x + n, value + (first + n) * W);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int n = 0; n < NV; n++) acc[r][n] += x[n] * weights[r * KB + kept.number[start + i]];
     }
 #pragma GCC unroll 4
@@ -149,7 +152,7 @@ add_columns(float* sums, int first, const float* weights, const Kept& kept, int 
 template <int R, bool PREFETCH>
 static inline __attribute__((always_inline)) void
 add_values(float* const* out, const float* weights, const Kept& kept) {
-    constexpr int NV = 8 / R < DVV ? 8 / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
+    constexpr int NV = SUMS / R < DVV ? SUMS / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
     float sums[R * DVP] __attribute__((aligned(64))) = {};
     for (int i = 0; i < kept.count; i += AT_ONCE) {
         int some = least(AT_ONCE, kept.count - i);
@@ -183,23 +186,23 @@ meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring,
     static const Element zeros[D > DV ? D : DV] = {};
     Floats scores[DIRECT_BLOCKS * MR][KV];
     Kept kept;
-    kept.count = 0;
+    kept.count = 0, kept.ahead = tile.values_ahead;
     for (int group = 0; group < KB; group += W) {
-        const Element *keys[W], *values[W];
+        const Element *keys[W], *soon[W];
         int before = kept.count;
         for (int i = 0; i < W; i++) {
             int j = group + i;
             bool there = any >> j & 1 && tile.key[j];
-            keys[i] = there ? tile.key[j] : zeros, values[i] = there ? tile.value[j] : zeros;
-            kept.number[kept.count] = j, kept.value[kept.count] = values[i];
-            kept.next[kept.count] = keys[i] + tile.ahead;
+            keys[i] = there ? tile.key[j] : zeros;
+            soon[i] = tile.keys_ahead && tile.key[j] ? tile.key[j] + tile.keys_ahead : tile.value[j];
+            kept.number[kept.count] = j, kept.value[kept.count] = tile.value[j];
             kept.count += there;
         }
         if (kept.count > before)
             by_rows(0, count, [&](int r, auto n, auto first) __attribute__((always_inline)) {
                 const float* q[n.rows];
                 for (int i = 0; i < n.rows; i++) q[i] = blocks[(r + i) / MR].q + (r + i) % MR * D;
-                multiply_keys<n.rows, first.on>(&scores[r][group / W], q, keys, values);
+                multiply_keys<n.rows, first.on>(&scores[r][group / W], q, keys, soon);
             });
         else
             for (int r = 0; r < count; r++) scores[r][group / W] = Floats{};

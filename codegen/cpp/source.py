@@ -131,6 +131,6 @@ def _environment() -> jinja2.Environment:
 def kernel_name(program: Program, shape: Shape, isa: Isa) -> str:
     """A readable name: what is kept, target and instruction set, dtype, sizes, tile, and what is tuned."""
     size, dot = size_name(shape.head_dim, shape.value_dim), "bf16" if isa.bf16_dot else ""
-    tuned = "".join(f"_{name}{value}" for name, value in shape.tuning.changed(isa).items())
+    tuned = "".join(f"_{name}{value}" for name, value in shape.tuning.changed(isa, program.queries is not None).items())
     tile = f"m{shape.tuning.rows}n{shape.tuning.keys}{tuned}"
     return f"{program_name(program)}__cpp_{isa.name}{dot}__{shape.io}__{size}__{tile}"

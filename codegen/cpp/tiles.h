@@ -4,7 +4,8 @@
 // Where the rows of a tile's keys and values lie.
 static Direct addresses_of(const Call& c, const QueryTile& t, const KeyTile& keys) {
     Direct rows = {};
-    rows.ahead = keys.at || KEY_LAYOUT || keys.last + 1 >= c.k_slots ? 0 : KB * c.ks[2];
+    I on = KEY_LAYOUT || keys.next < 0 ? 0 : keys.next - keys.first;
+    rows.keys_ahead = on * c.ks[2], rows.values_ahead = on * c.vs[2];
     const Element* k = (const Element*)c.k + t.batch * c.ks[0] + t.kv_head * c.ks[1];
     const Element* v = (const Element*)c.v + t.batch * c.vs[0] + t.kv_head * c.vs[1];
     for (int j = 0; j < keys.count; j++) {
@@ -209,8 +210,9 @@ static void meet_whole(
     for (I i = part.from; i < part.to; i++) {
         I tile = tile_at(i);
         if (tile < 0 || tile * KB >= c.k_slots) continue;
-        if (i + 1 < part.to) fetch_packed(w, t, tile_at(i + 1));
-        meet_kept(c, w, t, tile_of(c, tile), scoring);
+        I next = i + 1 < part.to ? tile_at(i + 1) : -1;
+        if (next >= 0) fetch_packed(w, t, next);
+        meet_kept(c, w, t, tile_of(c, tile, next), scoring);
     }
 }
 
@@ -219,13 +221,13 @@ static void gather(const Call& c, Worker& w, const QueryTile& t, const List& lis
     int32_t at[KB];
     int count = 0;
     auto meet_gathered = [&] {
-        if (count) meet_kept(c, w, t, {at[0], at[count - 1], count, at}, scoring);
+        if (count) meet_kept(c, w, t, {at[0], at[count - 1], count, at, -1}, scoring);
         count = 0;
     };
     I first = (part.from * KB + list.unit - 1) / list.unit, last = (part.to * KB + list.unit - 1) / list.unit;
     for (I i = first; i < least(last, list.count); i++) {
         I low = list.first_key(i), high = least(low + list.unit, c.k_slots);
-        if (low < 0 || low >= high || !class_of(c, t, {low, high - 1, 1, nullptr})) continue;
+        if (low < 0 || low >= high || !class_of(c, t, {low, high - 1, 1, nullptr, -1})) continue;
         for (I k = low; k < high; k++) {
             at[count++] = (int32_t)k;
             if (count == KB) meet_gathered();
@@ -318,9 +320,11 @@ static void meet_part(const Call& c, Worker& w, QueryTile t, Part part) {
     I spans = spans_of(c, t, w.spans), number = 0;
     for (I i = 0; i < spans; i++)
         for (I tile = w.spans[i].low; tile < w.spans[i].high && number < part.to; tile++) {
-            int kind = SUMMARIES || part.has(number) ? class_of(c, t, tile_of(c, tile)) : 0;
-            if (FETCH_NEXT_TILE && !w.direct && tile + 1 < w.spans[i].high) fetch_packed(w, t, tile + 1);
-            if (kind && part.has(number)) meet_tile(c, w, t, tile_of(c, tile), kind, scoring);
+            I next = tile + 1 < w.spans[i].high ? tile + 1 : i + 1 < spans ? w.spans[i + 1].low : -1;
+            KeyTile keys = tile_of(c, tile, number + 1 < part.to ? next : -1);
+            int kind = SUMMARIES || part.has(number) ? class_of(c, t, keys) : 0;
+            if (FETCH_NEXT_TILE && !w.direct && next >= 0) fetch_packed(w, t, next);
+            if (kind && part.has(number)) meet_tile(c, w, t, keys, kind, scoring);
             number += SUMMARIES ? kind != 0 : 1; // as costs are counted
         }
     if (LISTS) meet_lists(c, w, t, part.behind(number), scoring);

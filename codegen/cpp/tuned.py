@@ -78,15 +78,16 @@ def tuning(program: Program, dtype: torch.dtype, head_dim: int, value_dim: int, 
     """How a kernel works on this machine: as it was tuned, else as it does by default."""
     kernel = kernel_key(program, dtype_name(dtype), head_dim, value_dim, q_len)
     values, isa = tuned.lookup((machine(), software(), "cpp", kernel)), runtime.machine_isa()
+    boxes = program.queries is not None
     try:
-        return Tuning.of(isa, values)
+        return Tuning.of(isa, values, boxes)
     except InputError:
-        return Tuning.of(isa, {})  # `sparsify doctor` says what is wrong with the store
+        return Tuning.of(isa, {}, boxes)  # `sparsify doctor` says what is wrong with the store
 
 
 def default(launch: Launch) -> dict[str, int]:
     """Every field as it is by default on this machine."""
-    return asdict(Tuning.of(runtime.machine_isa(), {}))
+    return asdict(Tuning.of(runtime.machine_isa(), {}, launch.program.queries is not None))
 
 
 def groups(launch: Launch) -> list[list[Mapping[str, int]]]:

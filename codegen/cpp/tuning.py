@@ -53,10 +53,12 @@ class Tuning:
     native: int = 0
 
     @classmethod
-    def of(cls, isa: Isa, values: Mapping[str, int]) -> Tuning:
-        """The default of an instruction set, with some values changed. Raises InputError for what isn't allowed."""
+    def of(cls, isa: Isa, values: Mapping[str, int], boxes: bool = False) -> Tuning:
+        """The default of an instruction set, with some values changed; boxes: for a program with a layout of queries.
+        Raises InputError for what isn't allowed."""
         check(values)
-        found = replace(cls(block_vectors=isa.block_vectors), **values)
+        rows, vectors = isa.box_block if boxes else (cls.block_rows, isa.block_vectors)
+        found = replace(cls(block_rows=rows, block_vectors=vectors), **values)
         if not fits(found.block_vectors, found.keys, isa):
             vectors = found.keys * 4 // isa.vector_bytes
             what = f"found {found.block_vectors}; expected a divisor of the {vectors} that {found.keys} keys are in"
@@ -68,9 +70,9 @@ class Tuning:
         """Query rows of a tile."""
         return self.block_rows * self.blocks
 
-    def changed(self, isa: Isa) -> dict[str, int]:
+    def changed(self, isa: Isa, boxes: bool = False) -> dict[str, int]:
         """What differs from the default."""
-        usual = asdict(Tuning.of(isa, {}))
+        usual = asdict(Tuning.of(isa, {}, boxes))
         return {name: value for name, value in asdict(self).items() if value != usual[name]}
 
     def flags(self) -> tuple[str, ...]:

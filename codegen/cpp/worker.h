@@ -42,16 +42,18 @@ struct QueryTile {
     bool as_before(I h) const { return h > head && rule_of(h) == rule_of(h - 1) && !RULES_USE_HEAD; }
 };
 
-// A key tile: `count` keys from first to last, those between them or, with `at`, some of them.
+// A key tile: `count` keys from first to last, those between them or, with `at`, some of them. next: the first key of the
+// tile that is met after it, -1 where that isn't known.
 struct KeyTile {
     I first, last;
     int count;
     const int32_t* at;
+    I next;
 };
 
-static KeyTile tile_of(const Call& c, I tile) {
+static KeyTile tile_of(const Call& c, I tile, I next = -1) {
     I first = tile * KB, count = least(KB, c.k_slots - first);
-    return {first, first + count - 1, (int)count, nullptr};
+    return {first, first + count - 1, (int)count, nullptr, next < 0 ? -1 : next * KB};
 }
 
 static char* carve(char*& at, I bytes) {

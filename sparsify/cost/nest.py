@@ -81,7 +81,7 @@ def cpp_nest(shape: Shape, arch: str, cores: int, list_rows: int = 0, slots: int
     """That of the C++ target. list_rows: how many queries share a list, 0 without lists. slots: those of a layout of
     queries, 0 where there is none. tuned: what a kernel has else than by default (`codegen.cpp.tuning`)."""
     isa = ISAS[arch]
-    how = Tuning.of(isa, dict(tuned))
+    how = Tuning.of(isa, dict(tuned), boxes=slots > 0)
     keys = how.keys
     q_slots, tallest = slots or shape.q_len, SLOTS if slots else how.rows
     rows = min(dividing(list_rows, tallest) if list_rows else tallest, q_slots)
