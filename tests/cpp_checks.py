@@ -100,7 +100,11 @@ def _attended(call, q, k, v):
 
 
 def check(call):
-    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0; so with an lse."""
+    """The kernel's error is at most twice PyTorch's own, and what keeps nothing is exactly 0; so with an lse.
+
+    Both are the largest of few numbers, and where they lie is chance: of hundreds of small cases, float32's are up to
+    7 units in the last place of the largest output, mostly 1.4, on different cases. So a few units are free.
+    """
     lse = torch.full(call.q.shape[:3], torch.nan)
     found, (truth, expected) = CPP.run(replace(call, lse=lse)), oracle_lse(call)
     assert torch.equal(found, CPP.run(call))
@@ -110,7 +114,8 @@ def check(call):
     if not truth.numel():
         return
     own = (reference(call).double() - truth).abs().max().item()
-    floor = torch.finfo(call.q.dtype).eps * truth.abs().max().item()
+    units = torch.finfo(call.q.dtype).eps + 5 * torch.finfo(torch.float32).eps
+    floor = units * truth.abs().max().item()
     assert (found.double() - truth).abs().max().item() <= 2 * own + floor
     nothing = ~kept_pairs(call).any(-1)
     if call.program.queries is not None:  # then tokens that no slot holds keep nothing, too
