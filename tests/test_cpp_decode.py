@@ -84,11 +84,12 @@ def test_half_precision(threads, dtype, head, shape, count, seed, scale):
     check(launch(Program.of(KEEPS), shape, dtype, head, seed=seed, scale=scale))
 
 
+@pytest.mark.parametrize("head", [(64, 64), (96, 32)], ids=str)
 @FEW
 @given(shape=DECODE, count=THREADS, seed=st.integers(0, 99))
-def test_bf16_in_pairs(bf16_pairs, threads, shape, count, seed):
+def test_bf16_in_pairs(bf16_pairs, threads, head, shape, count, seed):
     threads(count)
-    check(launch(Program.of(KEEPS[1:3] * 2), shape, torch.bfloat16, (64, 64), seed=seed))
+    check(launch(Program.of(KEEPS[1:3] * 2), shape, torch.bfloat16, head, seed=seed))
 
 
 @DRAWN

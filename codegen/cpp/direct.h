@@ -1,6 +1,7 @@
 // Keys and values read where they lie, for query tiles of few rows: packing a tile costs more than such rows multiply.
 // Elements of 16 bits are read two in a lane: of each 2 * W columns first the even ones, then the odd ones. Queries are
-// laid out like that, and what is summed of the values is put in order at the end.
+// laid out like that, and what is summed of the values is put in order at the end. Where bf16 are multiplied in pairs,
+// keys and queries are left as they lie, and the values of two keys are put side by side.
 
 // The rows of a tile's keys and values: null where there is none. Those of the tile that is met next lie so many
 // elements on; 0 where that isn't known.
@@ -33,9 +34,13 @@ static inline Floats halves_to_floats(Ints x) { // the lower 16 bits of each lan
 #endif
 }
 
-// The next HALVES * W elements, in vectors.
+constexpr int PARTS = HALVES / PAIR; // vectors that the elements of one that is read are in
+
+// The next HALVES * W elements, in PARTS vectors.
 static inline __attribute__((always_inline)) void read(Floats* to, const Element* from) {
-#if IO_BF16 || IO_FP16
+#if PACKED_BF16
+    to[0] = *(const AnyFloats*)from;
+#elif IO_BF16 || IO_FP16
     Ints lanes = *(const AnyInts*)from;
     to[0] = halves_to_floats(IO_BF16 ? lanes : lanes & 0xffff);
     to[1] = IO_BF16 ? (Floats)(lanes & ~0xffff) : halves_to_floats(lanes >> 16 & 0xffff);
@@ -44,13 +49,20 @@ static inline __attribute__((always_inline)) void read(Floats* to, const Element
 #endif
 }
 
-// Where column i is in what `read` gives.
-static inline int place_of(int i) { return HALVES == 1 ? i : i / (2 * W) * 2 * W + i % 2 * W + i / 2 % W; }
+// Where column i of the values is in what is summed of them.
+static inline int place_of(int i) {
+    if (PAIR == 2) return i / (2 * W) * 2 * W + i / 4 % 2 * W + i / 8 % (W / 4) * 4 + i % 4; // see `side_by_side`
+    return HALVES == 1 ? i : i / (2 * W) * 2 * W + i % 2 * W + i / 2 % W;
+}
 
 // Queries of MR rows, by row, times `sign`. A null row is zeros.
 static void lay_queries(float* to, const Element* const* rows, I column, int sign) {
     for (int r = 0; r < MR; r++)
-        for (int i = 0; i < D; i++) to[r * D + place_of(i)] = rows[r] && sign ? sign * widen(rows[r][i * column]) : 0;
+        for (int i = 0; i < D; i++) {
+            Packed x = rows[r] && sign ? packed_of(rows[r][i * column]) : 0;
+            x = sign < 0 ? negative(x) : x;
+            ((Packed*)(to + r * D))[PAIR == 2 ? i : place_of(i)] = x;
+        }
 }
 
 // Sums the lanes of each of W vectors: lane i is the sum of vector i.
@@ -88,7 +100,7 @@ multiply_keys(Floats* scores, const float* const* q, const Element* const* keys,
     for (int j = 0; j < W; j += AT_ONCE) {
         Floats acc[R][AT_ONCE] = {};
         for (int i = 0; i < D; i += STEP) {
-            Floats x[AT_ONCE][HALVES];
+            Floats x[AT_ONCE][PARTS];
 #pragma GCC unroll 16
             for (int n = 0; n < AT_ONCE; n++) {
                 if (PREFETCH) fetch_line(soon[j + n], i);
@@ -97,11 +109,11 @@ multiply_keys(Floats* scores, const float* const* q, const Element* const* keys,
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-                for (int half = 0; half < HALVES; half++) {
-                    Floats y = *(const AnyFloats*)(q[r] + i + half * W);
+                for (int part = 0; part < PARTS; part++) {
+                    Floats y = *(const AnyFloats*)(q[r] + i / PAIR + part * W);
                     HOLD(y);
 #pragma GCC unroll 16
-                    for (int n = 0; n < AT_ONCE; n++) acc[r][n] += x[n][half] * y;
+                    for (int n = 0; n < AT_ONCE; n++) dot(acc[r][n], x[n][part], y);
                 }
         }
         for (int r = 0; r < R; r++)
@@ -118,28 +130,68 @@ struct Kept {
     I ahead; // the values of the next tile, as in Direct
 };
 
-// Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and `count` of the kept keys. With
-// PREFETCH the values of the next tile are fetched meanwhile.
+#if PACKED_BF16
+typedef uint16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+
+// The elements of two vectors in pairs, of each 8 the first or the last 4.
+template <int HALF, int... L>
+static inline __attribute__((always_inline)) Floats pairs_of(Shorts a, Shorts b, Lanes<L...>) {
+#ifdef __clang__
+    return (Floats)__builtin_shufflevector(a, b, (L / 8 * 8 + HALF * 4 + L % 8 / 2 + L % 2 * 2 * W)...);
+#else
+    return (Floats)__builtin_shuffle(a, b, Shorts{(L / 8 * 8 + HALF * 4 + L % 8 / 2 + L % 2 * 2 * W)...});
+#endif
+}
+
+// The next 2 * W columns of the values of two keys, each column's side by side.
+static inline __attribute__((always_inline)) void side_by_side(Floats* to, const Element* one, const Element* other) {
+    Shorts a, b;
+    memcpy(&a, one, sizeof a), memcpy(&b, other, sizeof b);
+    to[0] = pairs_of<0>(a, b, LanesTo<2 * W>::type()), to[1] = pairs_of<1>(a, b, LanesTo<2 * W>::type());
+}
+#endif
+
+// The weights of the kept keys of a row, one after the other and as products take them.
+static inline __attribute__((always_inline)) void take_weights(Packed* to, const float* weights, const Kept& kept) {
+#if PACKED_BF16
+    Packed all[KB] __attribute__((aligned(64)));
+    for (int v = 0; v < KV; v += 2) store_weights<true>((float*)all, v, (const Floats*)(weights + v * W));
+    if (kept.count == KB) memcpy(to, all, sizeof all);
+    else
+        for (int i = 0; i < kept.count; i++) to[i] = all[kept.number[i]];
+    if (kept.count % 2) to[kept.count] = 0;
+#else
+    for (int i = 0; i < kept.count; i++) to[i] = weights[kept.number[i]];
+#endif
+}
+
+// Adds weights * values to NV vectors of sums, from vector `first` on, for R rows and those kept keys from `start` to
+// `end` - 1. With PREFETCH the values of the next tile are fetched meanwhile.
 template <int R, int NV, bool PREFETCH>
 static inline __attribute__((always_inline)) void
-add_columns(float* sums, int first, const float* weights, const Kept& kept, int start, int count) {
+add_columns(float* sums, int first, const Packed* weights, const Kept& kept, int start, int end) {
     Floats acc[R][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
-    for (int i = 0; i < count; i++) {
+    for (int i = start; i < end; i += PAIR) {
         Floats x[NV];
-        const Element* value = kept.value[start + i];
+        const Element* const* values = kept.value + i;
 #pragma GCC unroll 16
         for (int n = 0; n < NV; n += HALVES) {
-            if (PREFETCH && kept.ahead) fetch_line(value + kept.ahead, (first + n) * W);
-            read(x + n, value + (first + n) * W);
+            int column = (first + n) * W;
+            for (int j = 0; PREFETCH && kept.ahead && j < PAIR; j++) fetch_line(values[j] + kept.ahead, column);
+#if PACKED_BF16
+            side_by_side(x + n, values[0] + column, values[1] + column);
+#else
+            read(x + n, values[0] + column);
+#endif
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-            for (int n = 0; n < NV; n++) acc[r][n] += x[n] * weights[r * KB + kept.number[start + i]];
+            for (int n = 0; n < NV; n++) dot(acc[r][n], x[n], (const float*)(weights + r * KB + i));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -154,11 +206,12 @@ static inline __attribute__((always_inline)) void
 add_values(float* const* out, const float* weights, const Kept& kept) {
     constexpr int NV = SUMS / R < DVV ? SUMS / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
     float sums[R * DVP] __attribute__((aligned(64))) = {};
+    Packed taken[R * KB] __attribute__((aligned(64)));
+    for (int r = 0; r < R; r++) take_weights(taken + r * KB, weights + r * KB, kept);
     for (int i = 0; i < kept.count; i += AT_ONCE) {
-        int some = least(AT_ONCE, kept.count - i);
-        for (int v = 0; v < DONE; v += NV) add_columns<R, NV, PREFETCH>(sums, v, weights, kept, i, some);
-        for (int v = DONE; v < DVV; v += HALVES)
-            add_columns<R, HALVES, PREFETCH>(sums, v, weights, kept, i, some);
+        int end = least(i + AT_ONCE, kept.count);
+        for (int v = 0; v < DONE; v += NV) add_columns<R, NV, PREFETCH>(sums, v, taken, kept, i, end);
+        for (int v = DONE; v < DVV; v += HALVES) add_columns<R, HALVES, PREFETCH>(sums, v, taken, kept, i, end);
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < DVV; v++) {
@@ -207,6 +260,7 @@ meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring,
         else
             for (int r = 0; r < count; r++) scores[r][group / W] = Floats{};
     }
+    if (PAIR == 2 && kept.count % 2) kept.value[kept.count] = zeros; // of no weight
     float weights[DIRECT_BLOCKS * MR * KB] __attribute__((aligned(64)));
     int from = 0; // the first row that was weighed and whose values aren't added
     auto add_until = [&](int to) {

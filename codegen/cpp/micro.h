@@ -52,16 +52,23 @@ static inline Floats tanh_of(Floats x) {
 }
 
 // acc += the products of packed operands: one float, or a pair of bf16, in each 32-bit lane.
+static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes, Floats others) {
+#if PACKED_BF16 && defined __AVX512BF16__
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(lanes), "v"(others));
+#elif PACKED_BF16 // the same in two products, so that any machine can check what is laid out in pairs
+    Ints a = (Ints)lanes, b = (Ints)others;
+    acc += (Floats)(a & ~0xffff) * (Floats)(b & ~0xffff) + (Floats)(a << 16) * (Floats)(b << 16);
+#else
+    acc += lanes * others;
+#endif
+}
+
+// The same of one operand in all lanes.
 static inline __attribute__((always_inline)) void dot(Floats& acc, Floats lanes, const float* one) {
 #if PACKED_BF16
     int32_t pair;
     memcpy(&pair, one, 4);
-#ifdef __AVX512BF16__
-    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(lanes), "v"(Ints{} + pair));
-#else // the same in two products, so that any machine can check what is laid out in pairs
-    Ints both = (Ints)lanes;
-    acc += (Floats)(both & ~0xffff) * bits_float(pair & ~0xffff) + (Floats)(both << 16) * bits_float(pair << 16);
-#endif
+    dot(acc, lanes, (Floats)(Ints{} + pair));
 #else
     acc += lanes * *one;
 #endif
