@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpp_checks import CPP, DRAWN, FEW, bf16_pairs, check, isa, launch, poisoned
+from cpp_checks import CPP, DRAWN, FEW, bf16_pairs, check, isa, poisoned
+from cpp_checks import launch as drawn_launch
 from hypothesis import given
 from hypothesis import strategies as st
 from list_cases import drawn_lists
 from strategies import term
-from test_cpp_lists import BIAS, GROUP, KEYS, QUERIES, SCATTERED, SHARES, SKIPS, listed, skipped
+from test_cpp_lists import BIAS, GROUP, KEYS, QUERIES, SCATTERED, SHARES, SKIPS, skipped
+from test_cpp_lists import listed as drawn_lists_of
 
 from sparsify import patterns as P
 from sparsify.codegen.cpp import launch as launching
@@ -47,6 +49,15 @@ DECODE = st.tuples(
 )
 LISTED = st.tuples(st.integers(1, 2), st.just(GROUP), st.integers(1, 8), st.integers(1, 900))
 THREADS = st.sampled_from([1, 2, 3, 5, 8])
+HEAD = (64, 64)  # whose keys and values every instruction set reads where they lie
+
+
+def launch(program, shape, dtype, head=HEAD, **given):
+    return drawn_launch(program, shape, dtype, head, **given)
+
+
+def listed(rules, shape, dtype, share, seed, head=HEAD, **fields):
+    return drawn_lists_of(rules, shape, dtype, share, seed, head, **fields)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +95,15 @@ def test_half_precision(threads, dtype, head, shape, count, seed, scale):
     check(launch(Program.of(KEEPS), shape, dtype, head, seed=seed, scale=scale))
 
 
-@pytest.mark.parametrize("head", [(64, 64), (96, 32)], ids=str)
+@pytest.mark.parametrize("head", [(32, 192), (64, 96)], ids=str)  # with columns beyond what sums are made of at once
+@FEW
+@given(shape=DECODE, count=THREADS, seed=st.integers(0, 99))
+def test_uneven_values(threads, head, shape, count, seed):
+    threads(count)
+    check(launch(Program.of(KEEPS), shape, torch.float32, head, seed=seed))
+
+
+@pytest.mark.parametrize("head", [(96, 64), (64, 32)], ids=str)  # read where they lie, and packed
 @FEW
 @given(shape=DECODE, count=THREADS, seed=st.integers(0, 99))
 def test_bf16_in_pairs(bf16_pairs, threads, head, shape, count, seed):
@@ -126,7 +145,7 @@ def test_layouts(threads, q_len, k_len, batch, count, seed):
 def test_skips_leave_out_little(threads, shape, count, seed, scale):
     """Each part of the keys has a largest score of its own, below that of all: what is skipped is bounded as before."""
     threads(count)
-    call = replace(listed(ADDED_TO, shape, torch.float16, 0.5, seed, head=(32, 32), skips=SKIPS[2:4]), scale=scale)
+    call = replace(listed(ADDED_TO, shape, torch.float16, 0.5, seed, skips=SKIPS[2:4]), scale=scale)
     off = (CPP.run(call).double() - oracle(call)).abs().amax((0, 2, 3)) - 1e-2
     shares = [skip.share / (shape[3] if skip.by_length else 1) for skip in SKIPS[2:4]]
     assert all(float(off[h]) <= skipped(call, share) for h, share in enumerate(shares))

@@ -21,12 +21,12 @@ static inline I most(I a, I b) { return a > b ? a : b; }
 
 struct Interval { I low, high; }; // keys, or tiles of keys: low included, high excluded
 
-// The keys j of a tile of `count` with lane + j >= 0, or with lane - j >= 0, as bits.
+// As bits: the first `count` keys of a tile, and its keys j with lane + j >= 0 or with lane - j >= 0.
 static inline uint64_t first_keys(I count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
 static inline uint64_t keys_from(I lane) { return ~first_keys(-lane); }
 static inline uint64_t keys_to(I lane) { return first_keys(lane + 1); }
 
-// Of ascending keys, those with limit + key >= 0, or with limit - key >= 0, as bits.
+// How many of ascending keys are below a limit; and as bits, those with limit + key >= 0 or with limit - key >= 0.
 static inline I keys_below(I limit, const int32_t* at, int keys) {
     int count = 0;
     for (int step = 32; step; step >>= 1)

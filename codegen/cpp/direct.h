@@ -13,7 +13,8 @@ struct Direct {
 #if READS
 // While a row is read, the one in its place in the next tile is fetched, line by line and into the second cache: early
 // enough for memory, and so evenly that products go on meanwhile. Fetched into the first cache, or all while keys are
-// multiplied, lines of memory and those of products wait for each other.
+// multiplied, lines of memory and those of products wait for each other. Where the next tile isn't known, or this one
+// has holes and so may that, this tile's own values are fetched while its keys are multiplied.
 static inline __attribute__((always_inline)) void fetch_line(const Element* row, int column) {
     constexpr int LINE = 64 / sizeof(Element);
     if (column % LINE == 0) __builtin_prefetch(row + column, 0, 2);
@@ -49,10 +50,12 @@ static inline __attribute__((always_inline)) void read(Floats* to, const Element
 #endif
 }
 
-// Where column i of the values is in what is summed of them.
+// Where column i of the values is in what is summed of them. In pairs, of each 8 columns the first 4 are in one vector
+// and the last 4 in the next, as `side_by_side` has them; of other halves, the even ones are, and the odd ones.
 static inline int place_of(int i) {
-    if (PAIR == 2) return i / (2 * W) * 2 * W + i / 4 % 2 * W + i / 8 % (W / 4) * 4 + i % 4; // see `side_by_side`
-    return HALVES == 1 ? i : i / (2 * W) * 2 * W + i % 2 * W + i / 2 % W;
+    int group = i / (HALVES * W) * HALVES * W, at = i - group;
+    if (PAIR == 2) return group + at / 4 % 2 * W + at / 8 * 4 + at % 4;
+    return HALVES == 1 ? i : group + at % 2 * W + at / 2;
 }
 
 // Queries of MR rows, by row, times `sign`. A null row is zeros.
@@ -173,7 +176,7 @@ add_columns(float* sums, int first, const Packed* weights, const Kept& kept, int
     Floats acc[R][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < NV; n++) acc[r][n] = *(const AnyFloats*)(sums + r * DVP + (first + n) * W);
     for (int i = start; i < end; i += PAIR) {
         Floats x[NV];
@@ -195,15 +198,21 @@ add_columns(float* sums, int first, const Packed* weights, const Kept& kept, int
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < NV; n++) *(AnyFloats*)(sums + r * DVP + (first + n) * W) = acc[r][n];
 }
 
-// out += weights * values for R rows, of the kept keys: some keys after the other, all columns of each. The sum over
-// one tile is made apart, as in weigh_values.
+// Vector v of what row r of a block sums of the values.
+static inline float* sum_at(Rows& rows, int r, int v) {
+    int panel = v / NR * NR, width = DVV - panel < NR ? DVV - panel : NR;
+    return rows.out + (panel * MR + r * width + v - panel) * W;
+}
+
+// Adds weights * values of the kept keys for R rows from `row` on: some keys after the other, all columns of each. The
+// sum over one tile is made apart, as in weigh_values.
 template <int R, bool PREFETCH>
 static inline __attribute__((always_inline)) void
-add_values(float* const* out, const float* weights, const Kept& kept) {
+add_values(Rows* blocks, int row, const float* weights, const Kept& kept) {
     constexpr int NV = SUMS / R < DVV ? SUMS / R : DVV, DONE = DVV / NV * NV, AT_ONCE = 16;
     float sums[R * DVP] __attribute__((aligned(64))) = {};
     Packed taken[R * KB] __attribute__((aligned(64)));
@@ -215,7 +224,7 @@ add_values(float* const* out, const float* weights, const Kept& kept) {
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < DVV; v++) {
-            float* to = out[r] + (v / NR * NR * MR + v % NR) * W;
+            float* to = sum_at(blocks[(row + r) / MR], (row + r) % MR, v);
             *(AnyFloats*)to += *(const AnyFloats*)(sums + (r * DVV + v) * W);
         }
 }
@@ -239,7 +248,9 @@ meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring,
     static const Element zeros[D > DV ? D : DV] = {};
     Floats scores[DIRECT_BLOCKS * MR][KV];
     Kept kept;
-    kept.count = 0, kept.ahead = tile.values_ahead;
+    bool holes = !one_run(any & first_keys(KB));
+    I keys_ahead = holes ? 0 : tile.keys_ahead;
+    kept.count = 0, kept.ahead = holes ? 0 : tile.values_ahead;
     for (int group = 0; group < KB; group += W) {
         const Element *keys[W], *soon[W];
         int before = kept.count;
@@ -247,7 +258,7 @@ meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring,
             int j = group + i;
             bool there = any >> j & 1 && tile.key[j];
             keys[i] = there ? tile.key[j] : zeros;
-            soon[i] = tile.keys_ahead && tile.key[j] ? tile.key[j] + tile.keys_ahead : tile.value[j];
+            soon[i] = keys_ahead && tile.key[j] ? tile.key[j] + keys_ahead : there ? tile.value[j] : zeros;
             kept.number[kept.count] = j, kept.value[kept.count] = tile.value[j];
             kept.count += there;
         }
@@ -265,9 +276,7 @@ meet_direct(Rows* blocks, int count, const Direct& tile, const Scoring& scoring,
     int from = 0; // the first row that was weighed and whose values aren't added
     auto add_until = [&](int to) {
         by_rows(from, to, [&](int r, auto n, auto first) __attribute__((always_inline)) {
-            float* out[n.rows];
-            for (int i = 0; i < n.rows; i++) out[i] = blocks[(r + i) / MR].out + (r + i) % MR * NRW;
-            add_values<n.rows, first.on>(out, weights + r * KB, kept);
+            add_values<n.rows, first.on>(blocks, r, weights + r * KB, kept);
         });
     };
     for (int r = 0; r < count; r += MR) {

@@ -3,8 +3,8 @@
 
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-typedef float AnyFloats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-typedef int32_t AnyInts __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef float AnyFloats __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+typedef int32_t AnyInts __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 
 constexpr int W = VECTOR_BYTES / 4;       // floats in a vector
 constexpr int KV = KB / W;                // vectors in a row of scores
@@ -110,10 +110,15 @@ struct Bits {
 };
 static constexpr Bits BITS;
 
+// Whether the keys of a tile, of which there is one, lie side by side.
+static inline bool one_run(uint64_t keys) {
+    uint64_t run = keys >> __builtin_ctzll(keys);
+    return (run & (run + 1)) == 0;
+}
+
 static void steps_of(Steps& steps, uint64_t keys) {
     steps.first = __builtin_ctzll(keys) / PAIR, steps.last = (63 - __builtin_clzll(keys)) / PAIR + 1;
-    uint64_t run = keys >> __builtin_ctzll(keys);
-    steps.listed = (run & (run + 1)) != 0;
+    steps.listed = !one_run(keys);
     if (!steps.listed) return;
     steps.last = 0;
     if (PAIR == 2) {

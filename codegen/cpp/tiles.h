@@ -221,13 +221,13 @@ static void gather(const Call& c, Worker& w, const QueryTile& t, const List& lis
     int32_t at[KB];
     int count = 0;
     auto meet_gathered = [&] {
-        if (count) meet_kept(c, w, t, {at[0], at[count - 1], count, at, -1}, scoring);
+        if (count) meet_kept(c, w, t, {at[0], at[count - 1], count, at}, scoring);
         count = 0;
     };
     I first = (part.from * KB + list.unit - 1) / list.unit, last = (part.to * KB + list.unit - 1) / list.unit;
     for (I i = first; i < least(last, list.count); i++) {
         I low = list.first_key(i), high = least(low + list.unit, c.k_slots);
-        if (low < 0 || low >= high || !class_of(c, t, {low, high - 1, 1, nullptr, -1})) continue;
+        if (low < 0 || low >= high || !class_of(c, t, {low, high - 1, 1, nullptr})) continue;
         for (I k = low; k < high; k++) {
             at[count++] = (int32_t)k;
             if (count == KB) meet_gathered();

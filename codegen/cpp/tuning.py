@@ -35,9 +35,10 @@ class Tuning:
     of a query tile, one above another. keys: of a key tile.
 
     unroll: steps of a product in one turn of its loop. cache_kib: packed key tiles that a thread keeps, at most. fetch:
-    whether the next packed tile is fetched while one is met. items: query tiles that a thread takes at a time, at most.
-    parts: into how many parts a thread work is split where query tiles share no keys (decoding). direct_rows: up to so
-    many rows, keys are read where they lie, and not packed. native: whether the compiler schedules for this processor.
+    whether the next packed tile is fetched while one is met; of lists it always is. items: query tiles that a thread
+    takes at a time, at most. parts: into how many parts a thread work is split where query tiles share no keys
+    (decoding). direct_rows: up to so many rows, keys are read where they lie, and not packed. native: whether the
+    compiler schedules for this processor.
     """
 
     block_rows: int = 6
@@ -57,7 +58,7 @@ class Tuning:
         """The default of an instruction set, with some values changed; boxes: for a program with a layout of queries.
         Raises InputError for what isn't allowed."""
         check(values)
-        rows, vectors = isa.box_block if boxes else (cls.block_rows, isa.block_vectors)
+        rows, vectors = register_block(isa, boxes)
         found = replace(cls(block_rows=rows, block_vectors=vectors), **values)
         if not fits(found.block_vectors, found.keys, isa):
             vectors = found.keys * 4 // isa.vector_bytes
@@ -85,6 +86,12 @@ def check(values: Mapping[str, int]) -> None:
     check_values(values, ALLOWED)
 
 
+def register_block(isa: Isa, boxes: bool) -> tuple[int, int]:
+    """The register block (rows, vectors) by default: a wide one, but with vectors of 64 bytes a small one where queries
+    lie in boxes, as few of their rows keep all of a tile."""
+    return (4, 2) if boxes and isa.vector_bytes == 64 else (Tuning.block_rows, isa.registers // 8)
+
+
 def fits(vectors: int, keys: int, isa: Isa) -> bool:
     """Whether register blocks of so many vectors fill the keys of a tile."""
     return keys * 4 // isa.vector_bytes % vectors == 0
@@ -92,10 +99,9 @@ def fits(vectors: int, keys: int, isa: Isa) -> bool:
 
 def reads_in_place(head_dim: int, value_dim: int, size: int, how: Tuning, isa: Isa) -> bool:
     """Whether few rows may read keys and values where they lie, as direct.h does: rows of keys and of values are whole
-    vectors and panels, and elements of 16 bits, whose `size` is 2 bytes, are read two vectors at a time."""
-    whole = head_dim * size % isa.vector_bytes == 0
-    panels = value_dim * 4 % (how.block_vectors * isa.vector_bytes) == 0
-    return whole and panels and (size == 4 or how.block_vectors % 2 == 0)
+    vectors, and elements of 16 bits, whose `size` is 2 bytes, are read two vectors at a time."""
+    whole = head_dim * size % isa.vector_bytes == 0 and value_dim * size % isa.vector_bytes == 0
+    return whole and (size == 4 or how.block_vectors % 2 == 0)
 
 
 def register_blocks(isa: Isa) -> Iterable[tuple[int, int]]:

@@ -43,17 +43,17 @@ struct QueryTile {
 };
 
 // A key tile: `count` keys from first to last, those between them or, with `at`, some of them. next: the first key of the
-// tile that is met after it, -1 where that isn't known.
+// next tile on the way, which may turn out empty; -1 where that isn't known.
 struct KeyTile {
     I first, last;
     int count;
     const int32_t* at;
-    I next;
+    I next = -1;
 };
 
-static KeyTile tile_of(const Call& c, I tile, I next = -1) {
+static KeyTile tile_of(const Call& c, I tile, I next_tile = -1) {
     I first = tile * KB, count = least(KB, c.k_slots - first);
-    return {first, first + count - 1, (int)count, nullptr, next < 0 ? -1 : next * KB};
+    return {first, first + count - 1, (int)count, nullptr, next_tile < 0 ? -1 : next_tile * KB};
 }
 
 static char* carve(char*& at, I bytes) {

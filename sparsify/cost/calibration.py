@@ -38,6 +38,7 @@ PREFILL: tuple[tuple[Pattern, tuple[int, ...]], ...] = (
     ((p.window("N/32") | p.column_stride(6, block=32)) & CAUSAL, (1200, 2600)),
     (p.neighborhood([24, 40], [7, 9]), (960,)),
     (p.neighborhood([32, 48], [16, 16], 8), (1536,)),
+    (p.neighborhood([40, 44], 9), (1760,)),  # of boxes of which parts are kept
 )
 # Queries, heads, key heads and keys of few queries; for some of those kernels.
 DECODE = ((1, 8, 8, 9000), (1, 8, 2, 20000), (4, 2, 2, 5000), (1, 2, 1, 700), (16, 4, 2, 4000), (2, 8, 1, 12000))

@@ -25,31 +25,26 @@ COMMON_FLAGS = (
 class Isa:
     """A vector instruction set.
 
-    vector_bytes: of a vector. block_vectors: how many a register block is wide. flags: for the compiler. needs: the
-    processor features it uses. bf16_dot: whether it multiplies pairs of bf16. registers: how many vectors they hold.
-    box_block: (rows, vectors) of the register block where queries lie in boxes, of which few rows keep all of a tile.
+    vector_bytes: of a vector. flags: for the compiler. needs: the processor features it uses. bf16_dot: whether it
+    multiplies pairs of bf16. registers: how many vectors they hold.
     """
 
     name: str
     vector_bytes: int
-    block_vectors: int
     flags: tuple[str, ...]
     needs: frozenset[str] = frozenset()
     bf16_dot: bool = False
     registers: int = 16
-    box_block: tuple[int, int] = (6, 2)
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512")
 _NEEDS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"})
 _ARM = platform.machine() in ("aarch64", "arm64")
 ISAS = {
-    "avx512": Isa("avx512", 64, 4, _AVX512, _NEEDS, registers=32, box_block=(4, 2)),
-    "avx2": Isa("avx2", 32, 2, ("-mavx2", "-mfma"), frozenset({"avx2", "fma"})),
+    "avx512": Isa("avx512", 64, _AVX512, _NEEDS, registers=32),
+    "avx2": Isa("avx2", 32, ("-mavx2", "-mfma"), frozenset({"avx2", "fma"})),
     # AArch64 has 32 vector registers, baseline x86-64 has 16.
-    "portable": Isa(
-        "portable", 16, 4 if _ARM else 2, (), registers=32 if _ARM else 16, box_block=(6, 4 if _ARM else 2)
-    ),
+    "portable": Isa("portable", 16, (), registers=32 if _ARM else 16),
 }
 _AVX512_BF16 = replace(ISAS["avx512"], flags=(*_AVX512, "-mavx512bf16"), needs=_NEEDS | {"avx512_bf16"}, bf16_dot=True)
 

@@ -27,6 +27,11 @@ def lookup(key: Key) -> Mapping[str, int]:
     return found[key].values if key in found else {}
 
 
+def is_forced() -> bool:
+    """Whether what `lookup` says is forced, and not from the store."""
+    return _forced is not None
+
+
 def token() -> Hashable:
     """Part of the key of whatever is cached with what `lookup` said: it changes when that may."""
     return _generation if _forced is None else frozenset(_forced.items())

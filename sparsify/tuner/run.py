@@ -110,8 +110,9 @@ class Run:
         return list(found.values())[:OTHERS]
 
 
-def _kind(job: Job) -> tuple[str, bool]:
-    return job.key[2], "__few__" in job.key[3]
+def _kind(job: Job) -> tuple[str, bool, bool]:
+    """The target, whether queries are few, and whether they are laid out: what decides a kernel's default."""
+    return job.key[2], "__few__" in job.key[3], job.launches[0].program.queries is not None
 
 
 def _tell(steps: Bar, name: str, text: str) -> None:
