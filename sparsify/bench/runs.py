@@ -148,6 +148,8 @@ def model(
         for kind in dtype or ("float32",)
         for n in length or (2048,)
     ]
+    for wanted in made if ":" not in name else ():
+        end_to_end.check_memory(name, wanted)
     place, phases = how.place, []
     with Bar([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches(place):
         for wanted in made:
