@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import re
+import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +409,12 @@ def test_whatever_a_machine_may_say_a_prediction_is_a_time(rate, memory):
         found = cost.estimate([p.topk(4, unit=64) & p.causal(), p.causal()] * 2, **sizes, q_len=q_len)
         for seconds in (found.seconds, cost.dense_seconds([p.causal()] * 4, **sizes, q_len=q_len)):
             assert 0 < seconds < math.inf
+
+
+@pytest.mark.parametrize(("function", "gives"), [(cost.estimate, cost.Estimate), (cost.dense_seconds, float)])
+def test_a_checked_function_tells_what_it_gives_and_where_it_is(function, gives):
+    assert typing.get_type_hints(function)["return"] is gives
+    assert getattr(sys.modules[function.__module__], function.__name__) is function
 
 
 def test_a_calibrated_machine_is_found_before_a_shipped_one(tmp_path, monkeypatch):
