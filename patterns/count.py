@@ -97,17 +97,22 @@ def kept_pairs(keep: Pred, heads: int, q_len: int, k_len: int, q_offset: int | N
 
 def kept_by_head(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | None = None) -> int:
     """How many of the q_len * k_len pairs one head keeps."""
+    return int(kept_by_row(keep, head, q_len, k_len, q_offset).sum())
+
+
+def kept_by_row(keep: Pred, head: int, q_len: int, k_len: int, q_offset: int | None = None) -> np.ndarray:
+    """How many of the k_len keys each of the q_len queries of one head keeps: (q_len,) int64."""
     offset = k_len - q_len if q_offset is None else q_offset
     classes = tile_classes(keep, q_len, k_len, offset, head)
-    heights = np.minimum(np.arange(0, q_len, TILE) + TILE, q_len) - np.arange(0, q_len, TILE)
     widths = np.minimum(np.arange(0, k_len, TILE) + TILE, k_len) - np.arange(0, k_len, TILE)
-    total = int(heights @ (classes == FULL).astype(np.int64) @ widths)
+    kept = np.repeat((classes == FULL).astype(np.int64) @ widths, TILE).reshape(-1, TILE)
     rows, columns = np.nonzero(classes == PARTIAL)
     env = {"h": head, "N": k_len, "Nq": q_len} | size_values(variables(keep), k_len)
     inside = np.arange(TILE)
     for start in range(0, rows.size, 4096):  # 4096 tiles of 64 x 64 are 16 million pairs at a time
-        q = rows[start : start + 4096, None, None] * TILE + inside[None, :, None]
+        some = rows[start : start + 4096]
+        q = some[:, None, None] * TILE + inside[None, :, None]
         k = columns[start : start + 4096, None, None] * TILE + inside[None, None, :]
-        kept = evaluate(keep, env | {"q": q + offset, "k": k})
-        total += int(np.count_nonzero(kept & (q < q_len) & (k < k_len)))
-    return total
+        found = evaluate(keep, env | {"q": q + offset, "k": k})
+        np.add.at(kept, some, np.count_nonzero(found & (q < q_len) & (k < k_len), axis=2))
+    return kept.reshape(-1)[:q_len]
