@@ -18,7 +18,6 @@ from sparsify.bench.cold import cold_kernels, compiled_alone, first_call
 from sparsify.bench.lossless import is_lossless, relative_error
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import InputError
 from sparsify.explanation import explain
@@ -200,13 +199,6 @@ def _speed(phase: Phase, run: str) -> list[str]:
     ratio = "" if run == "inductor" else f"{phase.ratio(run):.2f}x"
     speed = ["", short(1 / timing.median)] if phase.phase == "decode" else [f"{timing.median:.3f}", ""]
     return [*speed, ratio, short(timing.first)]
-
-
-def write_json(phases: Sequence[Phase], device: str, path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine(device)
-    value = {"machine": about, "results": [phase.as_dict() for phase in phases]}
-    return write(value, json_path(path, about["machine"] + " models"))
 
 
 def remarks(phases: Sequence[Phase]) -> list[str]:
