@@ -13,10 +13,16 @@ from sparsify.backend import captured, check_rules, errors_as_they_are, never_de
 from sparsify.options import Options
 from sparsify.passes import Capture, Site
 from sparsify.passes.attach_spec import phase
-from sparsify.passes.density import density_of
+from sparsify.passes.density import density_of, room_of
 from sparsify.passes.masks.describe_bias import describe_bias
 from sparsify.passes.nodes import hint, value
+from sparsify.passes.recover_masks import is_causal
 from sparsify.patterns import dense
+from sparsify.patterns.head_rules import Compensation
+from sparsify.patterns.lists import lists
+from sparsify.patterns.select import Choice, selections
+from sparsify.patterns.selector import Selector
+from sparsify.ranges import of_numbers, text_of
 from sparsify.report import GraphReport, PassTime, Report, SiteReport
 from sparsify.walk import loads, variables
 
@@ -84,11 +90,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
     heads, q_len = _sizes(site.q, 1, 2)
     kv_heads, k_len = _sizes(site.k, 1, 2)
     patterns = site.patterns if site.patterns is not None else (dense(),) * (heads or 0)
-    density = None
-    if site.programs and site.refusal is None and q_len and k_len:
-        offset = site.q_offset if isinstance(site.q_offset, int) else hint(value(site.q_offset))
-        density = density_of(site.programs, q_len, k_len, offset)
-    unknown = any(loads(rule) or "b" in variables(rule) for rule in site.programs)
+    density, at_most, notes = _density(site, q_len, k_len)
     return SiteReport(
         address=site.address,
         layer=site.layer,
@@ -102,7 +104,7 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         k_len=k_len,
         patterns=patterns,
         density=density,
-        at_most=density is not None and unknown,
+        at_most=at_most,
         target=site.target if site.open else "",
         dense=site.dense,
         use=site.use,
@@ -111,8 +113,31 @@ def _site_report(site: Site, graph: int) -> SiteReport:
         sink="" if site.sink_bias is None else describe_bias(site.sink_bias, site.load_names),
         layout="" if site.laid_out is None or site.laid_out.chosen is None else str(site.laid_out.chosen),
         refusal=site.refusal,
-        notes=tuple(site.notes),
+        notes=(*site.notes, *notes),
     )
+
+
+def _density(site: Site, q_len: int | None, k_len: int | None) -> tuple[float | None, bool, list[str]]:
+    """What is kept, whether it is so much at most, and what to say of that."""
+    if not site.programs or site.refusal is not None or not q_len or not k_len:
+        return None, False, []
+    offset = site.q_offset if isinstance(site.q_offset, int) else hint(value(site.q_offset))
+    rooms = [[room_of(one, q_len, k_len, offset, is_causal(site)) for one in head] for head in _choices(site)]
+    known = [next((room for room in head if room is not None), None) for head in rooms]
+    unknown = any(loads(rule) or "b" in variables(rule) for rule in site.programs)
+    density = density_of(site.programs, q_len, k_len, offset, known)
+    told = text_of(of_numbers(head for head, room in enumerate(known) if rooms[head] and room is None))
+    said = f"how many keys heads {told} keep is in the data: all that they may keep are counted"
+    return density, unknown or any(rooms), [said] if told else []
+
+
+def _choices(site: Site) -> list[list[Choice]]:
+    """What each head chooses from the data here: some layers keep everything, and a compensation drops nothing."""
+    return [
+        [one.choice for one in selections(pattern)
+         if lists(program) or not isinstance(one.choice.selector, Selector | Compensation)]
+        for pattern, program in zip(site.patterns or (dense(),) * len(site.programs), site.programs, strict=True)
+    ]  # fmt: skip
 
 
 def _sizes(node: fx.Node | None, *dims: int) -> list[int | None]:

@@ -59,6 +59,8 @@ def attention(
     `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
     `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
     """
+    if q_offset is not None and not is_dynamo_compiling() and _is_usual(q_offset, q, k):
+        q_offset = None
     alone = mask is None and q_offset is None and not return_lse and not is_dynamo_compiling()
     if alone and (out := ready.by_pattern(q, k, v, pattern, scale)) is not NotImplemented:
         return out
@@ -129,6 +131,15 @@ def planned(
     for ask in asks:
         loads += select(q, k, usable, None, offset, factor, ask)
     return text, loads, dropped, offset, factor
+
+
+def _is_usual(q_offset: object, q: object, k: object) -> bool:
+    """Whether the position of the first query is given as what it is by default. Nothing is checked yet; numbers that
+    somebody traces are left as they are, as comparing them would be a guard."""
+    if type(q_offset) is not int or type(q) is not torch.Tensor or type(k) is not torch.Tensor:
+        return False
+    usual = k.shape[2] - q.shape[2] if q.dim() == k.dim() == 4 else None
+    return type(usual) is int and q_offset == usual
 
 
 def _check(

@@ -142,6 +142,22 @@ def check_size(name: str, wanted: Wanted, why: str) -> None:
         raise InputError(f"{wanted.command}: {name}: {what}; make it smaller: --set num_hidden_layers=2")
 
 
+def token_bytes(name: str, wanted: Wanted) -> int:
+    """Bytes that a token takes, at the least, in a Hugging Face model of a config: its number, and its hidden state,
+    keys and values of one layer; 0 in a model that reads no tokens. Raises InputError for an unknown config."""
+    config = _config(_transformers(wanted), name, wanted).get_text_config()
+
+    def size(field: str, other: int) -> int:
+        found = getattr(config, field, None)  # some have one for each layer
+        return found if isinstance(found, int) else other
+
+    if not size("vocab_size", 0):
+        return 0
+    hidden, heads = size("hidden_size", 0), size("num_attention_heads", 0)
+    cached = 2 * size("num_key_value_heads", heads) * size("head_dim", hidden // max(1, heads))
+    return 8 + (4 if wanted.dtype == "float32" else 2) * (hidden + cached)
+
+
 def _unusable(name: str, error: Exception, wanted: Wanted) -> InputError:
     hint = "give it with inputs of your own as package.module:callable"
     return InputError(f"{wanted.command}: {name}: the model can't be run on made-up inputs: {_line(error)}; {hint}")

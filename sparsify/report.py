@@ -25,8 +25,9 @@ class SiteReport:
     form: how the model spells it; mask: the model's own mask, recovered; bias: what is added to the scores, and sink:
     what joins the softmax; patterns: the spec's pattern of each query head, `dense()` where the spec says nothing (the
     model's mask applies as well).
-    density: the share of all (head, query, key) triples that is kept, None where it was not computed; `at_most` if
-    tensors that are known at run time only, such as padding, may drop more.
+    density: the share of all (head, query, key) triples that is kept, None where it was not computed; `at_most` if the
+    data decide, by tensors that are known at run time only, such as padding, or by a selection, whose budget counts
+    where it says how much is kept.
     layout: in which order its tokens are laid out, and what that saves; "" for their own.
     target: what runs it, "" for a site that stays as it is; dense: why dense attention wins there, so that it is left
     to Inductor, or ""; refusal: why it can't be rewritten, or None; notes: what else to know.

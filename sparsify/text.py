@@ -50,6 +50,7 @@ from sparsify.expr import (
 )  # fmt: skip
 
 POSITIONS = ("b", "h", "q", "k", "N", "Nq")
+OF_PATTERNS = ("h", "q", "k", "N")  # what a user's pattern may depend on
 
 PYTHON: Mapping[str, str] = {
     "var": "{0}",
@@ -196,9 +197,10 @@ def size_var(text: str) -> Var:
 
 
 def parse_pred(text: str, sources: tuple[str, ...] | None = None) -> Pred:
-    """Reads a predicate over b, h, q, k, N: comparisons, and/or/not, + - * // %, min, max, abs, `a if c else b`.
+    """Reads a predicate over b, h, q, k, N, Nq: comparisons, and/or/not, + - * // %, min, max, abs, `a if c else b`.
 
-    `sources` names the tensors that may be indexed (any, when None). Raises PatternError naming what is not allowed.
+    `sources` names the tensors that may be indexed (any, when None; none, where a user's pattern is read). Raises
+    PatternError naming what is not allowed.
     """
     node = _Reader(text, sources).read(_parse(text))
     if isinstance(node, Load):
@@ -250,6 +252,7 @@ class _Reader:
 
     def __init__(self, text: str, sources: tuple[str, ...] | None) -> None:
         self.text, self.sources = text, sources
+        self.names = OF_PATTERNS if sources == () else POSITIONS
 
     def fail(self, what: str) -> PatternError:
         return PatternError(f"expression '{self.text}': {what}")
@@ -257,7 +260,8 @@ class _Reader:
     def read(self, node: ast.expr) -> Expr | Pred:
         method = getattr(self, f"_{type(node).__name__.lower()}", None)
         if method is None:
-            raise self.fail(f"'{ast.unparse(node)}' is not allowed (only arithmetic and comparisons of b, h, q, k, N)")
+            what = f"(only arithmetic and comparisons of {', '.join(self.names)})"
+            raise self.fail(f"'{ast.unparse(node)}' is not allowed {what}")
         try:
             return method(node)
         except ValueError as error:
@@ -289,7 +293,7 @@ class _Reader:
     def _name(self, node: ast.Name) -> Expr:
         scalar = node.id.startswith("_") and self.sources != ()  # a launch's own; a user's pattern has none
         if node.id not in POSITIONS and not scalar:
-            raise self.fail(f"unknown name '{node.id}'; {nearest(node.id, POSITIONS)}")
+            raise self.fail(f"unknown name '{node.id}'; {nearest(node.id, self.names)}")
         return Var(node.id)
 
     def _unaryop(self, node: ast.UnaryOp) -> Expr | Pred:

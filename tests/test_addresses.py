@@ -188,6 +188,22 @@ def test_a_spec_finds_them():
     assert windows(Shared(), {"uses": "1-2"}, {"match": "groups.0.0"}) == [f"window({i})" for i in (2, 1, 1, 2)]
 
 
+def test_the_model_itself_is_told_as_what_a_rule_can_match():
+    sites = [info("", 0), info("", 1, use=1), info("layers.0", 0)]
+    spec = Spec(sites=[{"match": "model.*", "heads": "dense"}])
+    assert unmatched_rules(spec, sites) == [
+        "spec: sites[0]: the rule matches no site; the model has 3: "
+        "layers.0 (self, causal), (the model itself, matched by '*') (self, causal) used 2 times"
+    ]
+    with pytest.raises(SpecError, match=r"sites\[0\].heads: found head 5, but the model itself has heads 0-1$"):
+        Spec(sites=[{"match": "*", "heads": {"5": "dense"}}]).resolve(sites)
+    compiled = torch.compile(Attend(), backend="sparsify", options={"spec": spec, "inner": "eager"})
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(SpecError, match=r"the model has 1: \(the model itself, matched by '\*'\) \("):
+        compiled(X)
+    assert windows(Attend(), {"match": "*"}) == ["window(1)"]
+
+
 def test_uses_that_share_a_compiled_function_are_refused():
     spec = {"version": 1, "sites": [{"match": "groups.*", "uses": 1, "heads": {"window": 4}}]}
 

@@ -87,6 +87,17 @@ def test_an_equal_pattern_does_not_recompile_and_another_one_does():
     assert len(counter.graphs) == 3
 
 
+def test_the_usual_position_said_in_numbers_is_no_guard():
+    def at(q, k, offset):
+        return sparsify.attention(q, k, k, STREAMING & causal(), q_offset=offset)
+
+    run, counter = compiled(at)
+    for length, offset in ((20, 11), (30, 21), (41, 30), (50, 41), (60, 0)):  # some are where they usually are
+        k = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(run(Q, k, offset), at(Q, k, offset))
+    assert len(counter.graphs) <= 2
+
+
 def test_a_pattern_of_ones_own():
     from dataclasses import dataclass
 

@@ -103,6 +103,18 @@ def test_a_length_beyond_the_memory_is_told_before_anything_is_measured(bench, m
     assert bench.err.startswith(f"sparsify: {said} 762,939 GiB, and this machine has 16 GiB; give fewer tokens")
 
 
+def test_more_tokens_than_the_memory_holds_are_told_before_a_model_is_made(bench, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sparsify.bench.cases._memory", lambda: 16 * 2**30)
+    monkeypatch.setattr("sparsify.models._made", lambda *_: pytest.fail("a model is made"))
+    fields = "--set hidden_size=64 --set num_attention_heads=4 --set num_key_value_heads=2"
+    code, out, _ = bench(f"--model llama {fields} --length 512 --length 100000000000 --dtype float32")
+    said = "bench: --length: tokens, and hidden states, keys and values of one layer of llama at 100000000000 tokens"
+    need = 1e11 * (8 + 4 * (64 + 2 * 2 * 16)) / 2**30
+    assert (code, out) == (2, "") and bench.err.count("\n") == 1
+    assert bench.err.startswith(f"sparsify: {said} need {need:,.0f} GiB, and this machine has 16 GiB; give fewer")
+
+
 def test_a_wrong_case_ends_with_1(bench) -> None:
     code, out, _ = bench("--pattern causal --head-dim 99")
     assert code == 1 and "WRONG: the error is 1.0e-02, the bound 1.0e-05" in out

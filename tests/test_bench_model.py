@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from sparsify.bench import cold, end_to_end, runs
-from sparsify.bench.end_to_end import measure, remarks, table, write_json
+from sparsify.bench.end_to_end import measure, remarks, table
+from sparsify.bench.report import write_results
 from sparsify.errors import InputError
 from sparsify.models import Wanted
 
@@ -64,7 +65,9 @@ def test_prefill_and_decode_of_every_run(compiled, tmp_path) -> None:
     assert list(prefill.timings) == ["inductor", "sparsify", "spec"] and prefill.right and decode.right
     assert prefill.error == dict.fromkeys(prefill.timings, 0.0) and decode.error == prefill.error
     assert decode.ratio("spec") == pytest.approx(1 / 3) and decode.sites == {"sparsify": (1, 2), "spec": (1, 2)}
-    rows = json.loads(write_json(found, "cpu", tmp_path).read_text())["results"]
+    path = write_results(found, "models", "cpu", tmp_path)
+    assert path.name.endswith("-models.json")
+    rows = json.loads(path.read_text())["results"]
     assert [(row["model"], row["spec"], row["phase"]) for row in rows] == [
         ("llama", "s.yaml", "prefill"),
         ("llama", "s.yaml", "decode"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
+import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -360,12 +363,18 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
     path = cost.save(machine, tmp_path / "mine.json")
     assert cost.machine(path) == machine and cost.machine(str(path)) == machine
     data = json.loads(machine.text())
+    first = data["rates"][0]
     for change, says in (
         ({"version": 2}, "version: found 2, and this sparsify reads 1; calibrate it anew"),
         ({"corse": 3}, "corse: unknown field; did you mean 'cores'?"),
         ({"cores": 0}, "cores: input should be greater than or equal to 1, found 0"),
         ({"arch": "9"}, "arch: found '9'; did you mean '90'?"),
-        ({"rates": [{**data["rates"][0], "ful": 1}]}, "rates.0.ful: unknown field; did you mean 'full'?"),
+        ({"memory": 5e-324}, "memory: input should be greater than or equal to 1000000, found 5e-324"),
+        ({"rates": [{**first, "full": 5e-324}]}, "rates.0.full: input should be greater than or equal to 0.000000001"),
+        ({"launch": 1e300}, "launch: input should be less than or equal to 1000000000000, found 1e+300"),
+        ({"rates": [{**first, "tile": [0, 32]}]}, "rates.0.tile.0: input should be greater than or equal to"),
+        ({"rates": [{**first, "head_dim": 2**70}]}, "rates.0.head_dim: input should be less than or equal to"),
+        ({"rates": [{**first, "ful": 1}]}, "rates.0.ful: unknown field; did you mean 'full'?"),
     ):
         path.write_text(json.dumps(data | change))
         with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {re.escape(says)}"):
@@ -385,6 +394,27 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
         cost.machine(path)
     with pytest.raises(InputError, match=r"none.json: can't be read: No such file"):
         cost.machine(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("rate", "memory"), [(1e-9, 1e18), (1e12, 1e6)], ids=["fastest", "slowest"])
+def test_whatever_a_machine_may_say_a_prediction_is_a_time(rate, memory):
+    def all_at(value):
+        if isinstance(value, dict):
+            return {name: all_at(one) for name, one in value.items()}
+        return list(map(all_at, value)) if isinstance(value, list) else rate if isinstance(value, float) else value
+
+    machine = cost.Machine.parse(json.dumps(all_at(json.loads(cost.machine("h100").text())) | {"memory": memory}))
+    sizes = {"kv_heads": 2, "length": 2**17, "head_dim": 128, "dtype": "bfloat16", "machine": machine}
+    for q_len in (None, 1):
+        found = cost.estimate([p.topk(4, unit=64) & p.causal(), p.causal()] * 2, **sizes, q_len=q_len)
+        for seconds in (found.seconds, cost.dense_seconds([p.causal()] * 4, **sizes, q_len=q_len)):
+            assert 0 < seconds < math.inf
+
+
+@pytest.mark.parametrize(("function", "gives"), [(cost.estimate, cost.Estimate), (cost.dense_seconds, float)])
+def test_a_checked_function_tells_what_it_gives_and_where_it_is(function, gives):
+    assert typing.get_type_hints(function)["return"] is gives
+    assert getattr(sys.modules[function.__module__], function.__name__) is function
 
 
 def test_a_calibrated_machine_is_found_before_a_shipped_one(tmp_path, monkeypatch):

@@ -99,6 +99,60 @@ def test_a_rule_for_no_site_is_an_error():
         sparsify.explain(Layers(), torch.randn(1, 2, 16, 8), spec=spec)
 
 
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.25
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+
+
+UNITS = {"unit": {"q": 8, "k": 8}}
+MEAN = {"score": {"qview": "mean", "kview": "mean"}, **UNITS}
+ROOMS = {  # selections, and how many keys query q keeps at most of those that it sees; None where the scores say
+    "topk": ({"topk": {"keep": 2, "unit": 8, "queries": 8}}, lambda q: (2 + 2) * 8),  # the query's own, wherever it is
+    "counted": ({"select": {"budget": {"rule": "topk", "value": 3}, "force": {"sink": 1, "counted": True}, **MEAN}},
+                lambda q: 3 * 8),
+    "ratio": ({"select": {"budget": {"rule": "ratio", "value": 0.25}, **MEAN}}, lambda q: (q // 8 // 4 + 1) * 8),
+    "most": ({"select": {"budget": {"rule": "threshold", "value": 0.0, "max": 2}, **MEAN}}, lambda q: 2 * 8),
+    "lines": ({"select": {"lines": {"verticals": 3, "slashes": 2}, "score": {"qview": "last(8)", "norm": "softmax"},
+                          **UNITS}}, lambda q: 2 * 2 * 8 + 3),
+    "both": ({"any": [{"topk": {"keep": 1, "unit": 8, "queries": 8}}, {"sinks": 4}]}, lambda q: 4 + 3 * 8),
+    "topp": ({"topp": {"share": 0.5, "unit": 8, "queries": 8}}, None),
+    "last rows": ({"select": {"budget": {"rule": "topk", "value": 1}, "force": {"last_rows": 1}, **MEAN}}, None),
+    "online": ({"all": ["causal", {"online": 0.01}]}, None),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_selection_counts_as_its_budget_says(name):
+    form, room = ROOMS[name]
+    spec = {"version": 1, "sites": [{"match": "*", "heads": {"0": "dense", "1": form}}]}
+    q, k, v = torch.randn(3, 1, 2, 64, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    report = sparsify.explain(Attention(), q, k, v, spec=spec)
+    (site,) = report.sites
+    assert site.refusal is None and site.at_most
+    most = [min(q + 1, room(q) if room else 64) for q in range(64)]
+    assert site.density == pytest.approx((sum(range(65)) + sum(most)) / 2 / 64**2)
+    chosen = sparsify.kept(q, k, [one & causal() for one in site.patterns], scale=0.25)
+    assert chosen[0, 1].sum() <= sum(most)
+    assert any("heads 1 keep is in the data" in note for note in site.notes) == (room is None)
+
+
+@torch.no_grad()
+def test_a_decode_step_counts_as_its_budget_says():
+    spec = {"version": 1, "sites": [{"heads": {"topk": {"keep": 2, "unit": 16, "local": 0}}}]}
+
+    def step(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 128, 16)
+    (site,) = sparsify.explain(step, q, k, k, spec=spec, crossover=False).sites
+    assert site.phase == "decode" and site.density == 2 * 16 / 128 and site.at_most
+
+
 def test_it_can_be_asked_often():
     layers, x = Layers(), torch.randn(1, 2, 16, 8)
     with torch.no_grad():

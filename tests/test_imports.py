@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -258,7 +259,7 @@ def test_any_json_is_a_plan_or_one_sentence(value, tmp_path_factory):
         ("full_attention_heads.tsv", "1\t0\n1\tx\n", "line 2, number 2: expected a number, found 'x'"),
         ("full_attention_heads.tsv", "1\tnan\n", "line 1, number 2: expected a number, found 'nan'"),
         ("full_attention_heads.tsv", b"1\t\xff\n", "line 1: byte 0xff is not UTF-8 text"),
-        ("full_attention_heads.tsv", None, "full_attention_heads.tsv: there is no such file"),
+        ("full_attention_heads.tsv", None, "duo: the folder is in no known format; known are MoA: a JSON object with"),
     ],
 )  # fmt: skip
 def test_a_wrong_folder_is_one_sentence_that_names_file_and_place(file, text, what, tmp_path):
@@ -270,6 +271,26 @@ def test_a_wrong_folder_is_one_sentence_that_names_file_and_place(file, text, wh
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=re.escape(what)):
         imports.read(tmp_path / "duo")
+
+
+def test_a_folder_without_gates_is_not_taken_for_a_broken_plan(files, tmp_path):
+    known = (
+        "in no known format; known are MoA: .*; DuoAttention: a folder with full_attention_heads.tsv and config.json"
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(InputError, match=f"model: the folder is {known}"):
+        imports.load(folder)
+    write(folder / "config.json", {"model_type": "llama", "hidden_size": 64})
+    for path, what in ((folder, "folder"), (folder / "config.json", "file")):
+        with pytest.raises(InputError, match=f"{path}: the {what} is {known}"):
+            imports.load(path)
+        with pytest.raises(InputError, match=r"model/config.json: the field 'sink_size' is missing$"):
+            imports.load(path, "duo_attention")
+    shutil.copy(files["moa"], folder / "config.json")
+    assert imports.load(folder / "config.json").format == "moa", "a name says less than what is in the file"
+    with pytest.raises(InputError, match=r"none/config.json: there is no such file$"):
+        imports.load(tmp_path / "none" / "config.json")
 
 
 @pytest.mark.parametrize(

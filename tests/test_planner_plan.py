@@ -55,6 +55,16 @@ def test_the_spec_gives_every_head_what_the_plan_gives_it():
     assert [rule.phase for rule in spec.rules] == [None, "prefill"]  # what is chosen, is chosen for many queries
 
 
+def test_an_attention_of_the_model_itself_has_the_last_rule():
+    found = example()
+    spec = dataclasses.replace(found, sites=(dataclasses.replace(found.sites[0], address=""), found.sites[1])).spec()
+    assert [rule.match for rule in spec.rules] == ["layers.1.attn", "*"]
+    patterns = spec.resolve([SiteInfo(path, n, "self", True, 4, 2) for n, path in enumerate(("", "layers.1.attn"))])
+    assert [list(of) for of in patterns] == [
+        [found.candidates[head.candidate].pattern() for head in one.heads] for one in found.sites
+    ]
+
+
 def test_uses_of_one_module_are_told_apart():
     found = example(sites=(site(0, 1, 1, 1, 1), site(0, 0, 0, 0, 0, use=1)))
     infos = [SiteInfo("layers.0.attn", 0, "self", True, 4, 2, use=use) for use in range(2)]

@@ -110,7 +110,7 @@ def test_a_cache_grows(rules):
     q, k, v = draw(1, 4, 2, 1, 200, 16)
     for length in range(90, 200, 7):
         assert is_ready(q, k[:, :, :length], v[:, :, :length], rules)
-    assert told(q, k[:, :, :199], v[:, :, :199], NEAR) is not None
+    assert is_ready(q, k, v, NEAR) and told(q, k[:, :, :199], v[:, :, :199], NEAR) is not None
     assert told(q, k[:, :, :198], v[:, :, :198], ELASTIC) is None
 
 
@@ -213,6 +213,23 @@ def test_what_is_built_changes(monkeypatch):
             assert told(q, k, v, NEAR) is None
             torch.testing.assert_close(sparsify.attention(q, k, v, NEAR), anew(q, k, v, NEAR))
         assert told(q, k, v, NEAR) is None and is_ready(q, k, v, NEAR)
+
+
+def test_the_usual_position_of_the_first_query_may_be_said(monkeypatch):
+    for q_len, k_len in ((1, 70), (5, 70), (70, 70)):
+        q, k, v = draw(1, 4, 2, q_len, k_len, 16)
+        ready.forget()
+        first = sparsify.attention(q, k, v, NEAR, q_offset=k_len - q_len)
+        assert torch.equal(told(q, k, v, NEAR), first)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching.Kernel, "run", None)
+            assert torch.equal(sparsify.attention(q, k, v, NEAR, q_offset=k_len - q_len), first)
+    q, k, v = draw(1, 4, 2, 69, 70, 16)
+    assert is_ready(q, k, v, NEAR)
+    assert not torch.equal(sparsify.attention(q, k, v, NEAR, q_offset=0), told(q, k, v, NEAR))
+    for wrong in (True, 1.0, "1"):
+        with pytest.raises(errors.InputError, match="q_offset: expected an integer"):
+            sparsify.attention(q, k, v, NEAR, q_offset=wrong)
 
 
 def other_shapes(q, k, v):

@@ -187,14 +187,18 @@ def _check_heads(heads: int, kv_heads: int) -> None:
 
 
 def _check_memory(case: Case) -> None:
-    """Raises InputError for a case whose queries, keys, values and output alone are larger than this machine's
-    memory, in which they are drawn for any device."""
+    """Raises InputError for a case whose queries, keys, values and output alone are more than this machine's memory."""
     element = 4 if case.dtype == "float32" else 2
     needed = 2 * (case.heads + case.kv_heads) * case.length * case.head_dim * element
+    check_fits(f"queries, keys, values and output of {case.name}", needed)
+
+
+def check_fits(what: str, needed: int) -> None:
+    """Raises InputError where `what`, made in this machine's memory for any device, is more than that."""
     there = _memory()
     if needed > there:
         sizes = f"{needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB; give fewer tokens"
-        raise InputError(f"bench: --length: queries, keys, values and output of {case.name} need {sizes}")
+        raise InputError(f"bench: --length: {what} need {sizes}")
 
 
 def _memory() -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from sparsify import patterns as p
 from sparsify.bench.cases import pick
 from sparsify.bench.check import compared, within
 from sparsify.bench.measure import Timing, interleaved, timing
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table
 from sparsify.functional import attention
 from sparsify.patterns import Pattern
@@ -172,10 +170,3 @@ def table(results: Sequence[Decoded]) -> Table:
             "" if result.of_read is None else f"{result.of_read:.0%}",
         )
     return found
-
-
-def write_json(results: Sequence[Decoded], device: str, path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine(device)
-    return write({"machine": about, "results": [result.as_dict() for result in results]},
-                 json_path(path, about["machine"] + " decode"))  # fmt: skip

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from sparsify.bench.cases import check_fits
 from sparsify.bench.cold import cold_kernels, compiled_alone, first_call
 from sparsify.bench.lossless import is_lossless, relative_error
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.memory import peak_bytes
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.errors import InputError
 from sparsify.explanation import explain
-from sparsify.models import Call, Wanted, called, check_size, decoding, from_config
+from sparsify.models import Call, Wanted, called, check_size, decoding, from_config, token_bytes
 
 ROWS = 64  # logits of so many last tokens are computed, where the model lets its caller say so; they are compared
 WARM = 3  # decode steps before the timing: the first two compile, for one length and for any
@@ -104,6 +104,12 @@ def model_of(name: str, wanted: Wanted, device: str) -> Call:
     place = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in given.items()}
     args = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in args)
     return made.to(device), args, place
+
+
+def check_memory(name: str, wanted: Wanted) -> None:
+    """Raises InputError for a config's model and more tokens than this machine's memory holds of one layer."""
+    what = f"tokens, and hidden states, keys and values of one layer of {name} at {wanted.length} tokens"
+    check_fits(what, wanted.batch * wanted.length * token_bytes(name, wanted))
 
 
 def prefill(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,13 +199,6 @@ def _speed(phase: Phase, run: str) -> list[str]:
     ratio = "" if run == "inductor" else f"{phase.ratio(run):.2f}x"
     speed = ["", short(1 / timing.median)] if phase.phase == "decode" else [f"{timing.median:.3f}", ""]
     return [*speed, ratio, short(timing.first)]
-
-
-def write_json(phases: Sequence[Phase], device: str, path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine(device)
-    value = {"machine": about, "results": [phase.as_dict() for phase in phases]}
-    return write(value, json_path(path, about["machine"] + " models"))
 
 
 def remarks(phases: Sequence[Phase]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from sparsify.bench.cases import PATTERNS
 from sparsify.bench.check import Check, check
 from sparsify.bench.measure import Timing, interleaved, timing
 from sparsify.bench.peers import Inputs
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.functional import attention
 
@@ -99,10 +97,3 @@ def table(results: Sequence[Parts]) -> Table:
             "" if result.ratio is None else f"{result.ratio:.2f}",
         )
     return found
-
-
-def write_json(results: Sequence[Parts], path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine("cpu")
-    return write({"machine": about, "results": [result.as_dict() for result in results]},
-                 json_path(path, about["machine"] + " mixture"))  # fmt: skip

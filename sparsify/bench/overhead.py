@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import fx
 from sparsify import backend
 from sparsify.bench.cases import PATTERNS
 from sparsify.bench.cold import cold_caches, cold_kernels
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import new_table, short
 from sparsify.codegen.cpp import launch
 from sparsify.functional import attention
@@ -89,6 +87,10 @@ class Overhead:
     calls: tuple[Call, ...]
     compiling: tuple[Compiling, ...]
     growth: tuple[Growth, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
 
 
 def measure(tell: Callable[[str], None] = lambda _: None) -> Overhead:
@@ -226,9 +228,3 @@ def tables(found: Overhead) -> list[Table]:
     for grown in found.growth:
         growth.add_row(grown.name, *(", ".join(map(str, made)) for made in (grown.graphs, grown.kernels)))
     return [calls, compiling, growth]
-
-
-def write_json(found: Overhead, path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine("cpu")
-    return write({"machine": about, "results": [asdict(found)]}, json_path(path, about["machine"] + " overhead"))

@@ -161,10 +161,16 @@ def _versions() -> dict[str, str]:
 
 
 def write_json(results: Sequence[Result], summaries: Sequence[Summary], device: str, path: Path) -> Path:
-    """Writes machine, results and summaries; a folder gets a file named after the machine. Returns the file's path."""
+    """Writes machine, results and summaries, as `write_results` does."""
+    return write_results(results, "", device, path, summary=[one.as_dict() for one in summaries])
+
+
+def write_results(results: Sequence[Any], kind: str, device: str, path: Path, **more: Any) -> Path:
+    """Writes machine, results (whatever has `as_dict`) and `more`. Returns the file's path, which in a folder is named
+    after the machine and the kind."""
     about = machine(device)
-    value = {"machine": about, "results": [r.as_dict() for r in results], "summary": [s.as_dict() for s in summaries]}
-    return write(value, json_path(path, about["machine"]))
+    value = {"machine": about, "results": [one.as_dict() for one in results], **more}
+    return write(value, json_path(path, f"{about['machine']} {kind}"))
 
 
 def json_path(path: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,14 @@ def _draw(results: Sequence[Result], place: str, pictures: Sequence[Path]) -> No
         _written(path)
 
 
+def _save(results: Sequence[Any], kind: str, place: str, json: Path | None, **more: Any) -> None:
+    """Writes the file of results that is asked for, if one is, and says where."""
+    if json is not None:
+        from sparsify.bench.report import write_results
+
+        _written(write_results(results, kind, place, json, **more))
+
+
 def _written(path: Path) -> None:
     Console(highlight=False, soft_wrap=True).print(f"written to {path}", markup=False)
 
@@ -148,6 +156,8 @@ def model(
         for kind in dtype or ("float32",)
         for n in length or (2048,)
     ]
+    for wanted in made if ":" not in name else ():
+        end_to_end.check_memory(name, wanted)
     place, phases = how.place, []
     with Bar([1.0 + wanted.length / 4096 for wanted in made]) as steps, cold_caches(place):
         for wanted in made:
@@ -157,8 +167,7 @@ def model(
     console.print(end_to_end.table(phases))
     for text in end_to_end.remarks(phases):
         console.print(text, markup=False)
-    if how.json is not None:
-        _written(end_to_end.write_json(phases, place, how.json))
+    _save(phases, "models", place, how.json)
     return all(phase.right for phase in phases)
 
 
@@ -211,8 +220,7 @@ def selection(case: list[str] | None, dtype: list[str] | None, how: How) -> bool
     jobs = [(one, kind) for one in selection.named(case) for kind in dtype or ("float32",)]
     results = _each(jobs, lambda job, tell: selection.measure(*job, how.repeats, how.seconds, tell))
     Console().print(selection.table(results))
-    if how.json is not None:
-        _written(selection.write_json(results, how.json))
+    _save(results, "selection", "cpu", how.json)
     return all(result.right for result in results)
 
 
@@ -226,8 +234,7 @@ def decode(case: list[str] | None, dtype: list[str] | None, how: How) -> bool:
     jobs = [(one, kind) for one in decode.named(case) for kind in kinds]
     results = _each(jobs, lambda job, tell: decode.measure(*job, place, how.repeats, how.seconds, tell))
     Console().print(decode.table(results))
-    if how.json is not None:
-        _written(decode.write_json(results, place, how.json))
+    _save(results, "decode", place, how.json)
     return all(result.right for result in results)
 
 
@@ -248,8 +255,7 @@ def mixture(
 
     results = _each(jobs, measured)
     Console().print(mixture.table(results))
-    if how.json is not None:
-        _written(mixture.write_json(results, how.json))
+    _save(results, "mixture", "cpu", how.json)
     return all(result.right for result in results)
 
 
@@ -262,8 +268,7 @@ def overhead(how: How) -> bool:
         steps.advance()
     for table in overhead.tables(found):
         Console().print(table, "", sep="\n")
-    if how.json is not None:
-        _written(overhead.write_json(found, how.json))
+    _save([found], "overhead", "cpu", how.json)
     return all(grown.later == 0 for grown in found.growth)
 
 
@@ -288,8 +293,8 @@ def simulate(count: int, seed: int | None, dtype: list[str] | None, how: How) ->
     accuracy, console = simulate.Accuracy.of(results, crossed), Console(highlight=False)
     console.print(simulate.table(results), "", simulate.crossover_table(crossed), "", sep="\n")
     console.print(f"{given}; seed {seed}", str(accuracy), sep="\n", markup=False, soft_wrap=True)
-    if how.json is not None:
-        _written(simulate.write_json(results, crossed, given, seed, how.json))
+    about = {"simulated": given.model_dump(mode="json"), "seed": seed, "accuracy": asdict(accuracy)}
+    _save(results, "simulate", "cpu", how.json, **about, crossovers=[one.as_dict() for one in crossed])
     return accuracy.holds
 
 

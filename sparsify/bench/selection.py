@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from sparsify.bench.cases import pick
 from sparsify.bench.check import compared, within
 from sparsify.bench.choice import Choice
 from sparsify.bench.measure import Timing, interleaved, timing
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT
 from sparsify.codegen.oracle import environment
 from sparsify.codegen.target import Launch
@@ -207,10 +205,3 @@ def table(results: Sequence[Selected]) -> Table:
             f"{result.share:.1%}",
         )
     return found
-
-
-def write_json(results: Sequence[Selected], path: Path) -> Path:
-    """Writes machine and results."""
-    about = machine("cpu")
-    return write({"machine": about, "results": [result.as_dict() for result in results]},
-                 json_path(path, about["machine"] + " selection"))  # fmt: skip

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from sparsify.bench.draws import Crossing
-from sparsify.bench.report import json_path, machine, write
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.cost import Machine, crossover, estimate
 from sparsify.cost import sample as samples
@@ -196,19 +194,3 @@ def crossover_table(results: Sequence[Crossed]) -> Table:
         lengths = ["never" if n is None else f"{n:.0f}" for n in (one.measured, one.predicted)]
         found.add_row(name, *lengths, f"{one.factor:.2f}")
     return found
-
-
-def write_json(
-    results: Sequence[Predicted], crossed: Sequence[Crossed], given: Machine, seed: int, path: Path
-) -> Path:  # fmt: skip
-    """Writes machines, the measured and the predicted one, and results."""
-    about = machine("cpu")
-    found = {
-        "machine": about,
-        "simulated": given.model_dump(mode="json"),
-        "seed": seed,
-        "accuracy": asdict(Accuracy.of(results, crossed)),
-        "results": [one.as_dict() for one in results],
-        "crossovers": [one.as_dict() for one in crossed],
-    }
-    return write(found, json_path(path, about["machine"] + " simulate"))

@@ -47,6 +47,7 @@ def of_call(made: Callable[[tuple[Pattern, ...], Shape, Machine], Result]) -> Ca
         return made(tuple(patterns), shape, found)
 
     given.__name__, given.__qualname__, given.__doc__ = made.__name__, made.__qualname__, made.__doc__
+    given.__module__, given.__annotations__["return"] = made.__module__, made.__annotations__["return"]
     return given
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,8 +20,12 @@ DECODE_BELOW = 8  # fewer queries than this are a decode step, which waits for m
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
 
 Cost = float  # nanoseconds of one core, never negative
-_Positive = Field(gt=0)
-_Cost = Field(ge=0)
+# Beyond these bounds a prediction would be 0, infinite or no number.
+_Cost = Field(ge=0, le=1e12)
+_Positive = Field(ge=1e-9, le=1e12)
+_Memory = Field(ge=1e6, le=1e18)  # bytes a second
+_Seconds = Field(ge=1e-9, le=1e6)
+_Size = Field(ge=1, le=2**16)
 
 
 class _Strict(BaseModel):
@@ -39,8 +43,8 @@ class Rates(_Strict):
     """
 
     dtype: str
-    head_dim: int = Field(ge=1)
-    tile: tuple[int, int]
+    head_dim: int = _Size
+    tile: tuple[Annotated[int, _Size], Annotated[int, _Size]]
     full: Cost = _Positive
     masked: Cost = _Cost
     live: Cost = _Cost
@@ -62,7 +66,7 @@ class Dense(_Strict):
     """
 
     dtype: str
-    head_dim: int = Field(ge=1)
+    head_dim: int = _Size
     pair: Cost = _Positive
     causal: Cost = _Positive
     few: Cost = _Cost
@@ -90,8 +94,8 @@ class Pace(_Strict):
     product: seconds of a product of two float32 matrices of 512 x 512. memory: of reading 64 MiB that no cache holds.
     """
 
-    product: float = _Positive
-    memory: float = _Positive
+    product: float = _Seconds
+    memory: float = _Seconds
 
 
 class Machine(_Strict):
@@ -102,7 +106,8 @@ class Machine(_Strict):
     multiprocessors. memory: bytes a second, all cores together. launch: nanoseconds of a call, whatever it does;
     cold: that a call of fewer than DECODE_BELOW queries takes beside them, as caches then hold what other layers left
     there; fork: that one takes in which more than one core has a part. measured: whether the rates are; if not,
-    `sources` says where they are from. pace: how fast it ran then.
+    `sources` says where they are from. pace: how fast it ran then. Rates that can't be 0 are at least 1e-9 ns,
+    and memory is read at 1 MB to 1 EB a second.
     """
 
     version: Literal[1] = VERSION
@@ -111,10 +116,10 @@ class Machine(_Strict):
     target: Literal["cpp", "triton"]
     arch: str
     cores: int = Field(ge=1, le=MOST_CORES)
-    memory: float = _Positive
+    memory: float = _Memory
     launch: Cost = _Cost
     cold: Cost = _Cost
-    fork: Cost = Field(0.0, ge=0)
+    fork: Cost = Field(0.0, ge=0, le=1e12)
     measured: bool
     sources: tuple[str, ...] = ()
     rates: tuple[Rates, ...] = Field(min_length=1)

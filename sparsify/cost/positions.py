@@ -1,40 +1,19 @@
-"""Where queries and keys stand, what rules say of them in closed form, and samples of many of them."""
+"""What rules say of tiles without data and in closed form, where queries stand, and samples of many of them."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from sparsify.expr import Pred
-from sparsify.patterns.count import GOLDEN
+from sparsify.patterns.count import GOLDEN, Positions, corners
 from sparsify.patterns.interior import by_intervals
 from sparsify.patterns.spans import Array, Bands
 from sparsify.patterns.tiles import TileRule, analyse, bands
-from sparsify.sizes import size_values
-from sparsify.walk import loads, variables
+from sparsify.walk import loads
 
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the queries and keys of a launch stand. q_slots, k_slots: how many slots each have. offset: the position of
-    the first query. q_len, k_len: the variables Nq and N of predicates."""
-
-    q_slots: int
-    k_slots: int
-    offset: int
-    q_len: int
-    k_len: int
-
-
-def corners(keep: Pred, head: int, at: Positions, rows: int, some: Array | None = None) -> dict[str, Any]:
-    """The variables of tile rules for all query tiles of a head, or for `some` of them."""
-    q0 = np.arange(0, at.q_slots, rows, dtype=np.int64) if some is None else some * rows
-    env: dict[str, Any] = {"b": 0, "h": head, "N": at.k_len, "Nq": at.q_len}
-    env |= {"q0": q0 + at.offset, "q1": np.minimum(q0 + rows, at.q_slots) - 1 + at.offset}
-    return env | size_values(variables(keep), at.k_len)
+__all__ = ["Positions", "bands_of", "closed", "corners", "spread", "tile_rule"]
 
 
 @functools.lru_cache(maxsize=4096)

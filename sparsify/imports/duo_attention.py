@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def folder_of(path: Path) -> Path | None:
     if path.is_dir():
         return path
     return path.parent if path.suffix == ".tsv" or path.name == CONFIG else None
+
+
+def is_meant(path: Path) -> bool:
+    """Whether a path means a plan of this format, be it right or wrong: gates, or a folder or config that has them."""
+    folder = folder_of(path)
+    return path.suffix == ".tsv" or (folder is not None and os.path.exists(folder / GATES))
 
 
 def plan(

@@ -58,16 +58,21 @@ def load(
 
 
 def _plan(path: Path, format: str | None, options: Mapping[str, Any]) -> Imported:
-    folder = duo_attention.folder_of(path)
-    if format == duo_attention.NAME or (format is None and folder is not None):
+    if format == duo_attention.NAME or (format is None and duo_attention.is_meant(path)):
         duo = FORMATS[duo_attention.NAME]
         return duo_attention.plan(path, **checked_options(options, duo.options, duo.name))
     file = File(path)
+    if format is None and path.is_dir():
+        raise _unknown(file, "folder")
     value = file.json()
     found = FORMATS[format] if format is not None else next((one for one in JSON if one.module.looks(value)), None)
     if found is None:
-        known = "; ".join(one.title for one in FORMATS.values())
-        raise file.error((), f"the file is in no known format; known are {known}")
+        raise _unknown(file, "file")
     if not found.module.looks(value):
         raise file.error((), f"the file is not in the format {found.name}; expected {found.title}")
     return found.module.plan(value, file, **checked_options(options, found.options, found.name))
+
+
+def _unknown(file: File, what: str) -> InputError:
+    known = "; ".join(one.title for one in FORMATS.values())
+    return file.error((), f"the {what} is in no known format; known are {known}")

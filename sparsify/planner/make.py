@@ -68,26 +68,41 @@ def plan(
     """
     begun, wanted = time.perf_counter(), Settings.read(lengths=lengths, budget=budget, **settings)
     check_model(model, objective, tokenizer, state, name)
-    config = getattr(model, "config", None)
-    longest = longest_of(config)
-    if data is None or (hasattr(data, "__len__") and not len(data)):
-        raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
-    found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest)
-    check_inputs(model, found)
-    check_tokens(model, found)
-    chosen = wanted.candidates or partial(_usual, wanted)
-    rig = set_up(model, found.profile[0], chosen, objective, name or type(model).__name__)
-    _check_layers(rig, "dense_layers", wanted.dense_layers)
-    for source, takers in wanted.reuse:
-        _check_layers(rig, "reuse", ((source, source), *takers))
-    about = Model(name or type(model).__name__, model_fingerprint(rig, config))
-    measured = type(rig.objective).__qualname__, rig.objective.unit, getattr(rig.objective, "__dict__", None)
-    run = __version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured
-    kept = State(None if state is None else Path(state), digest(run))
+    name = name or type(model).__name__
+    found = _checked_readings(model, data, held_out, wanted, tokenizer)
+    rig = _checked_rig(model, found, wanted, objective, name)
+    about = Model(name, model_fingerprint(rig, getattr(model, "config", None)))
+    kept = State(None if state is None else Path(state), _run_digest(model, rig, about))
     made = Planner(rig, found, wanted, kept, progress).make(about)
     if not keep:
         kept.clear()
     return replace(made, seconds=time.perf_counter() - begun)
+
+
+def _checked_readings(model: Any, data: Any, held_out: Any, wanted: Settings, tokenizer: Tokenizer | None) -> Readings:
+    """What is read, and that the model can read it. Raises InputError."""
+    if data is None or (hasattr(data, "__len__") and not len(data)):
+        raise InputError("plan: data: expected texts, tokens or Readings, found nothing")
+    config = getattr(model, "config", None)
+    found = readings(data, held_out, wanted, tokenizer, _is_decoder(config), longest_of(config))
+    check_inputs(model, found)
+    check_tokens(model, found)
+    return found
+
+
+def _checked_rig(model: Any, found: Readings, wanted: Settings, objective: Objective | None, name: str) -> Rig:
+    """The model with its candidates, and that it has the layers that the settings speak of. Raises InputError."""
+    rig = set_up(model, found.profile[0], wanted.candidates or partial(_usual, wanted), objective, name)
+    _check_layers(rig, "dense_layers", wanted.dense_layers)
+    for source, takers in wanted.reuse:
+        _check_layers(rig, "reuse", ((source, source), *takers))
+    return rig
+
+
+def _run_digest(model: Any, rig: Rig, about: Model) -> str:
+    """What all that is kept of a run depends on: program, model, weights, candidates and how results are measured."""
+    measured = type(rig.objective).__qualname__, rig.objective.unit, getattr(rig.objective, "__dict__", None)
+    return digest((__version__, about.fingerprint, _weights(model), [one.form for one in rig.candidates], measured))
 
 
 def _usual(wanted: Settings, causal: bool) -> tuple[Candidate, ...]:

@@ -205,6 +205,7 @@ class Plan:
         names = {number: self.candidates[number].name for number in used}
         patterns = {names[number]: self.candidates[number].form for number in used if names[number] != DENSE}
         rules = [_rule(site, heads, names, self) for site, heads in zip(self.sites, choices, strict=True)]
+        rules.sort(key=lambda rule: rule["match"] == "*")  # the model itself has the empty path, which only that finds
         return Spec.of({"version": 1, "patterns": patterns, "sites": rules})
 
     def to_json(self) -> str:
@@ -256,7 +257,8 @@ def _rule(site: SitePlan, heads: Sequence[int], names: Mapping[int, str], plan: 
     groups = {
         names[one]: of_numbers(h for h, other in enumerate(heads) if other == one) for one in dict.fromkeys(heads)
     }
-    rule: dict[str, Any] = {"match": site.address, "heads": {text_of(where): name for name, where in groups.items()}}
+    named = {text_of(where): name for name, where in groups.items()}
+    rule: dict[str, Any] = {"match": site.address or "*", "heads": named}
     if len(groups) == 1:
         rule["heads"] = next(iter(groups))
     if any(one.address == site.address and one.use != site.use for one in plan.sites):

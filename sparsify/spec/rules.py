@@ -177,4 +177,5 @@ def _plural(ranges: Ranges) -> str:
 
 
 def _described(site: SiteInfo) -> str:
-    return f"'{site.address}' has heads 0-{site.heads - 1}" if site.heads > 1 else f"'{site.address}' has head 0 only"
+    where = f"'{site.address}'" if site.address else "the model itself"
+    return f"{where} has heads 0-{site.heads - 1}" if site.heads > 1 else f"{where} has head 0 only"

@@ -24,6 +24,7 @@ from sparsify.spec.rules import Rule, SiteInfo
 from sparsify.spec.source import Source, shown
 
 LISTED = 6  # addresses in an error
+ROOT = "(the model itself, matched by '*')"  # an attention in no module within the model has the address ""
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -180,7 +181,7 @@ def _listed(sites: Sequence[SiteInfo], match: str) -> str:
         groups.setdefault((shape_of(site.address), site.where()), []).append(site)
     shown = {}
     for (_, where), group in groups.items():
-        address, uses = folded([site.address for site in group]), 1 + max(site.use for site in group)
+        address, uses = folded([site.address for site in group]) or ROOT, 1 + max(site.use for site in group)
         used = f" used {uses} times" if uses > 1 else ""
         shown[f"{address} {where}{used}"] = max(_likeness(match, site.address) for site in group)
     names = sorted(shown, key=lambda name: -shown[name])
