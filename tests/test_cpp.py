@@ -27,6 +27,7 @@ from strategies import BIASES, SINKS, term
 from sparsify import patterns as P
 from sparsify.bias import Term, parse_load
 from sparsify.codegen.cpp.source import fill
+from sparsify.codegen.oracle import kept
 from sparsify.errors import InputError
 from sparsify.expr import FALSE, Test
 from sparsify.patterns.presets import big_bird
@@ -295,6 +296,17 @@ def test_empty_sizes():
 
 def test_a_rule_that_keeps_nothing_gives_zeros():
     assert (CPP.run(launch(PATTERNS, (1, 1, 100, 100), torch.float32))[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize(("q_len", "head"), [(1, (33, 41)), (200, (33, 41)), (200, (64, 64))], ids=str)
+def test_what_all_queries_drop_may_be_nan_beside_a_kept_key(bf16_pairs, q_len, head):
+    """Values are multiplied in pairs, of which one key may be dropped by all: 0 times NaN would show."""
+    keep = ((P.sinks(4) | P.window(22)) & P.causal() & P.expr("k >= 1")).keep()
+    call = launch(Program.of([keep]), (1, 1, q_len, 301), torch.bfloat16, head)
+    clean, dropped = CPP.run(call), ~kept(call).any(-2)[0, 0]
+    assert dropped[0] and not dropped[1]  # a pair
+    call.k[:, :, dropped], call.v[:, :, dropped] = torch.nan, torch.nan
+    assert torch.equal(CPP.run(call), clean)
 
 
 def test_nan_stays_visible():

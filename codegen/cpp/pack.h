@@ -144,6 +144,30 @@ static void pack_values(int32_t* to, const Element* const* rows, I column) {
     }
 }
 
+// Whether some element of packed values in pairs is infinite or no number.
+static bool any_infinite(const int32_t* values) {
+    int32_t found = 0;
+    for (I i = 0; i < V_TILE; i++) {
+        int32_t low = ~values[i] & 0x7f80, high = ~values[i] & 0x7f800000; // 0 where all bits of an exponent are set
+        found |= (low == 0) | (high == 0);
+    }
+    return found;
+}
+
+// Values in pairs without those of keys that aren't among `keys`: 0 times one that is infinite is no number, and a pair
+// is multiplied for the sake of one of its keys.
+static void clear_dropped(int32_t* to, const int32_t* from, uint64_t keys) {
+    for (int panel = 0; panel < DVP; panel += NRW) {
+        int width = DVP - panel < NRW ? DVP - panel : NRW;
+        for (int pair = 0; pair < KS; pair++) {
+            uint64_t some = keys >> pair * PAIR;
+            int32_t kept = (some & 1 ? 0xffff : 0) | (some & 2 ? ~0xffff : 0);
+            I at = (I)panel * KS + pair * width;
+            for (int i = 0; i < width; i++) to[at + i] = from[at + i] & kept;
+        }
+    }
+}
+
 static inline float sum_of(const Rows& rows, int r) {
     float sum = 0;
     for (int i = 0; i < W; i++) sum += rows.sum[r][i];

@@ -30,6 +30,7 @@ static I packed(const Call& c, Worker& w, const QueryTile& t, const KeyTile& key
     Direct rows = addresses_of(c, t, keys);
     pack_keys(w.keys + slot * K_TILE, rows.key, c.ks[3], rows.value);
     pack_values(w.values + slot * V_TILE, rows.value, c.vs[3]);
+    w.infinite[slot] = PAIR == 2 && any_infinite(w.values + slot * V_TILE);
     return slot;
 }
 
@@ -181,8 +182,10 @@ static void meet_tile(
         Masks some = masks_of(w, t, block, marked);
         if (!some.any) continue;
         if (slot < 0) slot = packed(c, w, t, keys);
-        meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)(w.values + slot * V_TILE),
-             scoring, BIAS || some.keep ? &some : nullptr);
+        const int32_t* values = w.values + slot * V_TILE;
+        if (w.infinite[slot] && some.keep) clear_dropped(w.cleared, values, some.any), values = w.cleared;
+        meet(w.rows[block], (const float*)(w.keys + slot * K_TILE), (const float*)values, scoring,
+             BIAS || some.keep ? &some : nullptr);
     }
 }
 

@@ -25,6 +25,8 @@ struct Worker {
     int32_t* rules;    // of each of BM heads in the list that is gone through
     Tag* tags;         // of the packed tiles
     int32_t *keys, *values; // tiles in `slots` slots, and with GATHERS one more for keys that were gathered
+    bool* infinite;    // of each of these, whether some value is infinite or no number; of pairs only
+    int32_t* cleared;  // a tile of values without those of dropped keys; of pairs only
     I slots;
     I* stored;         // how many rows of the output all threads have written, where slots may not hold all: atomic
     bool direct;       // whether keys and values are read where they lie
@@ -78,6 +80,8 @@ static Worker worker_at(char* at, I slots) {
     w.tags = (Tag*)carve(at, sizeof(Tag) * slots);
     w.keys = (int32_t*)carve(at, 4 * K_TILE * tiles);
     w.values = (int32_t*)carve(at, 4 * V_TILE * tiles);
+    w.infinite = (bool*)carve(at, tiles);
+    w.cleared = (int32_t*)carve(at, PAIR == 2 ? 4 * V_TILE : 0);
     w.slots = slots;
     return w;
 }
@@ -85,5 +89,5 @@ static Worker worker_at(char* at, I slots) {
 static I worker_bytes(I slots) {
     char* start = (char*)64;
     Worker w = worker_at(start, slots);
-    return ((char*)(w.values + V_TILE * (slots + GATHERS)) - start + 127) / 64 * 64;
+    return ((char*)(w.cleared + (PAIR == 2 ? V_TILE : 0)) - start + 127) / 64 * 64;
 }
