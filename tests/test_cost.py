@@ -334,7 +334,7 @@ def test_selections_count_by_their_budget():
         ({"length": 64, "q_len": 65}, "cost: q_len: expected an integer from 1 to the length 64, found 65"),
         ({"length": 64, "kv_heads": 3}, "cost: kv_heads: 4 query heads are no multiple of 3"),
         ({"length": 64, "dtype": "bfloat"}, "cost: dtype: found 'bfloat'; did you mean 'bfloat16'?"),
-        ({"length": 64, "machine": "epyc-zen2"}, "unknown machine 'epyc-zen2'; did you mean 'epyc-zen3'?"),
+        ({"length": 64, "machine": "epyc-zn3"}, "unknown machine 'epyc-zn3'; did you mean 'epyc-zen3'?"),
         ({"length": 64, "machine": "h10"}, "unknown machine 'h10'; did you mean 'h100'?"),
         ({"length": 64, "machine": 3}, "machine: expected a name, the path of a JSON file or a Machine, found 3"),
         ({"length": 64, "dtype": torch.bfloat16}, "cost: dtype: expected one of bfloat16, float16, float32 as a"),

@@ -362,7 +362,9 @@ def test_heads_whose_rules_differ_cost_what_they_cost():
     for of in OF:
         costs = Costs(made.heads, (512,), of)
         found, each = costs.shares([by_head, None])[0], costs.shares(alone)[0]
-        assert (np.diff(found[:4, 0]) > 0).all() and found[:, 1].sum() == pytest.approx(1)
+        # In time a tile with a mask may cost more than a whole one, so that a few keys more may cost less.
+        assert found[3, 0] > found[0, 0] if of == "time" else (np.diff(found[:4, 0]) > 0).all()
+        assert found[:, 1].sum() == pytest.approx(1)
         assert found[4:, 0] == pytest.approx(found[:4, 0])  # of the other site
         if of != "time":  # which heads share
             assert found[:4, 0] == pytest.approx([each[head, head] for head in range(4)])
