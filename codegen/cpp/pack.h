@@ -144,14 +144,12 @@ static void pack_values(int32_t* to, const Element* const* rows, I column) {
     }
 }
 
-// Whether some element of packed values in pairs is infinite or no number.
+// Whether some element of packed values in pairs is infinite or no number: all bits of its exponent are set, so that one
+// more carries into the sign.
 static bool any_infinite(const int32_t* values) {
-    int32_t found = 0;
-    for (I i = 0; i < V_TILE; i++) {
-        int32_t low = ~values[i] & 0x7f80, high = ~values[i] & 0x7f800000; // 0 where all bits of an exponent are set
-        found |= (low == 0) | (high == 0);
-    }
-    return found;
+    uint32_t found = 0;
+    for (I i = 0; i < V_TILE; i++) found |= ((uint32_t)values[i] & 0x7f807f80) + 0x00800080;
+    return found & 0x80008000;
 }
 
 // Values in pairs without those of keys that aren't among `keys`: 0 times one that is infinite is no number, and a pair
