@@ -55,12 +55,11 @@ def attention(
 
     Returns (B, Hq, Nq, D) in q's dtype. A query that keeps no key gives 0. With `return_lse` a pair: that, and float32
     (B, Hq, Nq), the natural logarithm of the sum of exp(score) over a query's kept keys, -inf where there are none; by
-    it attention over two sets of keys is merged. Runs eagerly, under
-    `torch.compile(fullgraph=True)` and inside the sparsify backend; patterns may be built there, too, but for `~` and
-    `expr`, which Dynamo can't follow. Raises InputError for what does not fit.
+    it attention over two sets of keys is merged. Runs eagerly, under `torch.compile(fullgraph=True)` and inside the
+    sparsify backend; patterns may be built there, too, but for `~` and `expr`, which Dynamo can't follow. Raises
+    InputError for what does not fit.
     """
-    if q_offset is not None and not is_dynamo_compiling() and _is_usual(q_offset, q, k):
-        q_offset = None
+    q_offset = None if not is_dynamo_compiling() and _is_usual(q_offset, q, k) else q_offset
     alone = mask is None and q_offset is None and not return_lse and not is_dynamo_compiling()
     if alone and (out := ready.by_pattern(q, k, v, pattern, scale)) is not NotImplemented:
         return out
@@ -74,10 +73,9 @@ def attention(
     elif return_lse:
         out, lse = op.attention_lse(q, k, v, loads, *numbers, text)
     else:
-        out = op.called(q, k, v, loads, *numbers, text)
+        out, lse = op.called(q, k, v, loads, *numbers, text), None
         if alone and not loads and not _grids(pattern, k.shape[2]):
             op.remember(q, k, v, numbers[1], text, pattern)
-        return out
     return (out, lse) if return_lse else out
 
 
