@@ -3,6 +3,7 @@ a sum of as many bytes as are kept, which starts as cold."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +29,22 @@ class Size:
     """How much is measured on a kind of device: sequences, query heads, and the bytes of the tensor whose sum tells how
     fast memory is read (more than caches hold).
 
-    layers: how many caches are gone through in a row, as in a model; times are of one. Short calls are timed so.
+    layers: how many caches are gone through in a row, as in a model; times are of one. Fewer where they would take more
+    than `cache_bytes`.
     """
 
     batch: int
     heads: int
     read_bytes: int
-    layers: int = 1
+    layers: int
+    cache_bytes: int
+
+    def layers_of(self, one: int) -> int:
+        """How many caches of `one` bytes."""
+        return max(1, min(self.layers, self.cache_bytes // one))
 
 
-SIZES = {"cpu": Size(1, 8, 2**28), "cuda": Size(8, 32, 2**31, layers=4)}
+SIZES = {"cpu": Size(1, 8, 2**28, 16, 2**30), "cuda": Size(8, 32, 2**31, 4, 2**35)}
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,15 @@ CASES = (
 @dataclass(frozen=True)
 class Decoded:
     """One case measured: seconds of `sparsify`, of `dense` SDPA, of reading as many bytes as `size` says (`memory`) and
-    as many as are kept (`read`).
+    as many as are kept (`read`), and of a call `alone`: what its code and PyTorch's need left the caches before, too.
 
-    kept: bytes of the keys and values that some head of a group keeps. error, bound: as in `sparsify bench`.
+    layers: of which these are one, but for the call alone. kept: bytes of the keys and values that some head of a group
+    keeps. error, bound: as in `sparsify bench`.
     """
 
     case: DecodeCase
     size: Size
+    layers: int
     dtype: str
     timings: dict[str, Timing]
     kept: int
@@ -98,7 +107,7 @@ class Decoded:
             "name": self.case.name,
             "rules": [str(rule) for rule in self.case.rules(self.size.heads)],
             "batch": self.size.batch,
-            "layers": self.size.layers,
+            "layers": self.layers,
             "kv_heads": self.size.heads // self.case.group,
             "keys": KEYS,
             "head_dim": HEAD_DIM,
@@ -122,8 +131,8 @@ def named(names: Sequence[str] | None) -> tuple[DecodeCase, ...]:
 def measure(
     case: DecodeCase, dtype: str, device: str, repeats: int, seconds: float, tell: Callable[[str], None]
 ) -> Decoded:
-    """Checks the numbers, then times; what is read in between, another cache or a large tensor, takes the keys' place
-    in the processor's caches, as the layers of a model do."""
+    """Checks the numbers, then times; what is read in between, other caches or a large tensor, takes the keys' place in
+    the processor's caches, as the layers of a model do."""
     size, kind = SIZES[device], getattr(torch, dtype)
     rules, shape = case.rules(size.heads), (size.batch, size.heads // case.group)
     g = torch.Generator(device).manual_seed(0)
@@ -131,16 +140,19 @@ def measure(
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, HEAD_DIM, generator=g, device=device, dtype=kind)
 
-    q, caches = drawn(size.batch, size.heads, 1), [[drawn(*shape, KEYS) for _ in "kv"] for _ in range(size.layers)]
+    layers = size.layers_of(2 * math.prod(shape) * KEYS * HEAD_DIM * kind.itemsize)
+    q, caches = drawn(size.batch, size.heads, 1), [[drawn(*shape, KEYS) for _ in "kv"] for _ in range(1 + layers)]
     large = torch.ones(size.read_bytes // 4, device=device)
     keep = torch.stack([rule.mask(size.heads, 1, KEYS)[h] for h, rule in enumerate(rules)])
     pairs = size.batch * int(keep.view(shape[1], case.group, KEYS).any(1).sum())
     kept = pairs * 2 * HEAD_DIM * kind.itemsize
-    as_many = [torch.ones(kept // 4, device=device) for _ in range(size.layers)]
-    runs = {
-        "sparsify": lambda: [attention(q, k, v, rules) for k, v in caches],
+    as_many = [torch.ones(kept // 4, device=device) for _ in range(layers)]
+    caches, other = caches[1:], caches[0]
+    runs = {  # `memory` leaves caches without what `dense` has written, which memory would take back meanwhile
         "dense": lambda: [F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1) for k, v in caches],
         "memory": large.sum,
+        "alone": lambda: [attention(q, *other, rules)],
+        "sparsify": lambda: [attention(q, k, v, rules) for k, v in caches],
         "read": lambda: [one.sum() for one in as_many],
     }
     with torch.inference_mode():
@@ -149,20 +161,21 @@ def measure(
         errors, bound = compared(q, *whole, keep.to(device), HEAD_DIM**-0.5, {"out": runs["sparsify"]()[0]})
         tell(f"{case.name}: timing")
         samples = interleaved(runs, device, repeats, seconds, True)
-    samples |= {name: [one / size.layers for one in samples[name]] for name in ("sparsify", "dense", "read")}
+    samples |= {name: [one / layers for one in samples[name]] for name in ("sparsify", "dense", "read")}
     timings = {name: timing(found) for name, found in samples.items()}
-    return Decoded(case, size, dtype, timings, kept, errors["out"], bound)
+    return Decoded(case, size, layers, dtype, timings, kept, errors["out"], bound)
 
 
 def table(results: Sequence[Decoded]) -> Table:
-    """One line a case: milliseconds, those of dense SDPA, the ratio, the share of the rate of memory, and how long a
-    sum of as many bytes takes, as a share of the time."""
-    found = new_table(f"one query over {KEYS} keys", "ms", "dense", "ratio", "kept MB", "of memory", "of a read")
+    """One line a case: milliseconds, those of a call alone and of dense SDPA, the ratio, the share of the rate of
+    memory, and how long a sum of as many bytes takes, as a share of the time."""
+    found = new_table(f"one query over {KEYS} keys", "ms", "alone", "dense", "ratio", "kept MB", "of memory", "of read")
     for result in results:
-        mine, dense = (result.timings[name].median * 1e3 for name in ("sparsify", "dense"))
+        mine, alone, dense = (result.timings[name].median * 1e3 for name in ("sparsify", "alone", "dense"))
         found.add_row(
             f"{result.case.name} {result.size.heads}/{result.size.heads // result.case.group} {SHORT[result.dtype]}",
             f"{mine:.3f}" if result.right else f"WRONG {result.error:.0e}",
+            f"{alone:.3f}" if result.right else "",
             f"{dense:.3f}",
             f"{dense / mine:.2f}x" if result.right else "",
             f"{result.kept / 1e6:.1f}",
