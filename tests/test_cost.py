@@ -365,7 +365,7 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
     data = json.loads(machine.text())
     first = data["rates"][0]
     for change, says in (
-        ({"version": 2}, "version: found 2, and this sparsify reads 1; calibrate it anew"),
+        ({"version": 1}, "version: found 1, and this sparsify reads 2; calibrate it anew"),
         ({"corse": 3}, "corse: unknown field; did you mean 'cores'?"),
         ({"cores": 0}, "cores: input should be greater than or equal to 1, found 0"),
         ({"arch": "9"}, "arch: found '9'; did you mean '90'?"),

@@ -29,15 +29,34 @@ def _nanoseconds(sample: Sample, machine: cost.Machine) -> float:
 
 
 def test_a_fit_finds_the_machine_that_made_the_times():
+    """One whose rates grow along lines with the head size."""
     given = calibration.samples()
-    truth = TRUTH.model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 2e4})
+    truth = cost.machine("epyc-zen4").model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 2e4})
     first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 1e4, "rates": tuple(
-        calibration._guess(one.dtype, one.head_dim) for one in TRUTH.rates)})  # fmt: skip
+        calibration._guess(one.dtype, one.head_dim) for one in truth.rates)})  # fmt: skip
     found = fitted(first, given, [_nanoseconds(one, truth) for one in given])
     assert [found.launch, found.cold, found.fork] == pytest.approx([4e4, 5e4, 2e4], rel=0.2)
     drawn = draws.draw(5, 30, ("float32", "bfloat16"))
     errors = [abs(_nanoseconds(one, found) / _nanoseconds(one, truth) - 1) for one in drawn]
     assert max(errors) < 0.1 and statistics.median(errors) < 0.02  # the guess still weighs in rates that tell little
+
+
+def test_rates_of_other_head_sizes_lie_on_lines():
+    """Outside of both no less and no more than in proportion; of one size alone in proportion, or as they are."""
+    one = TRUTH.rates[0].model_copy(update={"full": 3.0, "masked": 0.5, "visit": 100.0, "pack": 1.0, "row": 90.0})
+    two = one.model_copy(update={"head_dim": 128, "full": 5.0, "masked": 0.5, "visit": 300.0, "pack": 5.0, "row": 60.0})
+    names = ("full", "masked", "visit", "pack", "row")
+    for size, values in {
+        32: (2.0, 0.5, 50.0, 0.5, 90.0),  # a visit would be free, packing less than that, and rows cost more
+        96: (4.0, 0.5, 200.0, 3.0, 75.0),
+        256: (9.0, 0.5, 600.0, 10.0, 60.0),
+    }.items():
+        found = TRUTH.model_copy(update={"rates": (one, two)}).rates_of("float32", size)
+        assert [getattr(found, name) for name in names] == pytest.approx(values) and found.head_dim == size
+    far = one.model_copy(update={"head_dim": 512, "full": 17.0})
+    assert TRUTH.model_copy(update={"rates": (far, one, two)}).rates_of("float32", 200).full == pytest.approx(7.25)
+    alone = TRUTH.model_copy(update={"rates": (one,)}).rates_of("float32", 32)
+    assert [getattr(alone, name) for name in names] == [1.5, 0.5, 100.0, 0.5, 45.0]
 
 
 def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):
@@ -48,7 +67,7 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
     monkeypatch.setattr(calibration, "HEAD_DIMS", (64,))
     times = [_nanoseconds(one, TRUTH) * 1e-9 for one in given]
     monkeypatch.setattr(calibration, "_timed", lambda some, tell, at: times)
-    monkeypatch.setattr(calibration, "_memory", lambda: TRUTH.memory)
+    monkeypatch.setattr(calibration, "_memory", lambda at: TRUTH.memory)
     monkeypatch.setattr(dense_rates, "seconds", lambda run, cold, budget, at: 1e-3)
     monkeypatch.setattr(selection_rates, "seconds", lambda run, cold, budget, at: (run(), 1e-3)[1])
     built = []
@@ -76,7 +95,7 @@ def test_dense_attention_is_causal_where_all_heads_are():
     assert not is_dense_causal([p.causal()], dataclasses.replace(shape, q_len=100))
     assert dense_time(shape, rates, True) == rates.launch + rates.causal * pairs
     one = dataclasses.replace(shape, q_len=1)
-    assert dense_time(one, rates, False) == rates.launch + rates.few * 4 * 512 + rates.key * 2 * 512
+    assert dense_time(one, rates, False) == rates.launch + rates.cold + rates.few * 4 * 512 + rates.key * 2 * 512
     sizes = {"length": 512, "kv_heads": 2, "head_dim": 64, "machine": TRUTH}
     assert cost.dense_seconds([p.window(9)] * 4, **sizes) == dense_time(shape, rates, True) * 1e-9
     assert cost.dense_seconds([p.dense()] * 4, **sizes) == dense_time(shape, rates, False) * 1e-9

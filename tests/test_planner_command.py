@@ -129,8 +129,9 @@ def test_the_help_has_room_at_80_columns(run, monkeypatch):
         assert max(map(len, said)) >= 30, panel
 
 
-def test_an_encoder_without_a_tokenizer_is_no_reader_of_bytes(run, folder):
+def test_an_encoder_without_a_tokenizer_is_no_reader_of_bytes(run, folder, capsys):
     BertModel(BertConfig(**SIZES, vocab_size=300, max_position_embeddings=64)).save_pretrained(folder / "bert")
+    capsys.readouterr()  # transformers' progress
     code, _, err = run(f"plan bert {GIVEN}")
     assert code == 2 and err == "sparsify: plan: bert: has no tokenizer, and its 300 tokens are no bytes\n"
 

@@ -39,6 +39,7 @@ PREFILL: tuple[tuple[Pattern, tuple[int, ...]], ...] = (
     (p.neighborhood([24, 40], [7, 9]), (960,)),
     (p.neighborhood([32, 48], [16, 16], 8), (1536,)),
     (p.neighborhood([40, 44], 9), (1760,)),  # of boxes of which parts are kept
+    (p.neighborhood([12, 12, 12], 3), (1728,)),  # of which few parts are
 )
 # Queries, heads, key heads and keys of few queries; for some of those kernels.
 DECODE = ((1, 8, 8, 9000), (1, 8, 2, 20000), (4, 2, 2, 5000), (1, 2, 1, 700), (16, 4, 2, 4000), (2, 8, 1, 12000))
@@ -71,7 +72,7 @@ def calibrate(progress: Progress | None = None) -> Machine:
             target="cpp",
             arch=find.isa(),
             cores=find.cores(),
-            memory=_memory(),
+            memory=_memory(at),
             launch=1e4,
             cold=5e4,
             fork=1e4,
@@ -104,7 +105,7 @@ def _guess(dtype: str, size: int) -> Rates:
     pair = size / 20
     return Rates(
         dtype=dtype, head_dim=size, tile=(nest.rows, nest.keys), full=pair, masked=0.5, live=pair, partial=20.0,
-        visit=300.0, pack=size / 4, row=size / 2, read=size / 3, direct=size / 12, item=1000.0,
+        visit=300.0, empty=100.0, pack=size / 4, row=size / 2, read=size / 3, direct=size / 12, item=1000.0,
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def _timed(given: Sequence[Sample], tell: Callable[[int], None], at: Pace) -> li
     return list(map(statistics.median, found))
 
 
-def _memory() -> float:
+def _memory(at: Pace) -> float:
     """Bytes a second at which all cores read what is in no cache."""
     large = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / seconds(large.sum, False, 0.3)
+    return READ_BYTES / seconds(large.sum, True, 0.3, at=at)

@@ -35,7 +35,8 @@ def dense_time(shape: Shape, rates: Dense, causal: bool) -> float:
     """Nanoseconds, by the rates of dense attention."""
     pairs = shape.batch * shape.heads * shape.q_len * shape.k_len
     if shape.q_len < DECODE_BELOW:
-        return rates.launch + rates.few * pairs + rates.key * shape.batch * shape.kv_heads * shape.k_len
+        keys = shape.batch * shape.kv_heads * shape.k_len
+        return rates.launch + rates.cold + rates.few * pairs + rates.key * keys
     return rates.launch + (rates.causal if causal else rates.pair) * pairs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from sparsify.cost.machine import DECODE_BELOW, GROWS, Machine, Rates
+from sparsify.cost.machine import DECODE_BELOW, Machine, Rates
 from sparsify.cost.sample import Sample
 from sparsify.cost.site import Site, site_of
 from sparsify.cost.steps import STEPS
@@ -15,23 +15,28 @@ from sparsify.cost.timeline import timeline_of
 from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
-GUESSED = 0.03  # what a relative error of a guess weighs beside that of a time
+GUESSED = 0.1  # what a relative error of a guess weighs beside that of a time
+FIRM = {"empty": 1.0}  # what it weighs else: empty tiles come with those of which little is kept, whose times vary more
 CALL = ("launch", "cold", "fork")  # fields of `Machine`: what a call takes, whatever it does
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
 
 def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[float]) -> Machine:
-    """The machine with the times of a call and the rates that fit the samples' times best; its own are a first guess.
+    """The machine with the times of a call and the rates that fit the samples' times best; its own are a first guess,
+    and the samples are of its dtypes and head sizes.
 
-    Steps that mostly go together can't be told apart by noisy times: the guess keeps one of them from being 0.
+    Steps that mostly go together can't be told apart by noisy times: the guess keeps one of them from being 0, and each
+    rate lies on a line over head sizes, which neither falls nor begins below 0. So the sum of such steps is about right
+    for sizes that weren't measured, too.
     """
     sites = [site_of(one.patterns, one.shape) for one in samples]
-    times, guess = np.array(nanoseconds), np.maximum(_rates_in(machine), LEAST)
+    times, guess, lines = np.array(nanoseconds), np.maximum(_rates_in(machine), LEAST), _lines(machine)
+    weights = np.array([GUESSED] * len(CALL) + [FIRM.get(name, GUESSED) for name in STEPS] * len(machine.rates))
     for _ in range(ROUNDS):
         rows = np.stack([_row(site, machine) for site in sites])
-        known = np.concatenate([rows / times[:, None], GUESSED * np.diag(1 / guess)])
-        found, _ = nnls(known, np.concatenate([np.ones(times.size), np.full(guess.size, GUESSED)]))
-        machine = _with_rates(machine, found)
+        known = np.concatenate([rows / times[:, None], np.diag(weights / guess)])
+        found, _ = nnls(known @ lines, np.concatenate([np.ones(times.size), weights]))
+        machine = _with_rates(machine, lines @ found)
     return machine
 
 
@@ -41,18 +46,30 @@ def _rates_in(machine: Machine) -> Array:
     return np.array([*(getattr(machine, name) for name in CALL), *rates])
 
 
+def _lines(machine: Machine) -> Array:
+    """What gives `_rates_in` from numbers of at least 0: the times of a call as they are, and for each dtype and step
+    what its rate is at head size 0, and by how much it grows up to the machine's greatest."""
+    call, count = len(CALL), len(STEPS)
+    dtypes = list(dict.fromkeys(entry.dtype for entry in machine.rates))
+    greatest = max(entry.head_dim for entry in machine.rates)
+    found = np.zeros((call + len(machine.rates) * count, call + 2 * len(dtypes) * count))
+    found[:call, :call] = np.eye(call)
+    for i, entry in enumerate(machine.rates):
+        rows, first = slice(call + i * count, call + (i + 1) * count), call + 2 * dtypes.index(entry.dtype) * count
+        found[rows, first : first + count] = np.eye(count)
+        found[rows, first + count : first + 2 * count] = np.eye(count) * entry.head_dim / greatest
+    return found
+
+
 def _row(site: Site, machine: Machine) -> Array:
     """What is multiplied with the times of a call and with the rates of each dtype and head size of the machine, one
     after the other, and comes to the time of a site."""
     timeline, shape = timeline_of(site, machine, site.nest(machine)), site.shape
     span = timeline.span / max(float(timeline.times.sum()), 1e-9)
-    done = timeline.steps * span
     parts = [np.array([1.0, float(shape.q_len < DECODE_BELOW), float(timeline.cores > 1)])]
     for entry in machine.rates:
-        weight = machine.weight(entry, shape.dtype, shape.head_dim)
-        grown = shape.head_dim / entry.head_dim if weight == 1.0 else 1.0
-        scale = np.array([weight * (grown if name in GROWS else 1.0) for name in STEPS])
-        parts.append(done * scale)
+        own = (entry.dtype, entry.head_dim) == (shape.dtype, shape.head_dim)
+        parts.append(timeline.steps * span * own)
     return np.concatenate(parts)
 
 

@@ -14,7 +14,7 @@ from sparsify.errors import InputError, nearest
 from sparsify.json_keys import each_once
 from sparsify.runtime.toolchain import ISAS
 
-VERSION = 1
+VERSION = 2
 MOST_CORES = 2**16  # query tiles are handed out to each of them
 DECODE_BELOW = 8  # fewer queries than this are a decode step, which waits for memory
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
@@ -37,9 +37,10 @@ class Rates(_Strict):
 
     tile: queries by keys of the tiles that they hold for. full: a pair (row, key) of a full tile. masked: a pair of a
     block that runs with a mask, live: one of those of its keys that are multiplied at all. partial: a row of a partial
-    tile, to know what it keeps. visit: a key tile that a loop comes to. pack: a key and its value, copied for many
-    queries. row: a row of a query tile, to start and to store. read: a key and its value read where they lie, direct: a
-    pair of such a key and a row. item: a query tile that a core is given, whatever is in it.
+    tile, to know what it keeps. visit: a key tile that runs, empty: one that a loop comes to and leaves out. pack: a
+    key and its value, copied for many queries. row: a row of a query tile, to start and to store. read: a key and its
+    value read where they lie, direct: a pair of such a key and a row. item: a query tile that a core is given, whatever
+    is in it.
     """
 
     dtype: str
@@ -50,6 +51,7 @@ class Rates(_Strict):
     live: Cost = _Cost
     partial: Cost = _Cost
     visit: Cost = _Cost
+    empty: Cost = _Cost
     pack: Cost = _Cost
     row: Cost = _Cost
     read: Cost = _Positive
@@ -62,7 +64,8 @@ class Dense(_Strict):
     head size.
 
     pair: a pair (row, key); causal: one of all pairs under a causal mask, those that it leaves out too. few, key: a
-    pair, and a key of each key head, with fewer than 8 queries, as in decoding. launch: a call.
+    pair, and a key of each key head, with fewer than 8 queries, as in decoding. launch: a call; cold: one of so few
+    queries, beside that, as caches hold what other layers left there.
     """
 
     dtype: str
@@ -72,6 +75,7 @@ class Dense(_Strict):
     few: Cost = _Cost
     key: Cost = _Cost
     launch: Cost = _Cost
+    cold: Cost = _Cost
 
 
 class Selection(_Strict):
@@ -110,7 +114,7 @@ class Machine(_Strict):
     and memory is read at 1 MB to 1 EB a second.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     name: str = Field(min_length=1)
     about: str
     target: Literal["cpp", "triton"]
@@ -170,8 +174,8 @@ class Machine(_Strict):
             raise InputError(f"{where}: {_first(error)}") from None
 
     def rates_of(self, dtype: str, head_dim: int, tile: tuple[int, int] | None = None) -> Rates:
-        """The rates for a dtype and head size, of the nearest tile, between and beyond measured head sizes in
-        proportion. A dtype that has none takes another's of its width. Raises InputError where there is none of it."""
+        """The rates for a dtype and head size, of the nearest tile; see `_at_size` for sizes that weren't measured. A
+        dtype that has none takes another's of its width. Raises InputError where there is none of it."""
         found = self._of_dtype("rates", dtype)
         if tile is not None:
             nearest_tile = min({one.tile for one in found}, key=lambda other: _apart(tile, other))
@@ -183,14 +187,6 @@ class Machine(_Strict):
 
         held = _at_size(found, dtype, padded(head_dim))
         return held.model_copy(update={"head_dim": head_dim, "read": rates.read})
-
-    def weight(self, entry: Rates, dtype: str, head_dim: int) -> float:
-        """How much of an entry is in the rates for a dtype and head size: 1 where it is the only one."""
-        found = self._of_dtype("rates", dtype)
-        if entry not in found:
-            return 0.0
-        below, above, part = _around(found, head_dim)
-        return (1 - part) * (entry.head_dim == below) + part * (entry.head_dim == above)
 
     def dense_of(self, dtype: str, head_dim: int) -> Dense:
         """Dense attention's, in the same way."""
@@ -230,31 +226,26 @@ def _apart(tile: tuple[int, int], other: tuple[int, int]) -> float:
     return sum(max(a / b, b / a) for a, b in zip(tile, other, strict=True))
 
 
-def _around(found: list[Any], head_dim: int) -> tuple[int, int, float]:
-    """The sizes around this one, the same twice outside all of them, and the share of the second."""
-    sizes = sorted({one.head_dim for one in found})
-    below = max((size for size in sizes if size <= head_dim), default=sizes[0])
-    above = min((size for size in sizes if size >= head_dim), default=sizes[-1])
-    return below, above, 0.0 if below == above else (head_dim - below) / (above - below)
-
-
-def _at_size(found: list[Any], dtype: str, head_dim: int) -> Any:
-    """Linear between the two sizes around it; outside them in proportion to the nearest."""
-    by_size = {one.head_dim: one for one in found}
-    below, above, part = _around(found, head_dim)
-    times = head_dim / below if below == above else 1.0
-    return _mixed(by_size[below], by_size[above], part, dtype, head_dim, times)
-
-
 GROWS = {"full", "live", "pack", "row", "read", "direct", "pair", "causal", "few", "key"}  # with the head size
 
 
-def _mixed(one: Any, other: Any, part: float, dtype: str, head_dim: int, times: float) -> Any:
-    values = one.model_dump()
-    for name, value in other.model_dump().items():
-        if isinstance(value, float):
-            values[name] = (values[name] * (1 - part) + value * part) * (times if name in GROWS else 1.0)
-    return type(one).model_construct(**values | {"dtype": dtype, "head_dim": head_dim})
+def _at_size(found: list[Any], dtype: str, head_dim: int) -> Any:
+    """Rates for a head size: on the line through those of the sizes around it, or of the two nearest; outside of all
+    sizes no less and no more than in proportion to the nearest. Of one size alone those that grow with it do so."""
+    by_size = {one.head_dim: one for one in found}
+    near, *others = sorted(by_size, key=lambda size: abs(size - head_dim))
+    other = min(others, key=lambda size: (size - head_dim) * (near - head_dim) > 0, default=None)
+    inside = min(by_size) <= head_dim <= max(by_size)
+
+    def at(name: str, value: float) -> float:
+        grown = value * head_dim / near
+        if other is None:
+            return grown if name in GROWS else value
+        on_line = value + (getattr(by_size[other], name) - value) / (other - near) * (head_dim - near)
+        return on_line if inside else min(max(on_line, min(value, grown)), max(value, grown))
+
+    rates = {name: at(name, value) for name, value in by_size[near] if isinstance(value, float)}
+    return by_size[near].model_copy(update=rates | {"dtype": dtype, "head_dim": head_dim})
 
 
 def read(path: Path) -> Machine:

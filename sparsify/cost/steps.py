@@ -20,7 +20,7 @@ from sparsify.patterns.pattern import K, Q
 from sparsify.patterns.spans import Array, Pieces
 
 # The fields of `Rates`, and what query tiles are counted in.
-STEPS = ("full", "masked", "live", "partial", "visit", "pack", "row", "item", "read", "direct")
+STEPS = ("full", "masked", "live", "partial", "visit", "empty", "pack", "row", "item", "read", "direct")
 LIVE = 0.6  # of a tile at the diagonal: the share of its panels that some row keeps something of
 
 
@@ -131,7 +131,7 @@ def _lists(site: Site, heads: range) -> dict[int, int]:
 def _blocks(tiles: Tiles) -> Array:
     return steps(
         tiles.rows.size, full=tiles.whole, masked=tiles.masked, live=tiles.live, partial=tiles.partial * tiles.rows,
-        visit=tiles.key_tiles, row=tiles.rows,
+        visit=tiles.run, empty=tiles.key_tiles - tiles.run, row=tiles.rows,
     )  # fmt: skip
 
 
@@ -139,18 +139,21 @@ def _direct(rules: tuple[tuple[Pred, int], ...], at: Positions, tiles: Tiles) ->
     """Of the one query tile of a group whose keys are read where they lie."""
     keys = kept_by_any(rules, at)
     return steps(
-        tiles.rows.size, partial=tiles.partial * tiles.rows, visit=tiles.key_tiles, row=tiles.rows, read=keys,
-        direct=keys * tiles.rows,
+        tiles.rows.size, partial=tiles.partial * tiles.rows, visit=tiles.run, empty=tiles.key_tiles - tiles.run,
+        row=tiles.rows, read=keys, direct=keys * tiles.rows,
     )  # fmt: skip
 
 
 def _list_steps(found: Listing, rows: Array, nest: Nest) -> Array:
     if nest.direct:
         keys = found.run * nest.keys
-        return steps(rows.size, partial=found.partial * rows, visit=found.tiles, read=keys, direct=keys * rows)
+        return steps(
+            rows.size, partial=found.partial * rows, visit=found.run, empty=found.tiles - found.run, read=keys,
+            direct=keys * rows,
+        )  # fmt: skip
     pairs = np.ceil(rows / nest.block) * nest.block * nest.keys
     masked = found.partial * pairs
     return steps(
         rows.size, full=(found.run - found.partial) * pairs, masked=masked, live=masked * LIVE,
-        partial=found.partial * rows, visit=found.tiles,
+        partial=found.partial * rows, visit=found.run, empty=found.tiles - found.run,
     )  # fmt: skip

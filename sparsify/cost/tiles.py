@@ -36,6 +36,11 @@ class Tiles:
     live: Array
     pieces: Pieces
 
+    @property
+    def run(self) -> Array:
+        """The key tiles that aren't empty."""
+        return self.full + self.partial
+
 
 @functools.lru_cache(maxsize=4096)
 def tiles_of(rules: tuple[tuple[Pred, int], ...], heads: int, at: Positions, nest: Nest) -> Tiles:
