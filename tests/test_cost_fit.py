@@ -31,11 +31,11 @@ def _nanoseconds(sample: Sample, machine: cost.Machine) -> float:
 def test_a_fit_finds_the_machine_that_made_the_times():
     """One whose rates grow along lines with the head size."""
     given = calibration.samples()
-    truth = cost.machine("epyc-zen4").model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 2e4})
-    first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 1e4, "rates": tuple(
+    truth = cost.machine("epyc-zen4").model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 3e3})
+    first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 2e3, "rates": tuple(
         calibration._guess(one.dtype, one.head_dim) for one in truth.rates)})  # fmt: skip
     found = fitted(first, given, [_nanoseconds(one, truth) for one in given])
-    assert [found.launch, found.cold, found.fork] == pytest.approx([4e4, 5e4, 2e4], rel=0.2)
+    assert [found.launch, found.cold, found.fork] == pytest.approx([4e4, 5e4, 3e3], rel=0.3)
     drawn = draws.draw(5, 30, ("float32", "bfloat16"))
     errors = [abs(_nanoseconds(one, found) / _nanoseconds(one, truth) - 1) for one in drawn]
     assert max(errors) < 0.1 and statistics.median(errors) < 0.02  # the guess still weighs in rates that tell little
@@ -61,11 +61,11 @@ def test_rates_of_other_head_sizes_lie_on_lines():
 
 def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):
     """With runs of made-up lengths: those that the shipped machine predicts."""
-    told = []
+    told, truth = [], TRUTH.model_copy(update={"fork": 3e3})
     given = [one for one in calibration.samples() if one.shape.head_dim == 64 and one.patterns[0] == p.causal()]
     monkeypatch.setattr(calibration, "samples", lambda: given)
     monkeypatch.setattr(calibration, "HEAD_DIMS", (64,))
-    times = [_nanoseconds(one, TRUTH) * 1e-9 for one in given]
+    times = [_nanoseconds(one, truth) * 1e-9 for one in given]
     monkeypatch.setattr(calibration, "_timed", lambda some, tell, at: times)
     monkeypatch.setattr(calibration, "_memory", lambda at: TRUTH.memory)
     monkeypatch.setattr(dense_rates, "seconds", lambda run, cold, budget, at: 1e-3)
@@ -78,7 +78,7 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
     assert told[-1][0] == "fitting" and all(done <= every for _, done, every in told)
     assert cost.Machine.parse(found.text()) == found
     for one in given:
-        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, TRUTH), rel=0.05)
+        assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, truth), rel=0.1)  # the guess weighs in
 
 
 def test_calibration_needs_a_compiler(monkeypatch):

@@ -16,7 +16,8 @@ from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
 GUESSED = 0.1  # what a relative error of a guess weighs beside that of a time
-FIRM = {"empty": 1.0}  # what it weighs else: empty tiles come with those of which little is kept, whose times vary more
+# What it weighs else: few samples tell it, beside much that varies more.
+FIRM = {"empty": 1.0}
 CALL = ("launch", "cold", "fork")  # fields of `Machine`: what a call takes, whatever it does
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
@@ -31,7 +32,7 @@ def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[fl
     """
     sites = [site_of(one.patterns, one.shape) for one in samples]
     times, guess, lines = np.array(nanoseconds), np.maximum(_rates_in(machine), LEAST), _lines(machine)
-    weights = np.array([GUESSED] * len(CALL) + [FIRM.get(name, GUESSED) for name in STEPS] * len(machine.rates))
+    weights = np.array([FIRM.get(name, GUESSED) for name in (*CALL, *STEPS * len(machine.rates))])
     for _ in range(ROUNDS):
         rows = np.stack([_row(site, machine) for site in sites])
         known = np.concatenate([rows / times[:, None], np.diag(weights / guess)])
