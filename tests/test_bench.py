@@ -243,6 +243,12 @@ def test_files_name_the_machine_and_versions(tmp_path) -> None:
     assert path.parent == tmp_path and path.suffix == ".json" and not list(tmp_path.glob("*.partial"))
 
 
+def test_what_is_no_number_is_null_in_files(tmp_path) -> None:
+    wrong = {"error": math.nan, "bounds": [math.inf, 1.0], "seconds": ({"low": -math.inf},)}
+    text = report.write(wrong, tmp_path / "found.json").read_text()
+    assert json.loads(text) == {"error": None, "bounds": [None, 1.0], "seconds": [{"low": None}]} and "NaN" not in text
+
+
 def test_memory_is_what_a_call_takes_at_its_highest() -> None:
     size = 2**25
 

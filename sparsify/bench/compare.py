@@ -19,8 +19,9 @@ TOLERATED = 1.05
 THEIRS = ("dense", "full", "cudnn", "mask", "flex", "natten", "inductor", "memory", "read")
 NAMELESS = ("sparsify", "whole", "together")  # the runs of ours that are the case itself
 WHAT = ("name", "case", "model", "spec", "pattern", "phase", "length", "queries", "keys", "head_dim", "dtype", "heads",
-        "kv_heads")  # fmt: skip
-LETTERS = {"length": "N=", "queries": "Nq=", "keys": "N=", "head_dim": "D=", "heads": "H=", "kv_heads": "Hkv="}
+        "kv_heads", "layers")  # fmt: skip
+LETTERS = {"length": "N=", "queries": "Nq=", "keys": "N=", "head_dim": "D=", "heads": "H=", "kv_heads": "Hkv=",
+           "layers": "layers="}  # fmt: skip
 
 Row = Mapping[str, Any]
 

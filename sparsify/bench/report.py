@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -184,9 +185,18 @@ def stem(name: str) -> str:
 
 
 def write(value: dict[str, Any], path: Path) -> Path:
-    """Writes JSON, whole or not at all. Raises InputError."""
-    write_whole(path, json.dumps(value, indent=1) + "\n", "bench: --json")
+    """Writes JSON, whole or not at all; numbers that it has no words for (of a wrong case's error) as null. Raises
+    InputError."""
+    write_whole(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "bench: --json")
     return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path, option: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
