@@ -286,7 +286,10 @@ def test_progress_counts_and_says_what_is_left() -> None:
 
 
 def test_decoding_counts_the_bytes_that_a_group_keeps(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
     def interleaved(runs: dict[str, Any], *_: Any) -> dict[str, list[float]]:
+        made.update({name: run() for name, run in runs.items()})
         return dict.fromkeys(runs, [2.0] * 5)
 
     monkeypatch.setattr(decode, "interleaved", interleaved)
@@ -298,8 +301,12 @@ def test_decoding_counts_the_bytes_that_a_group_keeps(eager: None, monkeypatch: 
         assert found.layers == (2 if case.group > 1 else 1)  # eight KV heads are more bytes than two caches may have
         assert found.of_memory == pytest.approx(found.layers * found.kept / 2**20)
         assert found.of_read == found.timings["read"].median / found.timings["sparsify"].median
+        shared = dict.fromkeys(("sparsify", "dense", "read"), 2.0 / found.layers)
+        assert {name: one.median for name, one in found.timings.items()} == {"memory": 2.0, "alone": 2.0} | shared
+        assert [len(made[name]) for name in ("sparsify", "dense", "read", "alone")] == [found.layers] * 3 + [1]
         as_data = json.loads(json.dumps(found.as_dict()))
         assert (as_data["of_memory"], as_data["of_read"]) == (found.of_memory, found.of_read)
+        assert as_data["layers"] == found.layers
     wrong = replace(found, error=1.0)
     assert wrong.of_memory is None and wrong.of_read is None and "WRONG 1e+00" in printed(decode.table([wrong]))
 

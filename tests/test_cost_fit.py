@@ -31,11 +31,14 @@ def _nanoseconds(sample: Sample, machine: cost.Machine) -> float:
 def test_a_fit_finds_the_machine_that_made_the_times():
     """One whose rates grow along lines with the head size."""
     given = calibration.samples()
-    truth = cost.machine("epyc-zen4").model_copy(update={"launch": 4e4, "cold": 5e4, "fork": 3e3})
-    first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 2e3, "rates": tuple(
-        calibration._guess(one.dtype, one.head_dim) for one in truth.rates)})  # fmt: skip
+    rates = tuple(one.model_copy(update={"empty": 300.0}) for one in cost.machine("epyc-zen4").rates)
+    calls = {"launch": 4e4, "cold": 5e4, "fork": 3e3, "rates": rates}
+    truth = cost.machine("epyc-zen4").model_copy(update=calls)
+    first = truth.model_copy(update={"launch": 5e4, "cold": 3e4, "fork": 1e4, "rates": tuple(
+        calibration._guess(one.dtype, one.head_dim) for one in rates)})  # fmt: skip
     found = fitted(first, given, [_nanoseconds(one, truth) for one in given])
     assert [found.launch, found.cold, found.fork] == pytest.approx([4e4, 5e4, 3e3], rel=0.3)
+    assert [one.empty for one in found.rates] == pytest.approx([300.0] * len(rates), rel=0.3)
     drawn = draws.draw(5, 30, ("float32", "bfloat16"))
     errors = [abs(_nanoseconds(one, found) / _nanoseconds(one, truth) - 1) for one in drawn]
     assert max(errors) < 0.1 and statistics.median(errors) < 0.02  # the guess still weighs in rates that tell little
@@ -56,7 +59,11 @@ def test_rates_of_other_head_sizes_lie_on_lines():
     far = one.model_copy(update={"head_dim": 512, "full": 17.0})
     assert TRUTH.model_copy(update={"rates": (far, one, two)}).rates_of("float32", 200).full == pytest.approx(7.25)
     alone = TRUTH.model_copy(update={"rates": (one,)}).rates_of("float32", 32)
-    assert [getattr(alone, name) for name in names] == [1.5, 0.5, 100.0, 0.5, 45.0]
+    assert [getattr(alone, name) for name in names] == [1.5, 0.25, 100.0, 0.5, 45.0]
+    both = TRUTH.model_copy(update={"rates": (one, two)})
+    assert both.rates_of("float32", 128) == two and both.dense_of("float16", 64).pair == TRUTH.dense[2].pair
+    of_one_size = cost.machine("a100").rates_of("bfloat16", 256, (64, 32))  # there masked pairs are multiplied, too
+    assert of_one_size.masked > of_one_size.full
 
 
 def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatch):
@@ -81,6 +88,15 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
         assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, truth), rel=0.1)  # the guess weighs in
 
 
+def test_dense_rates_are_those_that_made_the_times(monkeypatch):
+    machine = cost.machine("epyc-zen4")
+    truth = machine.dense_of("float32", 64)
+    monkeypatch.setattr(dense_rates, "_seconds", lambda shape, causal, at: dense_time(shape, truth, causal) * 1e-9)
+    found = dense_rates._rates("float32", 64, machine.pace)
+    names = ("launch", "cold", "pair", "causal", "few", "key")
+    assert [getattr(found, name) for name in names] == pytest.approx([getattr(truth, name) for name in names])
+
+
 def test_calibration_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("SPARSIFY_CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"^calibrate: .*no-such-compiler"):
@@ -88,7 +104,8 @@ def test_calibration_needs_a_compiler(monkeypatch):
 
 
 def test_dense_attention_is_causal_where_all_heads_are():
-    shape, rates = Shape(4, 2, 512, 512, 64), TRUTH.dense_of("float32", 64)
+    shape = Shape(4, 2, 512, 512, 64)
+    rates = TRUTH.dense_of("float32", 64).model_copy(update={"cold": 7e3})
     pairs = 4 * 512 * 512
     assert is_dense_causal([p.causal(), p.window(9)], shape)
     assert not is_dense_causal([p.causal(), p.window(9, ahead=1)], shape)

@@ -1,5 +1,5 @@
-"""`sparsify bench --decode`: one query over a long cache, beside dense SDPA, the rate at which memory is read, and
-a sum of as many bytes as are kept, which starts as cold."""
+"""`sparsify bench --decode`: one query over a long cache, layer after layer and alone, beside dense SDPA, the rate at
+which memory is read, and a sum of as many bytes as are kept, which starts as cold."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Size:
     """How much is measured on a kind of device: sequences, query heads, and the bytes of the tensor whose sum tells how
     fast memory is read (more than caches hold).
 
-    layers: how many caches are gone through in a row, as in a model; times are of one. Fewer where they would take more
-    than `cache_bytes`.
+    layers: at most how many caches are gone through in a row, as in a model; times are of one. cache_bytes: that these
+    may take together; another cache, and as many bytes as are kept of each, come on top.
     """
 
     batch: int
@@ -39,9 +39,9 @@ class Size:
     layers: int
     cache_bytes: int
 
-    def layers_of(self, one: int) -> int:
-        """How many caches of `one` bytes."""
-        return max(1, min(self.layers, self.cache_bytes // one))
+    def layers_of(self, bytes_of_one: int) -> int:
+        """How many caches are gone through, each of so many bytes."""
+        return max(1, min(self.layers, self.cache_bytes // bytes_of_one))
 
 
 SIZES = {"cpu": Size(1, 8, 2**28, 16, 2**30), "cuda": Size(8, 32, 2**31, 4, 2**35)}
@@ -66,10 +66,11 @@ CASES = (
 @dataclass(frozen=True)
 class Decoded:
     """One case measured: seconds of `sparsify`, of `dense` SDPA, of reading as many bytes as `size` says (`memory`) and
-    as many as are kept (`read`), and of a call `alone`: what its code and PyTorch's need left the caches before, too.
+    as many as are kept (`read`), and of one call `alone`, on another cache, after a read that left nothing of its code
+    and PyTorch's in the processor's caches.
 
-    layers: of which these are one, but for the call alone. kept: bytes of the keys and values that some head of a group
-    keeps. error, bound: as in `sparsify bench`.
+    layers: how many calls in a row the other times are shares of; `memory` and `alone` are whole. kept: bytes of the
+    keys and values that some head of a group keeps. error, bound: as in `sparsify bench`.
     """
 
     case: DecodeCase
@@ -148,7 +149,7 @@ def measure(
     kept = pairs * 2 * HEAD_DIM * kind.itemsize
     as_many = [torch.ones(kept // 4, device=device) for _ in range(layers)]
     caches, other = caches[1:], caches[0]
-    runs = {  # `memory` leaves caches without what `dense` has written, which memory would take back meanwhile
+    runs = {  # `memory` after `dense`: what that wrote is written back before ours is timed
         "dense": lambda: [F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1) for k, v in caches],
         "memory": large.sum,
         "alone": lambda: [attention(q, *other, rules)],

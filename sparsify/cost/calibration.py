@@ -36,6 +36,7 @@ PREFILL: tuple[tuple[Pattern, tuple[int, ...]], ...] = (
     ((p.sinks(4) | p.window("N/16 + 16")) & CAUSAL, (900, 3000)),
     (p.dilated(4) & p.window("N/4"), (500, 1500)),
     ((p.window("N/32") | p.column_stride(6, block=32)) & CAUSAL, (1200, 2600)),
+    (p.column_stride(2000) & CAUSAL, (6000,)),  # most of whose tiles are empty
     (p.neighborhood([24, 40], [7, 9]), (960,)),
     (p.neighborhood([32, 48], [16, 16], 8), (1536,)),
     (p.neighborhood([40, 44], 9), (1760,)),  # of boxes of which parts are kept

@@ -26,7 +26,8 @@ def dense_rates(dtypes: Sequence[str], head_dims: Sequence[int], at: Pace) -> tu
 
 
 def _rates(dtype: str, size: int, at: Pace) -> Dense:
-    """The launch is that of short calls, whatever they are."""
+    """Least squares in relative error. Short calls of many queries tell the launch, those of few what they take beside
+    it, which can't be less than 0."""
     rows, times = [], []
     for causal, (heads, kv_heads, length) in product((False, True), LONG):
         shape = Shape(heads, kv_heads, length, length, size, dtype)

@@ -15,9 +15,7 @@ from sparsify.cost.timeline import timeline_of
 from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
-GUESSED = 0.1  # what a relative error of a guess weighs beside that of a time
-# What it weighs else: few samples tell it, beside much that varies more.
-FIRM = {"empty": 1.0}
+GUESSED = 0.1  # the weight of a guess's relative error, where that of a time has 1
 CALL = ("launch", "cold", "fork")  # fields of `Machine`: what a call takes, whatever it does
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
@@ -30,13 +28,14 @@ def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[fl
     rate lies on a line over head sizes, which neither falls nor begins below 0. So the sum of such steps is about right
     for sizes that weren't measured, too.
     """
+    known = {(one.dtype, one.head_dim) for one in machine.rates}
+    assert known >= {(one.shape.dtype, one.shape.head_dim) for one in samples}
     sites = [site_of(one.patterns, one.shape) for one in samples]
     times, guess, lines = np.array(nanoseconds), np.maximum(_rates_in(machine), LEAST), _lines(machine)
-    weights = np.array([FIRM.get(name, GUESSED) for name in (*CALL, *STEPS * len(machine.rates))])
     for _ in range(ROUNDS):
         rows = np.stack([_row(site, machine) for site in sites])
-        known = np.concatenate([rows / times[:, None], np.diag(weights / guess)])
-        found, _ = nnls(known @ lines, np.concatenate([np.ones(times.size), weights]))
+        told = np.concatenate([rows / times[:, None], GUESSED * np.diag(1 / guess)])
+        found, _ = nnls(told @ lines, np.concatenate([np.ones(times.size), np.full(guess.size, GUESSED)]))
         machine = _with_rates(machine, lines @ found)
     return machine
 
@@ -48,8 +47,9 @@ def _rates_in(machine: Machine) -> Array:
 
 
 def _lines(machine: Machine) -> Array:
-    """What gives `_rates_in` from numbers of at least 0: the times of a call as they are, and for each dtype and step
-    what its rate is at head size 0, and by how much it grows up to the machine's greatest."""
+    """float64 (numbers of `_rates_in`, numbers of at least 0): the first are what this makes of the second, which are
+    the times of a call; then for each dtype every step's rate at head size 0, and every step's growth from there to the
+    greatest size."""
     call, count = len(CALL), len(STEPS)
     dtypes = list(dict.fromkeys(entry.dtype for entry in machine.rates))
     greatest = max(entry.head_dim for entry in machine.rates)

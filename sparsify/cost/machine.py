@@ -17,6 +17,8 @@ from sparsify.runtime.toolchain import ISAS
 VERSION = 2
 MOST_CORES = 2**16  # query tiles are handed out to each of them
 DECODE_BELOW = 8  # fewer queries than this are a decode step, which waits for memory
+# In proportion to the head size, where one size alone is known.
+_GROWS = {"full", "masked", "live", "pack", "row", "read", "direct", "pair", "causal", "few", "key"}
 CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942")
 
 Cost = float  # nanoseconds of one core, never negative
@@ -64,8 +66,8 @@ class Dense(_Strict):
     head size.
 
     pair: a pair (row, key); causal: one of all pairs under a causal mask, those that it leaves out too. few, key: a
-    pair, and a key of each key head, with fewer than 8 queries, as in decoding. launch: a call; cold: one of so few
-    queries, beside that, as caches hold what other layers left there.
+    pair, and a key of each key head, with fewer than 8 queries, as in decoding. launch: a call. cold:
+    what one of so few queries takes beside that, as caches then hold what other layers left there.
     """
 
     dtype: str
@@ -174,8 +176,8 @@ class Machine(_Strict):
             raise InputError(f"{where}: {_first(error)}") from None
 
     def rates_of(self, dtype: str, head_dim: int, tile: tuple[int, int] | None = None) -> Rates:
-        """The rates for a dtype and head size, of the nearest tile; see `_at_size` for sizes that weren't measured. A
-        dtype that has none takes another's of its width. Raises InputError where there is none of it."""
+        """The rates for a dtype and head size, of the nearest tile; those of other sizes from lines through measured
+        ones. A dtype that has none takes another's of its width. Raises InputError where there is none of it."""
         found = self._of_dtype("rates", dtype)
         if tile is not None:
             nearest_tile = min({one.tile for one in found}, key=lambda other: _apart(tile, other))
@@ -226,21 +228,20 @@ def _apart(tile: tuple[int, int], other: tuple[int, int]) -> float:
     return sum(max(a / b, b / a) for a, b in zip(tile, other, strict=True))
 
 
-GROWS = {"full", "live", "pack", "row", "read", "direct", "pair", "causal", "few", "key"}  # with the head size
-
-
 def _at_size(found: list[Any], dtype: str, head_dim: int) -> Any:
-    """Rates for a head size: on the line through those of the sizes around it, or of the two nearest; outside of all
-    sizes no less and no more than in proportion to the nearest. Of one size alone those that grow with it do so."""
+    """Rates for a head size: on the line through the sizes on either side of it. Beyond all sizes on that through the
+    two nearest, kept between the nearest one's rate and that in proportion to the size. Of one size alone in proportion
+    for those in _GROWS, else as it is."""
     by_size = {one.head_dim: one for one in found}
     near, *others = sorted(by_size, key=lambda size: abs(size - head_dim))
+    # False sorts first: a size on the other side of it, else the next on the same side.
     other = min(others, key=lambda size: (size - head_dim) * (near - head_dim) > 0, default=None)
     inside = min(by_size) <= head_dim <= max(by_size)
 
     def at(name: str, value: float) -> float:
         grown = value * head_dim / near
         if other is None:
-            return grown if name in GROWS else value
+            return grown if name in _GROWS else value
         on_line = value + (getattr(by_size[other], name) - value) / (other - near) * (head_dim - near)
         return on_line if inside else min(max(on_line, min(value, grown)), max(value, grown))
 

@@ -99,11 +99,11 @@ def _parts(site: Site, nest: Nest, machine: Machine, choosing: dict[str, float],
 def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
     """The tiles and pairs of one head by itself, without its time."""
     shape, head = site.shape, site.heads[h]
-    visited, full, partial, run = _totals(rule_of(head.static, h), site.at, nest.tile)
+    key_tiles, full, partial, run = _totals(rule_of(head.static, h), site.at, nest.tile)
     pairs = site.pairs(h)
     lists = listing(site, head, h, nest)
     if lists is not None:
-        visited, full = visited + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
+        key_tiles, full = key_tiles + float(lists.tiles.sum()), full + float((lists.run - lists.partial).sum())
         partial, pairs = partial + float(lists.partial.sum()), pairs + lists.pairs
         first = np.arange(0, site.at.q_slots, nest.rows)
         run += float(lists.run @ np.minimum(nest.rows, site.at.q_slots - first)) * nest.keys
@@ -112,7 +112,7 @@ def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
         visited=run * shape.batch,
         full=full * shape.batch,
         partial=partial * shape.batch,
-        empty=(visited - full - partial) * shape.batch,
+        empty=(key_tiles - full - partial) * shape.batch,
         kv_bytes=_kept_keys(site, range(h, h + 1)) * 2 * shape.head_dim * shape.size * shape.batch,
         select_seconds=0.0,
         seconds=0.0,
@@ -121,9 +121,9 @@ def _counted(site: Site, nest: Nest, h: int) -> HeadCost:
 
 @functools.lru_cache(maxsize=4096)
 def _totals(rule: tuple[Pred, int], at: Positions, nest: Nest) -> tuple[float, float, float, float]:
-    """(visited, full, partial) tiles of a static rule, and the pairs of those that run."""
+    """Key tiles that a static rule's loops come to, those that are full and partial, and the pairs of these."""
     tiles = tiles_of((rule,), 1, at, nest)
-    run = float(((tiles.full + tiles.partial) * tiles.rows).sum()) * nest.keys
+    run = float((tiles.run * tiles.rows).sum()) * nest.keys
     return float(tiles.key_tiles.sum()), float(tiles.full.sum()), float(tiles.partial.sum()), run
 
 
