@@ -123,7 +123,7 @@ def test_models_are_compared_run_by_run(files) -> None:
         ),
         ('{"machine": {}, "results": [3]}', "{path}: results[0] has no seconds with median, low and high"),
         ('{"machine": {}, "results": [{"seconds": 3}]}', "{path}: results[0] has no seconds with median, low and high"),
-        ('{"machine": {}, "results": []}', "{other} and {path} have no case in common"),
+        ('{"machine": {}, "results": []}', "{other} and {path} have no case in common; their first are"),
     ],
 )
 def test_files_that_hold_no_results(files, text: str | None, message: str) -> None:

@@ -374,6 +374,8 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
         ({"launch": 1e300}, "launch: input should be less than or equal to 1000000000000, found 1e+300"),
         ({"rates": [{**first, "tile": [0, 32]}]}, "rates.0.tile.0: input should be greater than or equal to"),
         ({"rates": [{**first, "head_dim": 2**70}]}, "rates.0.head_dim: input should be less than or equal to"),
+        ({"rates": [first, first]}, "rates: those of float32, head_dim 64, tile 32 x 32 are given twice"),
+        ({"dense": data["dense"][:1] * 2}, "dense: those of float32, head_dim 64 are given twice"),
         ({"rates": [{**first, "ful": 1}]}, "rates.0.ful: unknown field; did you mean 'full'?"),
     ):
         path.write_text(json.dumps(data | change))
@@ -389,9 +391,10 @@ def test_a_machine_is_json_and_says_what_is_wrong_with_it(tmp_path):
     path.write_text(machine.text().replace("{", '{"memory": 1e9,', 1))
     with pytest.raises(InputError, match=r"mine.json: the key 'memory' is given twice$"):
         cost.machine(path)
-    path.write_text("[1")
-    with pytest.raises(InputError, match=r"mine.json: not JSON"):
-        cost.machine(path)
+    for text in ("[1", "[" * 100000):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"mine.json: not JSON"):
+            cost.machine(path)
     with pytest.raises(InputError, match=r"none.json: can't be read: No such file"):
         cost.machine(tmp_path / "none.json")
 

@@ -88,6 +88,22 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
         assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, truth), rel=0.1)  # the guess weighs in
 
 
+def test_times_that_fit_no_rates_are_no_calibration(monkeypatch):
+    """As when other work runs beside it: each second run takes thirty times as long."""
+    given = [one for one in calibration.samples() if one.shape.head_dim == 64][::2]
+    times = [_nanoseconds(one, TRUTH) * (3e-8 if i % 2 else 1e-9) for i, one in enumerate(given)]
+    monkeypatch.setattr(calibration, "samples", lambda: given)
+    monkeypatch.setattr(calibration, "build", lambda some, tell: None)
+    monkeypatch.setattr(calibration, "_timed", lambda some, tell, at: times)
+    monkeypatch.setattr(calibration, "_memory", lambda at: TRUTH.memory)
+    monkeypatch.setattr(calibration, "dense_rates", lambda *_: TRUTH.dense)
+    monkeypatch.setattr(calibration, "selection_rates", lambda at: TRUTH.selection)
+    with pytest.raises(
+        InputError, match=r"^calibrate: no rates fit the times of attention, half of which are off by \d+%"
+    ):
+        cost.calibrate()
+
+
 def test_dense_rates_are_those_that_made_the_times(monkeypatch):
     machine = cost.machine("epyc-zen4")
     truth = machine.dense_of("float32", 64)

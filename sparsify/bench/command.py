@@ -156,7 +156,7 @@ def bench(
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     mode = mode_of([name.rstrip("_") for name, source in sources.items() if source and source.name == "COMMANDLINE"])
-    if not seconds > 0:
+    if not 0 < seconds < float("inf"):
         raise InputError(f"bench: --seconds: found {seconds:g}; expected a time above 0, such as 6")
     _check_outputs(json, plot)
     if not _holds(mode, given, How(repeats, seconds, device, json)):

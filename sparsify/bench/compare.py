@@ -81,7 +81,8 @@ def compare(before: Path, after: Path) -> Comparison:
     machines, rows = zip(*(_read(path) for path in (before, after)), strict=True)
     both = [name for name in rows[0] if name in rows[1]]
     if not both:
-        raise InputError(f"bench: --compare: {before} and {after} have no case in common")
+        cases = " and ".join(f"'{next(iter(found), 'none')}'" for found in rows)
+        raise InputError(f"bench: --compare: {before} and {after} have no case in common; their first are {cases}")
     changes, peers = [], {}
     for name in both:
         seconds = [rows[side][name]["seconds"] for side in (0, 1)]

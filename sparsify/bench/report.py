@@ -219,4 +219,5 @@ def read(path: Path, option: str) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 def _is_timing(value: Any) -> bool:
     parts = ("low", "median", "high")
-    return isinstance(value, dict) and all(isinstance(value.get(part), int | float) for part in parts)
+    numbers = [value.get(part) for part in parts] if isinstance(value, dict) else [None]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)

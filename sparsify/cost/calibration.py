@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
 
+import numpy as np
 import torch
 
 from sparsify import codegen
 from sparsify import patterns as p
 from sparsify.cost import find
 from sparsify.cost.dense_rates import dense_rates
-from sparsify.cost.fit import fitted
+from sparsify.cost.fit import check_fit, fitted, predicted
 from sparsify.cost.machine import Machine, Pace, Rates
 from sparsify.cost.nest import Shape, cpp_nest
 from sparsify.cost.sample import Sample, build, pace, seconds
@@ -50,9 +51,10 @@ DECODED = (0, 2, 4)
 def calibrate(progress: Progress | None = None) -> Machine:
     """This machine, measured: the rates of its kernels by dtype and head size, of dense attention and of choosing.
 
-    progress: called with what is going on, and how many of how many steps are done. It takes one to two minutes, most
-    of it for building kernels, which are those that run by default, whatever was tuned. `save` keeps the result, and
-    `machine(None)` then finds it. Raises InputError where the C++ target can't run, with the reason.
+    progress: called with what is going on, and how many of how many steps are done. It takes one to two minutes on an
+    idle machine. Kernels are those that run by default, whatever was tuned. `save` keeps the result, and
+    `machine(None)` then finds it. Raises InputError where the C++ target can't run, with the reason, and where no rates
+    fit the times, as when other work runs beside it.
     """
     refusal = codegen.target("cpp").unavailable()
     if refusal is not None:
@@ -85,7 +87,9 @@ def calibrate(progress: Progress | None = None) -> Machine:
             pace=at,
         )
     tell("fitting", steps, steps)
-    return fitted(first, given, [1e9 * time for time in times])
+    found = fitted(first, given, [1e9 * time for time in times])
+    check_fit("attention", predicted(found, given), 1e9 * np.array(times))
+    return found
 
 
 def samples() -> list[Sample]:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from sparsify import patterns as p
+from sparsify.cost.fit import check_fit
 from sparsify.cost.machine import Dense, Pace
 from sparsify.cost.nest import Shape
 from sparsify.cost.sample import Sample, seconds
@@ -37,7 +38,9 @@ def _rates(dtype: str, size: int, at: Pace) -> Dense:
     for heads, kv_heads, queries, keys in FEW_QUERIES:
         rows.append([1.0, 0.0, 0.0, float(heads * queries * keys), float(kv_heads * keys), 1.0])
         times.append(_seconds(Shape(heads, kv_heads, queries, keys, size, dtype), False, at))
-    found, _ = nnls(np.array(rows) / np.array(times)[:, None] * 1e-9, np.ones(len(times)))
+    counts = np.array(rows)
+    found, _ = nnls(counts / np.array(times)[:, None] * 1e-9, np.ones(len(times)))
+    check_fit("dense attention", counts @ found, 1e9 * np.array(times))
     launch, pair, causal, few, key, cold = (max(float(value), LEAST) for value in found)
     return Dense(
         dtype=dtype, head_dim=size, launch=launch, cold=cold, pair=pair, causal=causal, few=few, key=key,

@@ -12,11 +12,13 @@ from sparsify.cost.sample import Sample
 from sparsify.cost.site import Site, site_of
 from sparsify.cost.steps import STEPS
 from sparsify.cost.timeline import timeline_of
+from sparsify.errors import InputError
 from sparsify.patterns.spans import Array
 
 ROUNDS = 3  # how cores share query tiles depends on the rates, which are fitted anew with what that gives
 GUESSED = 0.1  # the weight of a guess's relative error, where that of a time has 1
 CALL = ("launch", "cold", "fork")  # fields of `Machine`: what a call takes, whatever it does
+MISFIT = 0.4  # of half of the times: on an idle machine it is about 0.05, of dense attention up to 0.25
 LEAST = 1e-6  # nanoseconds: of a rate that must be above 0, where it can't be told from 0
 
 
@@ -38,6 +40,20 @@ def fitted(machine: Machine, samples: Sequence[Sample], nanoseconds: Sequence[fl
         found, _ = nnls(told @ lines, np.concatenate([np.ones(times.size), np.full(guess.size, GUESSED)]))
         machine = _with_rates(machine, lines @ found)
     return machine
+
+
+def predicted(machine: Machine, samples: Sequence[Sample]) -> Array:
+    """Nanoseconds of the samples by the machine's rates, as they were fitted."""
+    rates = _rates_in(machine)
+    return np.array([_row(site_of(one.patterns, one.shape), machine) @ rates for one in samples])
+
+
+def check_fit(what: str, found: Array, times: Array) -> None:
+    """Raises InputError where half of the times or more are far from what was found for them."""
+    error = float(np.median(np.abs(found / times - 1)))
+    if error > MISFIT:
+        how = f"no rates fit the times of {what}, half of which are off by {error:.0%} or more"
+        raise InputError(f"calibrate: {how}: other work ran beside it; calibrate again while the machine is idle")
 
 
 def _rates_in(machine: Machine) -> Array:

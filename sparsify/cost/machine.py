@@ -142,6 +142,9 @@ class Machine(_Strict):
             for entry in entries:
                 if entry.dtype not in DTYPES:
                     raise ValueError(f"{field}: found the dtype '{entry.dtype}'; {nearest(entry.dtype, DTYPES)}")
+            places = [_place(entry) for entry in entries]
+            if twice := next((place for place in places if places.count(place) > 1), None):
+                raise ValueError(f"{field}: those of {twice} are given twice")
         return self
 
     def __str__(self) -> str:
@@ -163,7 +166,7 @@ class Machine(_Strict):
             data = json.loads(text, object_pairs_hook=each_once)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(data, dict):
             raise InputError(f"{where}: expected an object with the fields of a machine, found {type(data).__name__}")
@@ -203,6 +206,12 @@ class Machine(_Strict):
             has = ", ".join(sorted({one.dtype for one in entries}))
             raise InputError(f"machine {self.name}: {field}: none for {dtype}; it has those of {has}")
         return [one for one in entries if one.dtype == taken]
+
+
+def _place(entry: Rates | Dense) -> str:
+    """What an entry is of, in words."""
+    tile = f", tile {entry.tile[0]} x {entry.tile[1]}" if isinstance(entry, Rates) else ""
+    return f"{entry.dtype}, head_dim {entry.head_dim}{tile}"
 
 
 def _first(error: ValidationError) -> str:
