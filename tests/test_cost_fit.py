@@ -75,8 +75,8 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
     times = [_nanoseconds(one, truth) * 1e-9 for one in given]
     monkeypatch.setattr(calibration, "_timed", lambda some, tell, at: times)
     monkeypatch.setattr(calibration, "_memory", lambda at: TRUTH.memory)
-    monkeypatch.setattr(dense_rates, "seconds", lambda run, cold, budget, at: 1e-3)
-    monkeypatch.setattr(selection_rates, "seconds", lambda run, cold, budget, at: (run(), 1e-3)[1])
+    monkeypatch.setattr(dense_rates, "seconds", lambda run, read, budget, at: 1e-3)
+    monkeypatch.setattr(selection_rates, "seconds", lambda run, read, budget, at: (run(), 1e-3)[1])
     built = []
     monkeypatch.setattr(calibration, "build", lambda some, tell: built.extend(some))
     found = cost.calibrate(lambda what, done, every: told.append((what, done, every)))

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from sparsify import patterns as p
 from sparsify.bench.draws import Crossing
 from sparsify.bench.tables import SHORT, new_table, short
 from sparsify.cost import Machine, crossover, estimate
@@ -22,6 +23,7 @@ from sparsify.progress import Bar
 MEDIAN, NINETIETH, RANKS, FACTOR = 0.12, 0.30, 0.97, 1.5  # what a calibrated machine is to keep
 STEP = 2**0.5  # between the lengths at which a pattern and dense attention are timed
 BUDGET, TURNS = 0.07, 3  # seconds for timing one thing, and how often: the median counts, as in calibration
+DENSE = p.dense()
 FASTER = 3  # lengths in a row at which a pattern is faster end the search
 
 
@@ -122,7 +124,7 @@ def measured(job: Sample | Crossing, given: Machine, tell: Callable[[str], None]
     tell(f"{shape.q_len} x {shape.k_len}, {job.patterns[0]}")
     with torch.inference_mode():
         run = job.run()
-    times = [seconds(run, job.cold, BUDGET, at=given.pace) for _ in range(TURNS)]
+    times = [seconds(run, job.read, BUDGET, at=given.pace) for _ in range(TURNS)]
     return Predicted(job, statistics.median(times), _predicted(job, given))
 
 
@@ -146,7 +148,9 @@ def _cross(crossing: Crossing, given: Machine, tell: Callable[[str], None]) -> C
         tell(f"{crossing.pattern} at {length}")
         sample = crossing.at(length)
         with torch.inference_mode():
-            pair = [seconds(run, sample.cold, BUDGET, at=given.pace) for run in (sample.run(), sample.dense())]
+            dense = Sample((DENSE,) * crossing.heads, sample.shape)
+            runs = (sample.run(), sample.read), (sample.dense(), dense.read)
+            pair = [seconds(run, read, BUDGET, at=given.pace) for run, read in runs]
         ratios.append((length, pair[0] / pair[1]))
         if len(ratios) >= FASTER and all(ratio < 1 for _, ratio in ratios[-FASTER:]):
             break

@@ -118,7 +118,7 @@ def _timed(given: Sequence[Sample], tell: Callable[[int], None], at: Pace) -> li
     found: list[list[float]] = [[] for _ in given]
     for turn in range(PASSES):
         for i, one in enumerate(given):
-            found[i].append(seconds(one.run(), one.cold, 0.06, at=at))
+            found[i].append(seconds(one.run(), one.read, 0.06, at=at))
             tell(turn * len(given) + i + 1)
     return list(map(statistics.median, found))
 
@@ -126,4 +126,4 @@ def _timed(given: Sequence[Sample], tell: Callable[[int], None], at: Pace) -> li
 def _memory(at: Pace) -> float:
     """Bytes a second at which all cores read what is in no cache."""
     large = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / seconds(large.sum, True, 0.3, at=at)
+    return READ_BYTES / seconds(large.sum, READ_BYTES, 0.3, at=at)

@@ -50,4 +50,4 @@ def _rates(dtype: str, size: int, at: Pace) -> Dense:
 def _seconds(shape: Shape, causal: bool, at: Pace) -> float:
     one = Sample((p.causal() if causal else p.dense(),) * shape.heads, shape)
     run = one.dense()
-    return statistics.median(seconds(run, one.cold, 0.05, at=at) for _ in range(PASSES))
+    return statistics.median(seconds(run, one.read, 0.05, at=at) for _ in range(PASSES))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sparsify import op
 from sparsify.codegen.cpp import CppTarget
 from sparsify.codegen.tuned import FEW
+from sparsify.cost.estimate import estimate
 from sparsify.cost.machine import DECODE_BELOW, Pace
 from sparsify.cost.nest import Shape
 from sparsify.functional import planned
@@ -27,6 +28,8 @@ EVICT_BYTES = 2**26  # read between calls of few queries, so that no key is in a
 SIDE, PRODUCTS = 512, 6  # matrix products that tell how fast the machine runs, before the calls and after them
 MANY = FEW + 1  # queries: all kernels of so many or more are one
 
+SOME_MACHINE = "epyc-zen4"  # what is read is about the same on all
+LEAST, MOST = 5, 40  # calls that are timed
 DRIFT, TRIES = 1.25, 2  # of the machine's pace: beyond it calls are timed again, at most so often in all
 
 Run = Callable[[], object]
@@ -40,9 +43,14 @@ class Sample:
     shape: Shape
 
     @property
-    def cold(self) -> bool:
-        """Whether keys are to come from memory."""
-        return self.shape.q_len < DECODE_BELOW
+    def read(self) -> float | None:
+        """Bytes that come from memory, about: keys and values that are read; None where they may be in caches."""
+        shape = self.shape
+        if shape.q_len >= DECODE_BELOW:
+            return None
+        sizes = {"length": shape.k_len, "head_dim": shape.head_dim, "dtype": shape.dtype, "batch": shape.batch}
+        given = {"kv_heads": shape.kv_heads, "q_len": shape.q_len, "machine": SOME_MACHINE}
+        return estimate(self.patterns, **sizes, **given).bytes
 
     @property
     def causal(self) -> bool:
@@ -107,42 +115,54 @@ def pace() -> Pace:
     )
 
 
-def seconds(
-    run: Run, cold: bool, budget: float = 0.15, least: int = 5, most: int = 40, at: Pace | None = None
-) -> float:  # fmt: skip
-    """The median of calls for about so many seconds, after one that warms up.
+def seconds(run: Run, read: float | None, budget: float = 0.15, at: Pace | None = None) -> float:
+    """The median of LEAST to MOST calls, for about `budget` seconds, after one that warms up.
 
-    at: the pace at which the time is asked for; how fast the machine runs meanwhile is measured beside the calls. Where
-    that is far from it, others use the machine, and calls are timed again: the time at the nearest pace counts.
+    read: bytes that a call reads from memory, as what others left in the caches is read before it; None for calls whose
+    inputs may be there. at: the pace at which the time is asked for; how fast the machine runs meanwhile is measured
+    beside the calls. Where it runs otherwise, others use it: then calls are timed again, and the nearer pace counts.
     """
-    found = [_at_pace(run, cold, budget, least, most, at)]
-    while at is not None and min(found)[0] > DRIFT and len(found) < TRIES:
-        found.append(_at_pace(run, cold, budget, least, most, at))
+    if read is not None:
+        return _from_memory(run, read, budget, at)
+    if at is None:
+        return statistics.median(_repeated(run, budget))
+    found = [_at_pace(run, budget, at)]
+    while min(found)[0] > DRIFT and len(found) < TRIES:
+        found.append(_at_pace(run, budget, at))
     return min(found)[1]
 
 
-def _at_pace(
-    run: Run, cold: bool, budget: float, least: int, most: int, at: Pace | None
-) -> tuple[float, float]:  # fmt: skip
+def _from_memory(run: Run, read: float, budget: float, at: Pace | None) -> float:
+    """Of such calls only what they read is faster where memory is; the rest waits for its answers."""
+    large = torch.ones(EVICT_BYTES // 4)
+    beside: list[float] = []
+    found = statistics.median(_repeated(run, budget, lambda: beside.append(_timed(large.sum))))
+    if at is None:
+        return found
+    return max(found + read / EVICT_BYTES * (at.memory - statistics.median(beside)), found / 4)
+
+
+def _at_pace(run: Run, budget: float, at: Pace) -> tuple[float, float]:
     """By how many times the machine runs faster or slower than at a pace, before the calls or after them, and their
     median at that pace."""
-    large = torch.ones(EVICT_BYTES // 4) if cold else None
+    before = _products(PRODUCTS)
+    found = statistics.median(_repeated(run, budget))
+    after = _products(PRODUCTS)
+    apart = [statistics.median(some) / at.product for some in (before, after)]
+    faster = at.product / statistics.median(before + after)
+    return max(*apart, *(1 / one for one in apart)), found * faster
+
+
+def _repeated(run: Run, budget: float, before: Run = lambda: None) -> list[float]:
+    """Seconds of calls, each after something else."""
     found: list[float] = []
-    beside: list[float] = []
     with torch.inference_mode():
         run()
-        beside += [] if cold or at is None else _products(PRODUCTS)
         begin = time.perf_counter()
-        while len(found) < least or (len(found) < most and time.perf_counter() - begin < budget):
-            if large is not None:
-                beside.append(_timed(large.sum))
+        while len(found) < LEAST or (len(found) < MOST and time.perf_counter() - begin < budget):
+            before()
             found.append(_timed(run))
-        beside += [] if cold or at is None else _products(PRODUCTS)
-    if at is None:
-        return 1.0, statistics.median(found)
-    asked, half = at.memory if cold else at.product, len(beside) // 2
-    apart = [statistics.median(some) / asked for some in (beside[:half], beside[half:])]
-    return max(*apart, *(1 / one for one in apart)), statistics.median(found) * asked / statistics.median(beside)
+    return found
 
 
 def _products(count: int) -> list[float]:

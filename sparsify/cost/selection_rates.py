@@ -20,7 +20,7 @@ def selection_rates(at: Pace) -> Selection:
     generator = torch.Generator().manual_seed(0)
     few, q, k = torch.randn(64, generator=generator), *torch.randn(2, 8, 512, 64, generator=generator).unbind(0)
     scores, keys = torch.randn(4096, 256, generator=generator), torch.randn(8, 8192, 64, generator=generator)
-    nanoseconds = lambda run: 1e9 * seconds(run, False, 0.1, at=at)  # noqa: E731
+    nanoseconds = lambda run: 1e9 * seconds(run, None, 0.1, at=at)  # noqa: E731
     launch = nanoseconds(lambda: few.amax())
     return Selection(
         launch=LAUNCH * launch,
