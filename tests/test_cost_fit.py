@@ -13,10 +13,11 @@ from sparsify import cost
 from sparsify import patterns as p
 from sparsify.bench import draws
 from sparsify.bench.simulate import Accuracy, Crossed, Predicted, _crossed
-from sparsify.cost import calibration, dense_rates, selection_rates
+from sparsify.cost import calibration, dense_rates, sample, selection_rates
 from sparsify.cost.dense import dense_time, is_dense_causal
 from sparsify.cost.estimate import _estimate
 from sparsify.cost.fit import fitted
+from sparsify.cost.machine import Pace
 from sparsify.cost.nest import Shape
 from sparsify.cost.sample import Sample
 from sparsify.errors import InputError
@@ -86,6 +87,29 @@ def test_a_calibration_tells_its_steps_and_takes_every_rate_from_runs(monkeypatc
     assert cost.Machine.parse(found.text()) == found
     for one in given:
         assert _nanoseconds(one, found) == pytest.approx(_nanoseconds(one, truth), rel=0.1)  # the guess weighs in
+
+
+def test_times_are_asked_for_at_a_pace(monkeypatch):
+    """A call takes 5 ms, and the machine's pace beside it is what `beside` says next, in ms; the last one stays."""
+    at, given = Pace(product=1e-3, memory=1e-3), []
+    run = lambda: None  # noqa: E731
+
+    def timed(one):
+        return 5e-3 if one is run else 1e-3 * (given.pop(0) if len(given) > 1 else given[0])
+
+    def asked(read, *beside):
+        given[:] = beside
+        return sample.seconds(run, read, 0.0, at=at)
+
+    monkeypatch.setattr(sample, "_timed", timed)
+    assert asked(0.0, 2.0) == 5e-3  # waits, but reads nothing
+    assert asked(sample.EVICT_BYTES, 2.0) == pytest.approx(4e-3)  # a millisecond less at the pace asked for
+    assert asked(sample.EVICT_BYTES, 0.5) == pytest.approx(5.5e-3)
+    assert asked(9 * sample.EVICT_BYTES, 2.0) == 5e-3 / 4
+    assert asked(None, 1.2) == pytest.approx(5e-3 / 1.2) and asked(None, 1.0) == 5e-3
+    once = 2 * (1 + sample.PRODUCTS)  # products of one try, before the calls and after them
+    assert asked(None, *[2.0] * once, 1.0) == 5e-3  # timed again, as others used the machine
+    assert asked(None, *[1.5] * once, 2.0) == pytest.approx(5e-3 / 1.5)  # the nearer pace, though both are far
 
 
 def test_times_that_fit_no_rates_are_no_calibration(monkeypatch):
